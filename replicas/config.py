@@ -1,0 +1,143 @@
+"""The engine's configuration: frozen, standard library only, resolved once.
+
+A user's settings arrive with "auto" (None) in them; `EngineConfig.resolve(model, device)` is pure and returns a
+copy in which every field has a value. Nothing changes a configuration afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the engine must know of a checkpoint before it is loaded; read from its config.json."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str  # the checkpoint's own
+    num_parameters: int = 0  # 0: unknown
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of keys and values that one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    path: str  # a local folder
+    dtype: str = "auto"  # float32, float16, bfloat16; auto: float32 on CPU (exact, replayable), else the checkpoint's
+    max_model_len: int | None = None
+    load_format: str = "safetensors"  # or dummy: random weights
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    block_size: int | None = None  # tokens; auto: 16 on CPU, 64 on GPU
+    num_blocks: int | None = None  # auto: from memory
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None  # auto: 1 GiB on CPU, profiled on GPU
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None  # token budget of a step; auto: 2048 on CPU, 8192 on GPU
+    enable_chunked_prefill: bool = True
+    max_steps_in_flight: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: str = "auto"  # cpu, cuda; auto: cuda where there is one
+    num_threads: int | None = None  # torch threads of a CPU shard; auto: the cores this process may use
+
+    def resolve(self, model: ModelFacts, device: str) -> EngineConfig:
+        """A copy with every automatic value set, for `device` "cpu" or "cuda".
+
+        `cache.num_blocks` may stay None on a GPU: the executor finds it by profiling. Raises ConfigError, with the
+        numbers, where the values cannot work together.
+        """
+        on_cpu = device == "cpu"
+        dtype = self.model.dtype
+        if dtype == "auto":
+            dtype = "float32" if on_cpu else ("bfloat16" if model.dtype == "float32" else model.dtype)
+        if dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {dtype!r} is not supported; use one of {sorted(DTYPE_BYTES)} or auto")
+        max_model_len = self.model.max_model_len or model.max_position_embeddings
+        if not 1 <= max_model_len <= model.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len {max_model_len} is outside 1..{model.max_position_embeddings}, the positions that "
+                f"{model.architecture} was made for; lower it"
+            )
+        block_size = self.cache.block_size or (16 if on_cpu else 64)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ConfigError(f"block_size {block_size} is not a power of two; use 16, 32 or 64")
+        if self.scheduler.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs is {self.scheduler.max_num_seqs}; it must be at least 1")
+        max_steps_in_flight = self.scheduler.max_steps_in_flight
+        if max_steps_in_flight < 1:
+            raise ConfigError(f"max_steps_in_flight is {max_steps_in_flight}; it must be at least 1")
+        budget = self.scheduler.max_num_batched_tokens or max(2048 if on_cpu else 8192, self.scheduler.max_num_seqs)
+        if budget < self.scheduler.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {budget} is below max_num_seqs {self.scheduler.max_num_seqs}: a step could "
+                "not decode every sequence; raise the first or lower the second"
+            )
+        if not self.scheduler.enable_chunked_prefill and budget < max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a prompt of max_model_len {max_model_len} tokens must fit "
+                f"max_num_batched_tokens {budget}; raise it to {max_model_len} or enable chunked prefill"
+            )
+        if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization {self.cache.gpu_memory_utilization} is outside (0, 1]")
+        tp = self.parallel.tensor_parallel_size
+        if tp < 1 or self.parallel.pipeline_parallel_size < 1:
+            raise ConfigError("tensor_parallel_size and pipeline_parallel_size must be at least 1")
+        if model.num_attention_heads % tp:
+            raise ConfigError(
+                f"tensor_parallel_size {tp} does not divide the model's {model.num_attention_heads} attention heads"
+            )
+        num_blocks, kv_bytes = self.cache.num_blocks, self.cache.kv_cache_memory_bytes
+        if num_blocks is None and (on_cpu or kv_bytes is not None):
+            kv_bytes = kv_bytes if kv_bytes is not None else 1 << 30
+            num_blocks = kv_bytes // (model.kv_bytes_per_token(dtype) * block_size)
+        if num_blocks is not None and num_blocks * block_size < max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {num_blocks} blocks of {block_size} tokens, less than one sequence of "
+                f"max_model_len {max_model_len}; give it more memory or lower max_model_len to {num_blocks * block_size}"
+            )
+        return replace(
+            self,
+            model=replace(self.model, dtype=dtype, max_model_len=max_model_len),
+            cache=replace(self.cache, block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_bytes),
+            scheduler=replace(self.scheduler, max_num_batched_tokens=budget),
+            device=device,
+        )
