@@ -1,0 +1,69 @@
+# The interface to the project: `make help` lists the targets. Paths are relative, so a folder with spaces is fine.
+
+PYTHON ?= python3
+MODEL ?= tiny
+PORT ?= 8000
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+CODE := kernels quant replicas cluster deploy tests benchmarks examples
+
+# Without an NVIDIA driver the versions of constraints-cpu.txt are taken; with one, pip chooses within pyproject.toml.
+CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1; } || echo -c constraints-cpu.txt)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-slow test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+
+setup: $(STAMP) ## make .venv and install Shoal into it (done by the other targets when needed)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"make: Shoal needs Python 3.11 or newer and $(PYTHON) is {sys.version.split()[0]}; name another: make setup PYTHON=python3.12")'
+	@echo "setup: installing into .venv (a few minutes the first time) $(CONSTRAINTS)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
+	@touch $(STAMP)
+
+serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS
+	@$(BIN)/shoal serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
+	@$(BIN)/pytest -q $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes
+	@$(BIN)/pytest -q -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	@$(BIN)/pytest -q -m gpu $(ARGS)
+
+check: $(STAMP) ## lint, format, types, whitespace
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "check: not formatted (make format):"; $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/basedpyright
+	@! grep -rnIE '[[:blank:]]+$$' $(CODE) docs k8s .ci *.md *.toml *.txt --include='*' --exclude-dir=__pycache__ --exclude-dir=results || { echo "check: trailing whitespace, above" >&2; exit 1; }
+
+format: $(STAMP) ## rewrite the code in the project's format
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+bench-scheduler: $(STAMP) ## microseconds a decode step of the scheduler takes, at 256 and 10,000 sequences
+	@$(BIN)/python -m benchmarks.scheduler $(ARGS)
+
+bench-sse: $(STAMP) ## streams through ingress and router, against bare uvicorn
+	@$(BIN)/python -m benchmarks.sse $(ARGS)
+
+bench-ttft: $(STAMP) ## time to first token that router and replica add to the bare engine
+	@$(BIN)/python -m benchmarks.ttft $(ARGS)
+
+bench-decode: $(STAMP) ## tokens/s on the CPU, against transformers generate
+	@$(BIN)/python -m benchmarks.decode_cpu $(ARGS)
+
+clean: ## remove what make and the tools wrote (.venv too)
+	@rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
