@@ -1,0 +1,209 @@
+"""The shape of the source tree: folders, the order of imports between them, and who may import what.
+
+The rules are those of docs/architecture.md; a change of one of them is a change of that page too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lower folders first: a file may import its own folder and those before it.
+FOLDERS = ("kernels", "quant", "replicas", "cluster", "deploy")
+
+# Third-party packages that belong to some folders only.
+RESTRICTED = {
+    "ray": {"cluster", "deploy"},
+    "pydantic": {"deploy"},
+    "pydantic_settings": {"deploy"},
+    "fastapi": {"deploy"},
+    "starlette": {"deploy"},
+    "typer": {"deploy"},
+    "triton": {"kernels"},
+    "transformers": {"replicas", "deploy"},
+}
+
+STANDARD_LIBRARY_ONLY = ("replicas/protocol.py", "replicas/config.py", "replicas/errors.py")
+
+# What routers, the ingress and the command line load: none of it may bring torch along.
+WITHOUT_TORCH = (
+    "replicas.protocol",
+    "replicas.config",
+    "replicas.errors",
+    "replicas.plan",
+    "replicas.tokenizer",
+    "cluster.wire",
+    "cluster.directory",
+    "cluster.policies",
+    "cluster.router",
+    "deploy.config",
+    "deploy.schema",
+    "deploy.ingress",
+    "deploy.app",
+    "deploy.cli",
+)
+
+MAX_LINES = 450
+
+
+def source_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+CODE = source_files(*FOLDERS)
+EVERYTHING = CODE + source_files("tests", "benchmarks", "examples")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+class Import(NamedTuple):
+    line: int
+    module: str  # a relative one is given as shoal.<folder>.<module>
+    is_relative: bool
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file, those inside functions too."""
+    package = ("shoal", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(node.lineno, alias.name, False)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield Import(node.lineno, node.module or "", False)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            tails = [node.module] if node.module else [alias.name for alias in node.names]
+            for tail in tails:
+                yield Import(node.lineno, ".".join((*base, tail)), True)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` from the repository root, which is then on sys.path."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_there_is_code_in_every_folder() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in CODE} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_top_level_folders_have_no_init(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists(), (
+        f"{folder}/__init__.py makes `{folder}` an importable package wherever the root is on sys.path "
+        "(docs/adr/0001-no-init-in-top-level-folders.md)"
+    )
+
+
+def test_nested_packages_have_an_init() -> None:
+    nested = {path.parent for path in CODE if path.parent.parent != ROOT}
+    assert [relative(folder) for folder in sorted(nested) if not (folder / "__init__.py").exists()] == []
+
+
+def test_packages_in_pyproject_are_the_folders_on_disk() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    on_disk = {"shoal"} | {".".join(("shoal", *path.relative_to(ROOT).parent.parts)) for path in CODE}
+    assert set(project["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_the_root_on_sys_path_does_not_break_transformers() -> None:
+    """transformers imports Hugging Face's `kernels`; a package of that name at the root would take its place."""
+    done = run_python("import sys; assert '' in sys.path; import transformers.integrations.hub_kernels")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_imports_keep_the_order(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    allowed = FOLDERS[: FOLDERS.index(folder) + 1]
+    for line, module, _ in imports(path):
+        parts = module.split(".")
+        if parts[0] == "shoal" and len(parts) > 1 and parts[1] in FOLDERS:
+            assert parts[1] in allowed, f"{relative(path)}:{line} imports {module}: {folder} may use {allowed}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_imports_inside_are_relative(path: Path) -> None:
+    for line, module, is_relative in imports(path):
+        own = module.split(".")[0] in {"shoal", "tests", *FOLDERS}
+        assert is_relative or not own, f"{relative(path)}:{line} must import {module} relatively"
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_third_party_packages_stay_in_their_folders(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    for line, module, _ in imports(path):
+        allowed = RESTRICTED.get(module.split(".")[0])
+        assert allowed is None or folder in allowed, f"{relative(path)}:{line} imports {module}: only {allowed} may"
+
+
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
+def test_the_seams_import_only_the_standard_library(name: str) -> None:
+    own = {"shoal." + other.removesuffix(".py").replace("/", ".") for other in STANDARD_LIBRARY_ONLY}
+    for line, module, _ in imports(ROOT / name):
+        assert module in own or module.split(".")[0] in sys.stdlib_module_names, f"{name}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_edge_modules_do_not_load_torch(module: str) -> None:
+    done = run_python(f"import sys, shoal.{module}; sys.exit('torch was loaded' if 'torch' in sys.modules else 0)")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=relative)
+def test_files_are_short(path: Path) -> None:
+    length = len(path.read_text(encoding="utf-8").splitlines())
+    assert length <= MAX_LINES, f"{relative(path)} has {length} lines; split it by idea (at most {MAX_LINES})"
+
+
+GLOSSARY = """
+request, sequence, prefill, decode, chunk, step, continuous batching, dynamic batching, block, block_size, block_id,
+block_table, slot, cu_seqlens_q, context_lens, rank, world size, tp_rank, pp_rank, local_rank, shard, shard group,
+replica, router, directory, preempt, evict, free, scale, zero_point, group_size, qweight, w4a16, w8a8, kv8, TTFT, TPOT,
+ITL, goodput
+"""
+
+
+@pytest.mark.parametrize("word", re.split(r",\s+", GLOSSARY.strip()))
+def test_the_glossary_defines(word: str) -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    defined = {term.strip("`") for line in re.findall(r"^\*\*(.+?)\*\*", text, re.M) for term in line.split(", ")}
+    assert word in defined, f"docs/glossary.md has no entry **{word}**"
+
+
+# Names that the glossary replaces: `page` by block, `n_heads` by num_heads.
+UNWANTED_NAME = re.compile(r"(^|_)pages?(_|$)|^(n|nb|cnt)_[a-z]")
+
+
+def defined_names(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_names_use_the_glossary(path: Path) -> None:
+    bad = [f"{relative(path)}:{line} {name}" for line, name in defined_names(path) if UNWANTED_NAME.search(name)]
+    assert bad == [], "say block, and num_ for counts (docs/glossary.md)"
