@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"make: Shoal needs Python 3.11 or newer and $(PYTHON) is {sys.version.split()[0]}; name another: make setup PYTHON=python3.12")'
 	@echo "setup: installing into .venv (a few minutes the first time) $(CONSTRAINTS)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade 'pip>=25'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
 	@touch $(STAMP)
 
 serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS

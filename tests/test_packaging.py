@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,9 +10,12 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "quant", "replicas", "cluster", "deploy")
@@ -66,9 +70,9 @@ def test_the_sdist_can_make_that_wheel_and_has_the_licence(built: tuple[Path, Pa
 def test_the_metadata(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = wheel.read(name).decode()
+        text = wheel.read(name).decode()
         assert any(entry.endswith("licenses/LICENSE") for entry in wheel.namelist())
-    lines = metadata.splitlines()
+    lines = text.splitlines()
     assert {"Name: shoal", "License-Expression: Apache-2.0", f"Version: {PROJECT['project']['version']}"} <= set(lines)
     # Only the extra may bring NCCL: beside a torch for CUDA 13 the two wheels would write the same file.
     nccl = [line for line in lines if line.startswith("Requires-Dist") and "nccl" in line]
@@ -89,3 +93,55 @@ def test_the_wheel_installs_and_imports(built: tuple[Path, Path], tmp_path: Path
     env = os.environ | {"PYTHONPATH": str(target)}
     where = run(sys.executable, "-c", code, cwd=tmp_path, env=env)
     assert where.strip() == str(target / "shoal" / "deploy" / "cli.py")
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Names of the installed distributions that `requirements` bring, followed through their own requirements."""
+    found: set[tuple[str, str]] = set()
+    waiting = [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {"", *requirement.extras}:
+            if (name, wanted) in found:
+                continue
+            found.add((name, wanted))
+            try:
+                waiting += [(Requirement(text), wanted) for text in metadata.requires(name) or []]
+            except metadata.PackageNotFoundError:
+                continue  # for another platform, or an extra of a dependency that is not used here
+    return {name for name, _ in found}
+
+
+def imported(*folders: str) -> dict[str, str]:
+    """Third-party modules by name, and one file that imports each."""
+    own = {"shoal", "tests", "benchmarks", *FOLDERS}
+    modules: dict[str, str] = {}
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            for name in names:
+                modules.setdefault(name.partition(".")[0], path.relative_to(ROOT).as_posix())
+    return {name: where for name, where in modules.items() if name not in own | sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"), [(FOLDERS, ()), (("tests", "benchmarks", "examples"), ("test",))], ids=["code", "tests"]
+)
+def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    project = PROJECT["project"]
+    declared = list(project["dependencies"])
+    for extra in extras:
+        declared += project["optional-dependencies"][extra]
+    available = closure(declared)
+    distributions = metadata.packages_distributions()
+    missing = {
+        name: where
+        for name, where in imported(*folders).items()
+        if not available & {canonicalize_name(dist) for dist in distributions.get(name, [name])}
+    }
+    assert missing == {}, "add them to pyproject.toml"
