@@ -1,0 +1,165 @@
+"""An engine in a thread of its own: requests and commands from any thread, deltas by callback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from .engine import Engine
+from .errors import EngineError
+from .protocol import FinishReason, ReplicaLoad, Request, TokenDelta
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs `engine.step` as long as there is work and sleeps otherwise; commands run between two steps.
+
+    `on_deltas` is called from the engine's thread with what one step brought. Every sequence accepted by `submit`
+    gets exactly one terminal delta, also when its request is refused later, the engine fails or `stop` is called.
+    `on_failure` is called once, after those deltas, when the engine or a callback raised.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_deltas: Callable[[list[TokenDelta]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._on_deltas = on_deltas
+        self._on_failure = on_failure
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._refused: list[TokenDelta] = []  # touched by the engine's thread alone
+        self._accepting = True
+        self._stopping = False
+        self._idle = True
+        self._progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+
+    @property
+    def last_progress(self) -> float:
+        """time.monotonic() when the last step ended; now, while there is nothing to do."""
+        return time.monotonic() if self._idle else self._progress
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Check the request in the caller's thread and hand it over. Raises RequestError or EngineError."""
+        self._engine.limits.check(request)
+        self._post(lambda: self._add(request))
+
+    def abort(self, request_id: str) -> None:
+        """Abort before the next step; idempotent, and no error after a stop."""
+        with self._wake:
+            if self._accepting:
+                self._commands.append(lambda: self._engine.abort(request_id))
+                self._wake.notify()
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Run `function(engine)` between two steps. The future is cancelled if the thread stops first."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            if self._stopping or not future.set_running_or_notify_cancel():
+                future.cancel()
+                return
+            try:
+                future.set_result(function(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(command)
+        return future
+
+    def load(self) -> ReplicaLoad:
+        """The engine's counts as they are now; any thread may ask."""
+        return self._engine.load()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Abort everything, deliver the terminal deltas and end the thread. Idempotent.
+
+        Waits for the step that runs, at most `timeout` seconds.
+        """
+        with self._wake:
+            self._accepting = False
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if not self._accepting:
+                raise EngineError("the engine has stopped and takes no requests")
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._engine.add_request(request)
+        except Exception as error:  # an id in use, or a failure between submit and here
+            self._refused += _errors(request, str(error))
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._loop()
+            failure = self._engine.failure
+        except Exception as error:  # a callback raised; the engine keeps its own failure to itself
+            failure = error
+        try:
+            self._close()
+        finally:
+            self._idle = True
+            if failure is not None:
+                self._on_failure(failure)
+
+    def _close(self) -> None:
+        """Take no more commands, and end what was accepted."""
+        with self._wake:
+            self._accepting = False
+            self._stopping = True
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:
+            command()
+        self._deliver(self._engine.end_all())
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._commands or self._stopping or self._engine.has_work):
+                    self._idle = True
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                if self._idle:
+                    self._idle, self._progress = False, time.monotonic()
+                commands = list(self._commands)
+                self._commands.clear()
+            for command in commands:
+                command()
+            self._deliver(self._engine.step())
+            self._progress = time.monotonic()
+            if self._engine.failure is not None:
+                return
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        refused, self._refused = self._refused, []
+        if refused or deltas:
+            self._on_deltas(refused + deltas)
+
+
+def _errors(request: Request, message: str) -> list[TokenDelta]:
+    samples = range(request.first_sample, request.first_sample + request.num_samples)
+    return [
+        TokenDelta(request.request_id, sample, finish_reason=FinishReason.ERROR, error=message) for sample in samples
+    ]
