@@ -1,0 +1,172 @@
+"""The router: it knows the replicas of every model, gives each request to one of them, and streams what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from ..replicas.errors import UnknownModel
+from ..replicas.protocol import ReplicaLoad, Request, TokenDelta
+from .errors import ReplicaLost
+from .generation import Generation, RequestTimes
+from .link import ReplicaLink
+from .membership import MembershipSource, ReplicaInfo
+from .metrics import PoolView, new_registry, render
+from .options import RouterOptions
+from .pool import ModelPool
+from .wire import CallName
+
+logger = logging.getLogger(__name__)
+
+_RETRY_WATCH = 0.5  # seconds before the source of the membership is asked again after it failed
+
+
+class Router:
+    """Streams requests through the replicas that `source` names.
+
+    Lives in one event loop: `start` and every other method are called there. `secret` is the cluster's.
+    """
+
+    def __init__(self, source: MembershipSource, secret: bytes, options: RouterOptions | None = None) -> None:
+        self.options = options or RouterOptions()
+        self.router_id = secrets.token_hex(8)
+        self.registry: CollectorRegistry = new_registry(self._views)
+        self._source = source
+        self._secret = secret
+        self._pools: dict[str, ModelPool] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when every replica of the first membership was tried; more are found as they come."""
+        membership = await self._source.watch(None)
+        self._update(membership.replicas)
+        self._watcher = asyncio.create_task(self._watch(membership.version))
+        await asyncio.gather(*(link.attempted.wait() for pool in self._pools.values() for link in pool.links.values()))
+
+    async def close(self) -> None:
+        """Drops every connection; replicas abort what this router asked of them."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+
+    def models(self) -> list[str]:
+        """The models that are or were served, in order of name."""
+        return sorted(self._pools)
+
+    def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
+        """The connected replicas of a model, with their last reports. Raises UnknownModel."""
+        return [(link.info, link.load) for link in self._connected(model)]
+
+    async def generate(
+        self, model: str, request: Request, *, times: RequestTimes | None = None
+    ) -> AsyncGenerator[list[TokenDelta], None]:
+        """Yields new deltas as engine steps bring them, until every sample has had its terminal one.
+
+        Raises RequestError or CapacityError, but only before the first item; later errors are terminal deltas with
+        FinishReason.ERROR. A reader that leaves early must `aclose()` the generator: that aborts the request. The
+        request's seed is part of what a replay needs, so it must be drawn before. `times`, when given, is filled in.
+        """
+        pool = self._pool(model)
+        times = times if times is not None else RequestTimes()
+        times.arrived = asyncio.get_running_loop().time()
+        generation = Generation(request, times, self.options.max_pending_deltas)
+        pool.admit(generation)
+        try:
+            while deltas := await generation.next():
+                yield deltas
+        finally:
+            pool.release(generation)
+
+    async def block_reports(self, model: str) -> list[dict[str, Any]]:
+        """For every replica: its id, its whole pool's report, and one per running request. Raises UnknownModel."""
+        links = self._connected(model)
+        answers = await self._call_all(links, "block_reports")
+        return [
+            {
+                "replica_id": link.info.replica_id,
+                "num_blocks": link.load.num_blocks,
+                "num_free_blocks": link.load.num_free_blocks,
+                "blocks": asdict(link.load.blocks),
+                "requests": {request_id: asdict(report) for request_id, report in answer.items()},
+            }
+            for link, answer in zip(links, answers, strict=True)
+            if answer is not None
+        ]
+
+    async def reset_prefix_cache(self, model: str) -> bool:
+        """Empties the prefix caches; False where a replica could not, for requests are running. Raises UnknownModel."""
+        links = self._connected(model)
+        for link in links:
+            link.prefixes.clear()
+        return all(await self._call_all(links, "reset_prefix_cache"))
+
+    async def drain(self, model: str, replica_id: str) -> bool:
+        """Tells a replica to take no more requests; False when it is not connected. Raises UnknownModel."""
+        links = [link for link in self._connected(model) if link.info.replica_id == replica_id]
+        await self._call_all(links, "drain")
+        return bool(links)
+
+    def metrics_text(self) -> bytes:
+        """What `/metrics` answers; see metrics.CONTENT_TYPE."""
+        return render(self.registry)
+
+    # Inside
+
+    def _pool(self, model: str) -> ModelPool:
+        pool = self._pools.get(model)
+        if pool is None:
+            raise UnknownModel(
+                f"model {model!r} is not served; the models are: {', '.join(self.models()) or 'none yet'}"
+            )
+        return pool
+
+    def _connected(self, model: str) -> list[ReplicaLink]:
+        return [link for link in self._pool(model).links.values() if link.connected]
+
+    async def _call_all(self, links: Sequence[ReplicaLink], name: CallName) -> list[Any]:
+        """Every replica's answer, None for one that was lost meanwhile."""
+        answers = await asyncio.gather(*(link.call(name) for link in links), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLost):
+                raise answer
+        return [None if isinstance(answer, ReplicaLost) else answer for answer in answers]
+
+    def _update(self, replicas: Sequence[ReplicaInfo]) -> None:
+        by_model: dict[str, list[ReplicaInfo]] = {model: [] for model in self._pools}
+        for info in replicas:
+            by_model.setdefault(info.model_id, []).append(info)
+        for model, infos in by_model.items():
+            if model not in self._pools:
+                self._pools[model] = ModelPool(model, self._secret, self.router_id, self.options)
+            self._pools[model].update(infos)
+
+    async def _watch(self, version: int) -> None:
+        while True:
+            try:
+                membership = await self._source.watch(version)
+            except (OSError, TimeoutError, RuntimeError) as error:
+                # Known replicas stay: their connections tell more than a directory that is away for a moment.
+                logger.warning("the membership could not be read, trying again: %s", error)
+                await asyncio.sleep(_RETRY_WATCH)
+                continue
+            if membership.version != version:
+                version = membership.version
+                self._update(membership.replicas)
+
+    def _views(self) -> list[PoolView]:
+        return [
+            PoolView(
+                model,
+                pool.metrics,
+                lambda pool=pool: pool.num_queued,
+                lambda pool=pool: [(link.info, link.load) for link in pool.links.values() if link.connected],
+            )
+            for model, pool in self._pools.items()
+        ]
