@@ -1,0 +1,97 @@
+"""What the HTTP routes stand on: the models that are served, their tokenizers, the router, the keys."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..cluster.errors import NoReplica
+from ..cluster.membership import ReplicaInfo
+from ..replicas.errors import UnknownModel
+from ..replicas.protocol import ReplicaLoad, Request, TokenDelta
+from ..replicas.tokenizer import Tokenizer
+from .fields import nearest
+from .metrics import ModelMetrics, ServingCollector
+from .openai_auth import KeyRing
+from .sampling import ModelLimits
+
+# Shorter texts are tokenised at once: a thread would cost more than they do.
+_LONG_TEXT_CHARS = 4096
+STALLED_AFTER_S = 30.0
+
+
+class RequestRouter(Protocol):
+    """What the API needs of cluster.router.Router."""
+
+    def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]: ...
+
+    def generate(self, model: str, request: Request) -> AsyncGenerator[list[TokenDelta], None]: ...
+
+    async def block_reports(self, model: str) -> list[dict[str, Any]]: ...
+
+    async def reset_prefix_cache(self, model: str) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model as its users know it. `root` is where its files come from."""
+
+    name: str
+    tokenizer: Tokenizer
+    root: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; long ones are tokenised off the event loop."""
+        if sum(map(len, texts)) < _LONG_TEXT_CHARS:
+            return self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
+
+
+class ApiService:
+    """Shared by all routes of one router process."""
+
+    def __init__(self, router: RequestRouter, models: Sequence[ServedModel], keys: KeyRing | None = None) -> None:
+        self.router = router
+        self.models = {model.name: model for model in models}
+        self.keys = keys or KeyRing()
+        self.metrics = {name: ModelMetrics() for name in self.models}
+        self.collector = ServingCollector(self.metrics, router.replicas)
+        self._progress: dict[tuple[str, int], tuple[int, float]] = {}  # replica -> (steps, when they last moved)
+
+    def resolve(self, name: str | None) -> ServedModel:
+        """The model of this name; the only one where none is named. Raises UnknownModel."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name in self.models:
+            return self.models[name]
+        served = ", ".join(map(repr, self.models))
+        if name is None:
+            raise UnknownModel(f"name a model: this server has {served}")
+        raise UnknownModel(f"model {name[:128]!r} is not served here{nearest(name, self.models)}; there is {served}")
+
+    def limits(self, model: ServedModel) -> ModelLimits:
+        """The least of the model's replicas. Raises NoReplica while there is none."""
+        infos = [info for info, _ in self.router.replicas(model.name)]
+        if not infos:
+            raise NoReplica(f"no replica of {model.name!r} is up at this moment; try again")
+        return ModelLimits(min(i.max_model_len for i in infos), min(i.vocab_size for i in infos))
+
+    def unhealthy(self) -> str | None:
+        """Why the server cannot answer now; None when it can. A replica that has work must make steps."""
+        now = time.monotonic()
+        for name in self.models:
+            replicas = self.router.replicas(name)
+            if not any(self._makes_progress(info, load, now) for info, load in replicas):
+                return f"no replica of {name!r} makes progress ({len(replicas)} known)"
+        return None
+
+    def _makes_progress(self, info: ReplicaInfo, load: ReplicaLoad, now: float) -> bool:
+        steps, since = self._progress.get(info.key, (-1, now))
+        if load.num_steps != steps or not load.num_running:
+            since = now
+        self._progress[info.key] = (load.num_steps, since)
+        return now - since < STALLED_AFTER_S
