@@ -1,0 +1,130 @@
+"""Attention of one query token per sequence over its blocks of the paged KV cache (decode).
+
+    o[s, h] = softmax_j( cap(q[s, h] . K[s, h // G, j] * scale) ) . V[s, h // G, :]       j = 0 .. context_len[s] - 1
+    cap(x) = softcap * tanh(x / softcap) where a soft cap is set; with a window W only j >= context_len[s] - W count
+
+Legend: S sequences, H query heads, KV kv heads, G = H / KV, B blocks, BS block_size, D head_dim, M blocks of a table.
+q [S, H, D]; keys, values [B, KV, BS, D]; context_lens int32 [S], this token included; block_tables int32 [S, M].
+
+The torch path gathers each head's blocks with one index_select into [S, KV, L, D] and packs the G heads that share a
+kv head as rows of one product. What it gathers and masks is equal for all layers of one window: `decode_index`, once a
+step. Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeIndex:
+    """Which cache rows the sequences of one step read, for one window. L is the longest (windowed) context."""
+
+    rows: torch.Tensor  # int64 [S * KV * M], blocks of a cache seen as [B * KV, BS, D]
+    length: int  # L, at most M * BS
+    mask: torch.Tensor | None  # [S, 1, 1, L], 0 or -inf; None: every position counts
+    hidden: torch.Tensor | None  # int64 [n], rows of [S * KV * M * BS, D] that are masked
+
+
+def decode_index(
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> DecodeIndex:
+    """The index of one step. Raises ValueError where the tables are too short for the contexts."""
+    num_seqs, device = context_lens.shape[0], context_lens.device
+    lens = context_lens.long()
+    longest = int(lens.max())
+    if longest > block_tables.shape[1] * block_size:
+        raise ValueError(f"a context of {longest} tokens needs more than {block_tables.shape[1]} blocks of its table")
+    starts = torch.zeros_like(lens) if window is None else (lens - window).clamp_(min=0)
+    first_blocks = starts // block_size
+    spans = lens - first_blocks * block_size
+    span = int(spans.max())
+    num_columns = -(-span // block_size)
+    columns = first_blocks[:, None] + torch.arange(num_columns, device=device)
+    blocks = block_tables.long().gather(1, columns.clamp_(max=block_tables.shape[1] - 1))
+    heads = torch.arange(num_kv_heads, device=device)
+    rows = (blocks[:, None, :] * num_kv_heads + heads[:, None]).flatten()
+    positions = torch.arange(num_columns * block_size, device=device)
+    skipped = starts - first_blocks * block_size
+    visible = (positions < spans[:, None]) & (positions >= skipped[:, None])  # [S, M * BS]
+    if bool(visible[:, :span].all()):
+        return DecodeIndex(rows, span, None, None)
+    mask = torch.zeros(num_seqs, span, dtype=dtype, device=device).masked_fill_(~visible[:, :span], float("-inf"))
+    hidden = (~visible)[:, None].expand(-1, num_kv_heads, -1).reshape(-1).nonzero().flatten()
+    return DecodeIndex(rows, span, mask[:, None, None], hidden)
+
+
+def paged_decode_ref(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The formula in fp32, sequence by sequence; result [S, H, D] in q's dtype."""
+    num_heads, num_kv_heads, block_size = q.shape[1], keys.shape[1], keys.shape[2]
+    out = torch.empty_like(q)
+    for s, context_len in enumerate(context_lens.tolist()):
+        slots = [(int(block_tables[s, j // block_size]), j % block_size) for j in range(context_len)]
+        k = torch.stack([keys[block, :, offset] for block, offset in slots], dim=1).float()  # [KV, L, D]
+        v = torch.stack([values[block, :, offset] for block, offset in slots], dim=1).float()
+        first = 0 if window is None else max(0, context_len - window)
+        k, v = k[:, first:], v[:, first:]
+        group = num_heads // num_kv_heads
+        scores = torch.einsum("hd,hld->hl", q[s].float(), k.repeat_interleave(group, 0)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[s] = torch.einsum("hl,hld->hd", scores.softmax(-1), v.repeat_interleave(group, 0)).to(q.dtype)
+    return out
+
+
+def paged_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: DecodeIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Decode attention of q [S, H, D] over the caches [B, KV, BS, D]; returns [S, H, D]."""
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    if num_heads % num_kv_heads or keys.shape[3] != head_dim or keys.shape != values.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}, the caches {tuple(keys.shape)} and {tuple(values.shape)}")
+    k = _gather(keys, index, num_seqs)
+    v = _gather(values, index, num_seqs)
+    packed = q.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=index.mask, scale=scale)
+    else:
+        scores = (packed @ k.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+        if index.mask is not None:
+            scores += index.mask
+        out = scores.softmax(-1) @ v
+    return out.reshape(num_seqs, num_heads, head_dim)
+
+
+def _gather(cache: torch.Tensor, index: DecodeIndex, num_seqs: int) -> torch.Tensor:
+    """[S, KV, L, D] copied from the cache, with zeros where masked.
+
+    What lies in a slot that no token of this sequence wrote may be another sequence's NaN, and 0 * NaN is NaN.
+    """
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    gathered = cache.view(-1, block_size, head_dim).index_select(0, index.rows)
+    if index.hidden is not None:
+        gathered.view(-1, head_dim).index_fill_(0, index.hidden, 0.0)
+    return gathered.view(num_seqs, num_kv_heads, -1, head_dim)[:, :, : index.length]

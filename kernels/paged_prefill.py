@@ -1,0 +1,154 @@
+"""Causal attention of several new tokens of a sequence over its blocks of the paged KV cache (prefill, chunks).
+
+    query i of a slice stands at position p = context_len - Q + i and sees keys j <= p, with a window W only j > p - W
+    o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
+
+Legend: S slices, T tokens of all slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV, B blocks,
+BS block_size, D head_dim, M blocks of a table. q [T, H, D], slice after slice; keys, values [B, KV, BS, D];
+block_tables int32 [S, M]. A slice's own keys and values are in the cache already.
+
+Called by replicas/layers/attention.py with what `prefill_index` made once a step for each window.
+Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSlice:
+    """What one slice reads. L keys, from the first that its first query sees."""
+
+    rows: torch.Tensor  # int64 [KV * M'], blocks of a cache seen as [B * KV, BS, D]
+    skipped: int  # keys of the first block that lie before all windows
+    length: int  # L
+    query_len: int  # Q
+    mask: torch.Tensor | None  # [Q, L], 0 or -inf; None: plain causal, Q = L
+
+
+def prefill_index(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    block_tables: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[PrefillSlice, ...]:
+    """One entry per slice. Lengths are host integers. Raises ValueError where a slice exceeds its context or table."""
+    heads = torch.arange(num_kv_heads, device=block_tables.device)
+    slices = []
+    for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
+        if not 0 < query_len <= context_len <= len(table) * block_size:
+            raise ValueError(
+                f"a slice of {query_len} tokens with a context of {context_len} and {len(table)} blocks of {block_size}"
+            )
+        start = 0 if window is None else max(0, context_len - query_len - window + 1)
+        first_block, last_block = start // block_size, -(-context_len // block_size)
+        rows = (table[first_block:last_block].long() * num_kv_heads + heads[:, None]).flatten()
+        length = context_len - start
+        mask = None
+        if length != query_len or (window is not None and window < query_len):
+            mask = _causal_mask(query_len, length, window, dtype, block_tables.device)
+        slices.append(PrefillSlice(rows, start - first_block * block_size, length, query_len, mask))
+    return tuple(slices)
+
+
+def _causal_mask(
+    query_len: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[Q, L], 0 where key j is seen by query i and -inf elsewhere; the last query stands at the last key."""
+    position = torch.arange(length - query_len, length, device=device)[:, None]
+    key = torch.arange(length, device=device)
+    unseen = key > position
+    if window is not None:
+        unseen |= key <= position - window
+    return torch.zeros(query_len, length, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
+
+
+def paged_prefill_ref(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The formula in fp32, query by query; result [T, H, D] in q's dtype."""
+    num_kv_heads, block_size = keys.shape[1], keys.shape[2]
+    group = q.shape[1] // num_kv_heads
+    out = torch.empty_like(q)
+    token = 0
+    for table, query_len, context_len in zip(block_tables.tolist(), query_lens, context_lens, strict=True):
+        slots = [(table[j // block_size], j % block_size) for j in range(context_len)]
+        k = torch.stack([keys[block, :, offset] for block, offset in slots], dim=1).float().repeat_interleave(group, 0)
+        v = torch.stack([values[block, :, offset] for block, offset in slots], dim=1).float()
+        v = v.repeat_interleave(group, 0)
+        for position in range(context_len - query_len, context_len):
+            seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+            scores = torch.einsum("hd,hld->hl", q[token].float(), k[:, seen]) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[token] = torch.einsum("hl,hld->hd", scores.softmax(-1), v[:, seen]).to(q.dtype)
+            token += 1
+    return out
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slices: Sequence[PrefillSlice],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of q [T, H, D] over the caches [B, KV, BS, D]; returns [T, H, D]."""
+    if q.shape[0] != sum(entry.query_len for entry in slices):
+        raise ValueError(f"q has {q.shape[0]} tokens, the slices {sum(entry.query_len for entry in slices)}")
+    if q.shape[1] % keys.shape[1] or keys.shape[3] != q.shape[2] or keys.shape != values.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}, the caches {tuple(keys.shape)} and {tuple(values.shape)}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    first = 0
+    for entry in slices:
+        tokens = slice(first, first + entry.query_len)
+        out[tokens] = _attend(q[tokens], _gather(keys, entry), _gather(values, entry), entry, scale, softcap)
+        first += entry.query_len
+    return out
+
+
+def _gather(cache: torch.Tensor, entry: PrefillSlice) -> torch.Tensor:
+    """[1, KV, L, D] of one slice."""
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    gathered = cache.view(-1, block_size, head_dim).index_select(0, entry.rows).view(1, num_kv_heads, -1, head_dim)
+    return gathered[:, :, entry.skipped : entry.skipped + entry.length]
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: PrefillSlice, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """[Q, H, D] of one slice, q [Q, H, D], k and v [1, KV, L, D]."""
+    if softcap is None:
+        heads_first = q.transpose(0, 1)[None]
+        causal = entry.mask is None
+        out = F.scaled_dot_product_attention(
+            heads_first, k, v, attn_mask=entry.mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    num_tokens, num_heads, head_dim = q.shape
+    mask = entry.mask
+    if mask is None:
+        mask = _causal_mask(num_tokens, num_tokens, None, q.dtype, q.device)
+    grouped = q.view(num_tokens, k.shape[1], -1, head_dim).permute(1, 2, 0, 3)  # [KV, G, Q, D]
+    scores = (grouped @ k[0, :, None].transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap).add_(mask)
+    return (scores.softmax(-1) @ v[0, :, None]).permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)

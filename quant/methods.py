@@ -1,0 +1,73 @@
+"""How a linear layer keeps its weight and multiplies by it: one LinearMethod per storage scheme.
+
+A layer knows its feature counts and how tensor parallelism splits them; a method knows which tensors stand for the
+weight. `WeightSpec` is the contract between the two: it says how a tensor's axes follow the layer's output and input
+features, so that one piece of shard arithmetic serves packed, grouped and plain weights alike.
+
+Legend: M features in, N features out (of the whole layer or of a rank's part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One stored tensor of a linear layer, called `<layer>.<suffix>` in the checkpoint.
+
+    `out_axis` and `in_axis` name the axes that run along the layer's outputs and inputs (None: the tensor does not);
+    a unit is the number of features that one index of the axis stands for (8 for eight 4-bit values in an int32).
+    """
+
+    suffix: str
+    dtype: torch.dtype
+    out_axis: int | None
+    in_axis: int | None
+    out_unit: int = 1
+    in_unit: int = 1
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """The tensor's shape for a layer, or a part of one, of these sizes."""
+        axes = {self.out_axis: -(-out_features // self.out_unit), self.in_axis: -(-in_features // self.in_unit)}
+        return tuple(size for axis, size in sorted((a, s) for a, s in axes.items() if a is not None))
+
+    def index(self, outputs: slice, inputs: slice) -> tuple[slice, ...]:
+        """The part of the tensor that holds these feature ranges. Raises ValueError where they split a unit."""
+        axes = {self.out_axis: (outputs, self.out_unit), self.in_axis: (inputs, self.in_unit)}
+        index = []
+        for axis, (features, unit) in sorted((a, f) for a, f in axes.items() if a is not None):
+            if features.start % unit or features.stop % unit:
+                raise ValueError(
+                    f"{self.suffix} axis {axis} stores {unit} features together and cannot be cut at "
+                    f"{features.start}..{features.stop}"
+                )
+            index.append(slice(features.start // unit, features.stop // unit))
+        return tuple(index)
+
+
+class LinearMethod(Protocol):
+    """Storage and product of one linear layer's weight. `weights` maps a spec's suffix to its tensor."""
+
+    def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
+        """The tensors to allocate and to load, for a model that computes in `dtype`."""
+        ...
+
+    def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., M] -> [..., N]."""
+        ...
+
+
+class UnquantizedLinear:
+    """A plain weight [N, M] in the model's dtype."""
+
+    def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
+        return (WeightSpec("weight", dtype, out_axis=0, in_axis=1),)
+
+    def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weights["weight"], bias)

@@ -1,0 +1,41 @@
+"""The device a shard computes on, and how many CPU threads it may take."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for EngineConfig.device. Raises ConfigError for a CUDA that is not there."""
+    if device not in DEVICES:
+        raise ConfigError(f"device {device!r} is not supported; use one of {', '.join(DEVICES)}")
+    if device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
+        raise ConfigError("device is cuda, but torch finds no CUDA device; use device cpu or auto")
+    return "cpu"
+
+
+def usable_cores() -> int:
+    """The cores this process may be scheduled on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_cpu_threads(num_threads: int | None) -> int:
+    """Sets and returns torch's intra-op threads for this process; None takes every usable core.
+
+    It must be said aloud: Ray starts workers with OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch obeys.
+    """
+    threads = usable_cores() if num_threads is None else num_threads
+    if threads < 1:
+        raise ConfigError(f"num_threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads)
+    return threads

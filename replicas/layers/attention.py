@@ -1,0 +1,158 @@
+"""Self-attention on the paged KV cache, and the part of it that all layers of a step share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...kernels.kv_store import kv_store, store_rows
+from ...kernels.paged_decode import DecodeIndex, decode_index, paged_decode
+from ...kernels.paged_prefill import PrefillSlice, paged_prefill, prefill_index
+from ...kernels.rope import RopeRows, rope
+from ...quant.methods import LinearMethod
+from ..batch import AttentionMetadata
+from ..comm import ParallelContext
+from ..kv_cache import KVCache
+from ..models.spec import DecoderSpec, LayerSpec, QKNorm
+from .linear import QKVLinear, RowParallelLinear
+from .norm import RMSNorm
+from .weights import WeightSlot
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """What a step's layers share: made once per forward, so that a layer does nothing but its own work.
+
+    Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` the layers' rope names.
+    """
+
+    num_single: int  # leading tokens that are slices of their own
+    num_tokens: int
+    store: torch.Tensor  # rows of the cache that the step writes
+    decode: Mapping[int | None, DecodeIndex]
+    prefill: Mapping[int | None, tuple[PrefillSlice, ...]]
+    ropes: Mapping[str | None, RopeRows]
+
+    @classmethod
+    def make(
+        cls,
+        metadata: AttentionMetadata,
+        ropes: Mapping[str | None, RopeRows],
+        windows: Iterable[int | None],
+        *,
+        num_kv_heads: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> AttentionStep:
+        """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
+        single = metadata.num_single
+        decode: dict[int | None, DecodeIndex] = {}
+        prefill: dict[int | None, tuple[PrefillSlice, ...]] = {}
+        for window in windows:
+            if single:
+                decode[window] = decode_index(
+                    metadata.context_lens[:single],
+                    metadata.block_tables[:single],
+                    num_kv_heads=num_kv_heads,
+                    block_size=block_size,
+                    window=window,
+                    dtype=dtype,
+                )
+            if metadata.query_lens_host:
+                prefill[window] = prefill_index(
+                    metadata.query_lens_host,
+                    metadata.context_lens_host,
+                    metadata.block_tables[single:],
+                    num_kv_heads=num_kv_heads,
+                    block_size=block_size,
+                    window=window,
+                    dtype=dtype,
+                )
+        store = store_rows(metadata.slot_mapping, num_kv_heads, block_size)
+        return cls(single, len(metadata.slot_mapping), store, decode, prefill, ropes)
+
+
+class Attention(nn.Module):
+    """x [T, hidden] -> [T, hidden]; writes the step's keys and values to layer `index` of the rank's cache first."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        layer: LayerSpec,
+        index: int,
+        comm: ParallelContext,
+        method: LinearMethod,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        self.layer, self.index, self.head_dim, self.qk_norm = layer, index, head_dim, spec.qk_norm
+        self.scale = head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        self.softcap = spec.attention_softcap
+        self.qkv_proj = QKVLinear(
+            spec.hidden_size, heads, kv_heads, head_dim, comm,
+            bias=spec.qkv_bias, method=method, dtype=dtype, device=device,
+        )  # fmt: skip
+        self.o_proj = RowParallelLinear(
+            heads * head_dim, spec.hidden_size, "o_proj", comm,
+            bias=spec.o_bias, method=method, dtype=dtype, device=device,
+        )  # fmt: skip
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not QKNorm.NONE:
+            whole = spec.qk_norm is QKNorm.PROJECTION
+            sizes = (heads * head_dim, kv_heads * head_dim) if whole else (head_dim, head_dim)
+            self.q_norm, self.k_norm = (
+                RMSNorm(size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset) for size in sizes
+            )
+        self.comm = comm
+
+    def forward(self, x: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
+        num_tokens, num_heads = x.shape[0], self.num_heads
+        qkv = self.qkv_proj(x).view(num_tokens, -1, self.head_dim)
+        num_rotated = num_heads + self.num_kv_heads
+        qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
+        if self.q_norm is not None:
+            qk = self._normalize(qk)
+        rope(qk, step.ropes[self.layer.rope])
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        keys, values = cache.keys[self.index], cache.values[self.index]
+        kv_store(k, v, keys, values, step.store)
+        return self.o_proj(self._attend(q, keys, values, step).reshape(num_tokens, -1))
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+        window, single = self.layer.window, step.num_single
+        settings = {"scale": self.scale, "softcap": self.softcap}
+        if single == step.num_tokens:
+            return paged_decode(q, keys, values, step.decode[window], **settings)
+        if not single:
+            return paged_prefill(q, keys, values, step.prefill[window], **settings)
+        decoded = paged_decode(q[:single], keys, values, step.decode[window], **settings)
+        return torch.cat((decoded, paged_prefill(q[single:], keys, values, step.prefill[window], **settings)))
+
+    def _normalize(self, qk: torch.Tensor) -> torch.Tensor:
+        """Queries and keys [T, H + KV, D] after their norms."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        if self.qk_norm is QKNorm.HEAD:
+            return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        # One mean over all heads: with several ranks each norms the whole projection and keeps its own heads.
+        return torch.cat((self._norm_whole(q, self.q_norm), self._norm_whole(k, self.k_norm)), dim=1)
+
+    def _norm_whole(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        num_tokens, heads, _ = x.shape
+        whole = norm(self.comm.all_gather(x.reshape(num_tokens, -1))).view(num_tokens, -1, self.head_dim)
+        first = self.comm.tp_rank * heads
+        return whole[:, first : first + heads]
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.qkv_proj.weight_slots(prefix)
+        yield from self.o_proj.weight_slots(prefix)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.weight_slots(f"{prefix}.q_norm")
+            yield from self.k_norm.weight_slots(f"{prefix}.k_norm")

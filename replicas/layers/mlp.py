@@ -1,0 +1,45 @@
+"""The gated MLP: down(act(gate(x)) * up(x)), with gate and up as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ...kernels.silu_mul import silu_mul
+from ...quant.methods import LinearMethod
+from ..comm import ParallelContext
+from ..models.spec import DecoderSpec
+from .linear import ColumnParallelLinear, RowParallelLinear
+from .weights import WeightSlot
+
+
+class GatedMLP(nn.Module):
+    """x [T, hidden] -> [T, hidden]."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        comm: ParallelContext,
+        method: LinearMethod,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        size = spec.intermediate_size
+        self.activation = spec.hidden_act
+        self.gate_up_proj = ColumnParallelLinear(
+            spec.hidden_size, {"gate_proj": size, "up_proj": size}, comm,
+            bias=spec.mlp_bias, method=method, dtype=dtype, device=device, fused_name="gate_up_proj",
+        )  # fmt: skip
+        self.down_proj = RowParallelLinear(
+            size, spec.hidden_size, "down_proj", comm, bias=spec.mlp_bias, method=method, dtype=dtype, device=device
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_mul(self.gate_up_proj(x), self.activation))
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.gate_up_proj.weight_slots(prefix)
+        yield from self.down_proj.weight_slots(prefix)

@@ -1,0 +1,50 @@
+"""How a layer says which part of which checkpoint tensor fills which part of its parameters.
+
+Each layer yields slots; the loader reads them. Nothing is loaded that no slot names, and every element of every
+parameter lies in a slot, so a checkpoint is either understood whole or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+Index = tuple[slice | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A part of a checkpoint tensor: its name, the shape it must have, and the index of the part."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: Index = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """`target`, a view of a parameter, is filled from the first of `sources` that the checkpoint has.
+
+    `offset` is added to what was read (Gemma's norms store w and mean 1 + w).
+    """
+
+    target: torch.Tensor
+    sources: tuple[Source, ...]
+    offset: float = 0.0
+
+
+class HasWeights(Protocol):
+    """A layer that takes weights from a checkpoint."""
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """The slots of this layer; `prefix` is its name in the checkpoint, without a final dot."""
+        ...
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter without gradient, not initialised: a weight slot fills it."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

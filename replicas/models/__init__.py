@@ -1,0 +1,1 @@
+"""Models: one declarative decoder, and a specification of it per family."""

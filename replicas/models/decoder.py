@@ -1,0 +1,193 @@
+"""The decoder: any DecoderSpec, or the part of it that one rank holds.
+
+Tokens of all slices of a step stand in one row, [T, hidden], without padding. The residual stream is one tensor that
+the layers add to in place; a layer hands on what is still to be added, so that each addition shares a kernel with the
+norm after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...quant.methods import LinearMethod
+from ..batch import AttentionMetadata
+from ..comm import ParallelContext
+from ..kv_cache import KVCache
+from ..layers.attention import Attention, AttentionStep
+from ..layers.embedding import VocabParallelEmbedding
+from ..layers.mlp import GatedMLP
+from ..layers.moe import MoE
+from ..layers.norm import RMSNorm
+from ..layers.rotary import RotaryEmbedding
+from ..layers.weights import WeightSlot
+from .spec import DecoderSpec, LayerSpec
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before it, after it, or both."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        layer: LayerSpec,
+        index: int,
+        comm: ParallelContext,
+        method: LinearMethod,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+
+        def norm(name: str | None) -> RMSNorm | None:
+            if name is None:
+                return None
+            return RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset)
+
+        self.attention_pre_norm = norm(spec.attention_pre_norm)
+        self.attention_post_norm = norm(spec.attention_post_norm)
+        self.mlp_pre_norm = norm(spec.mlp_pre_norm)
+        self.mlp_post_norm = norm(spec.mlp_post_norm)
+        self.self_attn = Attention(spec, layer, index, comm, method, dtype, device)
+        if layer.experts is None:
+            self.mlp = GatedMLP(spec, comm, method, dtype, device)
+        else:
+            self.mlp = MoE(spec, layer.experts, comm, dtype, device)
+
+    def forward(
+        self, pending: torch.Tensor | None, residual: torch.Tensor, step: AttentionStep, cache: KVCache
+    ) -> torch.Tensor:
+        """Adds `pending` and the attention's result to `residual` [T, hidden]; returns the MLP's, still to be added."""
+        x = self.self_attn(_enter(self.attention_pre_norm, pending, residual), step, cache)
+        if self.attention_post_norm is not None:
+            x = self.attention_post_norm(x)
+        x = self.mlp(_enter(self.mlp_pre_norm, x, residual))
+        return x if self.mlp_post_norm is None else self.mlp_post_norm(x)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        for place in ("attention_pre_norm", "attention_post_norm", "mlp_pre_norm", "mlp_post_norm"):
+            norm = getattr(self, place)
+            if norm is not None:
+                yield from norm.weight_slots(f"{prefix}.{getattr(self.spec, place)}")
+        yield from self.self_attn.weight_slots(f"{prefix}.self_attn")
+        yield from self.mlp.weight_slots(f"{prefix}.mlp")
+
+
+def _enter(norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """Adds `pending` to the residual in place and returns a sub-layer's input, normed where there is a norm."""
+    if norm is not None:
+        return norm(residual) if pending is None else norm(pending, residual)
+    return residual if pending is None else residual.add_(pending)
+
+
+class DecoderModel(nn.Module):
+    """One rank's part of a model. `num_local_layers` and `num_local_kv_heads` size its KV cache."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        config: Any,
+        comm: ParallelContext,
+        method: LinearMethod,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`config` is the Hugging Face text config that `spec` was made from: its rope parameters are read here."""
+        super().__init__()
+        self.spec, self.comm, self.dtype = spec, comm, dtype
+        self.layer_range = comm.stage_layers(len(spec.layers))
+        own = [spec.layers[i] for i in self.layer_range]
+        self.embed_tokens = self.lm_head = self.norm = None
+        if comm.is_first_stage or (comm.is_last_stage and spec.tie_word_embeddings):
+            self.embed_tokens = VocabParallelEmbedding(
+                spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device, scale=spec.embedding_scale
+            )
+        if comm.is_last_stage:
+            self.norm = RMSNorm(
+                spec.hidden_size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset
+            )
+            if not spec.tie_word_embeddings:
+                self.lm_head = VocabParallelEmbedding(
+                    spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device
+                )
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, i, comm, method, dtype, device) for i, layer in enumerate(own)
+        )
+        self.windows = tuple(dict.fromkeys(layer.window for layer in own))
+        # Keyed in order rather than by name: a rope name may be None, which is no name of a module.
+        self.rope_names = tuple(dict.fromkeys(layer.rope for layer in own))
+        self.ropes = nn.ModuleList(
+            RotaryEmbedding(config, spec.head_dim, max_model_len, device, name) for name in self.rope_names
+        )
+
+    @property
+    def num_local_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        return first.self_attn.num_kv_heads
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionMetadata,
+        kv_cache: KVCache,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """input_ids, positions int64 [T] -> hidden states [T, hidden], final norm applied on the last stage.
+
+        `hidden` [T, hidden] is what the stage before returned; the first stage embeds input_ids instead.
+        """
+        if hidden is None:
+            assert self.embed_tokens is not None, "a later pipeline stage needs the hidden states of the one before"
+            residual = self.embed_tokens(input_ids)
+        else:
+            residual = hidden.clone()
+        ropes = {
+            name: rotary.rows(positions, self.dtype)  # pyright: ignore[reportCallIssue]
+            for name, rotary in zip(self.rope_names, self.ropes, strict=True)
+        }
+        step = AttentionStep.make(
+            attention,
+            ropes,
+            self.windows,
+            num_kv_heads=self.num_local_kv_heads,
+            block_size=kv_cache.block_size,
+            dtype=self.dtype,
+        )
+        pending = None
+        for layer in self.layers:
+            pending = layer(pending, residual, step, kv_cache)
+        return _enter(self.norm, pending, residual)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [K, hidden] of the last stage -> float32 [K, vocab]."""
+        head = self.lm_head if self.lm_head is not None else self.embed_tokens
+        assert head is not None, "only the last pipeline stage has the output head"
+        logits = head.logits(hidden)
+        cap = self.spec.final_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def weight_slots(self, prefix: str, head: str) -> Iterator[WeightSlot]:
+        """Every weight of this rank. `prefix` is the decoder's name in the checkpoint, `head` the output head's."""
+        if self.embed_tokens is not None:
+            yield from self.embed_tokens.weight_slots(f"{prefix}embed_tokens")
+        for index, layer in zip(self.layer_range, self.layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.weight_slots(f"{prefix}layers.{index}")
+        if self.norm is not None:
+            yield from self.norm.weight_slots(f"{prefix}norm")
+        if self.lm_head is not None:
+            yield from self.lm_head.weight_slots(head)
