@@ -45,7 +45,7 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 check: $(STAMP) ## lint, format, types, whitespace
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "check: not formatted (make format):"; $(BIN)/ruff format --check .; exit 1; }
-	@$(BIN)/basedpyright --warnings $(CODE)
+	@$(BIN)/basedpyright --warnings $(filter-out examples,$(CODE))
 	@! grep -rnIE '[[:blank:]]+$$' $(CODE) docs k8s .ci *.md *.toml *.txt --include='*' --exclude-dir=__pycache__ --exclude-dir=results || { echo "check: trailing whitespace, above" >&2; exit 1; }
 
 format: $(STAMP) ## rewrite the code in the project's format
