@@ -1,6 +1,7 @@
 """Errors of the cluster: placement, connections, membership. They extend the tree of `replicas/errors.py`.
 
 ServingError
+├── DirectoryUnavailable    the directory actor does not answer; asking again helps
 ├── CapacityError
 │   ├── QueueFull           HTTP 429: the router's admission queue has no room
 │   └── NoReplica           HTTP 503: no replica took the request in time
@@ -13,6 +14,10 @@ ServingError
 from __future__ import annotations
 
 from ..replicas.errors import CapacityError, EngineError, ServingError
+
+
+class DirectoryUnavailable(ServingError):
+    """The directory actor is restarting, or Ray's control plane is away."""
 
 
 class QueueFull(CapacityError):

@@ -76,6 +76,7 @@ class ReplicaLink:
         self._calls: dict[int, tuple[CallName, asyncio.Future[Any]]] = {}
         self._next_call = 0
         self._heard_at = 0.0
+        self._stopping = False
         self._forget_recent()
         self._loop = asyncio.get_running_loop()
         self.task = asyncio.create_task(self._run())
@@ -90,6 +91,7 @@ class ReplicaLink:
         return self._connection is not None and not self.draining
 
     async def stop(self) -> None:
+        self._stopping = True
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
@@ -210,7 +212,8 @@ class ReplicaLink:
                 continue
 
     def _closed(self, connection: Connection, error: Exception | None) -> None:
-        logger.warning("lost replica %s: %s", self.info.replica_id, error or "connection closed")
+        if not self._stopping:
+            logger.warning("lost replica %s: %s", self.info.replica_id, error or "connection closed")
         self._drop(connection)
 
     def _drop(self, connection: Connection) -> None:

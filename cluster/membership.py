@@ -49,7 +49,10 @@ class MembershipSource(Protocol):
     """Where a router learns of replicas."""
 
     async def watch(self, version: int | None) -> Membership:
-        """The membership once it differs from `version` (None: at once); perhaps unchanged after a while."""
+        """The membership once it differs from `version` (None: at once); perhaps unchanged after a while.
+
+        Raises DirectoryUnavailable when it cannot tell; the router asks again.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ from .errors import NoReplica, ReplicaLost
 from .generation import Flight, Generation, Ticket
 from .link import ReplicaLink
 from .membership import ReplicaInfo
-from .metrics import ModelMetrics
+from .metrics import PoolMetrics
 from .options import RouterOptions
 from .policies import RequestFacts, chain_hashes, least_cost, num_blocks_needed
 from .queue import AdmissionQueue, BatchWindow, DepartureRate
@@ -27,7 +27,7 @@ class ModelPool:
 
     def __init__(self, model_id: str, secret: bytes, router_id: str, options: RouterOptions) -> None:
         self.model_id = model_id
-        self.metrics = ModelMetrics()
+        self.metrics = PoolMetrics()
         self.links: dict[tuple[str, int], ReplicaLink] = {}
         self._secret = secret
         self._router_id = router_id
@@ -82,7 +82,6 @@ class ModelPool:
             raise
         generation.tickets.add(ticket)
         self._set_deadline(ticket, self._options.queue_timeout)
-        self.metrics.prompt_tokens += ticket.num_tokens
         self._dispatch_soon()
 
     def release(self, generation: Generation) -> None:
@@ -95,8 +94,6 @@ class ModelPool:
         generation.flights.clear()
         for link, flights in by_link.items():
             link.abort(flights)
-        if generation.log.num_open:
-            self.metrics.finished["abort"] += generation.log.num_open
 
     def _set_deadline(self, ticket: Ticket, seconds: float) -> None:
         ticket.deadline = self._loop.call_later(seconds, self._expire, ticket, seconds)
@@ -119,7 +116,7 @@ class ModelPool:
 
     def _fail(self, generation: Generation, samples: range, error: ServingError) -> None:
         self.metrics.rejected[type(error).__name__] += 1
-        self.metrics.finished["error"] += len(generation.fail(samples, error))
+        generation.fail(samples, error)
 
     # Dispatch
 
@@ -149,7 +146,7 @@ class ModelPool:
             ticket.generation.flights[flight] = link
             if ticket.generation.times.dispatched is None:
                 ticket.generation.times.dispatched = now
-                self.metrics.queue.observe(now - ticket.generation.times.arrived)
+                self.metrics.queue_time.observe(now - ticket.generation.times.arrived)
             by_link.setdefault(link, []).append(flight)
             count += 1
         if count:
@@ -173,7 +170,7 @@ class ModelPool:
             link = ready[ranking[0]]
             link.reserve(request.num_samples, num_blocks_needed(candidates[ranking[0]], facts))
             link.prefixes.add(hashes)
-        self.metrics.pick.observe(perf_counter() - began)
+        self.metrics.pick_time.observe(perf_counter() - began)
         return link
 
     # What links tell
@@ -183,26 +180,20 @@ class ModelPool:
             self._dispatch_soon()
 
     def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None:
-        generation, metrics = flight.generation, self.metrics
-        seen = generation.log.record(delta, now)
-        if seen is None:
+        generation = flight.generation
+        token_delta = generation.log.record(delta)
+        if token_delta is None:
             return
-        token_delta, elapsed = seen
         times = generation.times
-        if delta.token_ids:
-            metrics.generation_tokens += len(delta.token_ids)
-            if times.first_token is None:
-                times.first_token = now
-                metrics.time_to_first_token.observe(now - times.arrived)
-            if elapsed is not None:
-                metrics.inter_token.observe(elapsed)
+        if times.first_token is None and delta.token_ids:
+            times.first_token = now
+            if times.dispatched is not None:
+                self.metrics.prefill_time.observe(now - times.dispatched)
         if delta.finish_reason is not None:
-            metrics.finished[delta.finish_reason.value] += 1
             if not flight.num_open:
                 generation.flights.pop(flight, None)
             if not generation.log.num_open:
                 times.finished = now
-                metrics.request_finished(times)
         generation.push(token_delta)
         if generation.overflown:
             self._cut_slow_reader(generation)
@@ -236,7 +227,6 @@ class ModelPool:
         generation, log = flight.generation, flight.generation.log
         flight.num_replays += 1
         for delta in log.complete(flight.samples):
-            self.metrics.finished["length"] += 1
             generation.push(delta)
         if flight.num_replays > self._options.replay_limit:
             error = ReplicaLost(

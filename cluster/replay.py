@@ -18,7 +18,6 @@ class _Sample:
     emitted: list[int] = field(default_factory=list)
     started: bool = False
     open: bool = True
-    last_token: float | None = None  # when it came
 
 
 class ReplayLog:
@@ -36,11 +35,8 @@ class ReplayLog:
         first = self.request.first_sample
         return range(first, first + self.request.num_samples)
 
-    def record(self, delta: StreamDelta, now: float) -> tuple[TokenDelta, float | None] | None:
-        """The delta as the client is to see it, and the seconds since the sample's token before it (None: the first).
-
-        None alone when the sample has ended or never was asked for.
-        """
+    def record(self, delta: StreamDelta) -> TokenDelta | None:
+        """The delta as the client is to see it; None when its sample has ended or never was asked for."""
         sample = self._samples.get(delta.sample)
         if sample is None or not sample.open:
             return None
@@ -49,25 +45,18 @@ class ReplayLog:
             sample.open = False
             self.num_open -= 1
         # What is told once, with a sample's first delta, is not told again by a replay.
-        num_cached_tokens = 0 if sample.started else delta.num_cached_tokens
-        prompt_logprobs = None if sample.started else delta.prompt_logprobs
-        sample.started = True
-        elapsed = None
-        if delta.token_ids:
-            elapsed = None if sample.last_token is None else now - sample.last_token
-            sample.last_token = now
-        seen = TokenDelta(
+        first, sample.started = not sample.started, True
+        return TokenDelta(
             self.request.request_id,
             delta.sample,
             delta.token_ids,
             delta.logprobs,
             delta.finish_reason,
             delta.stop_reason,
-            num_cached_tokens,
-            prompt_logprobs,
+            delta.num_cached_tokens if first else 0,
+            delta.prompt_logprobs if first else None,
             delta.error,
         )
-        return seen, elapsed
 
     def finish(self, samples: Iterable[int], reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
         """Terminal deltas for those of `samples` that are open."""

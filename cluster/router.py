@@ -9,15 +9,13 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
-from ..replicas.errors import UnknownModel
+from ..replicas.errors import ServingError, UnknownModel
 from ..replicas.protocol import ReplicaLoad, Request, TokenDelta
 from .errors import ReplicaLost
 from .generation import Generation, RequestTimes
 from .link import ReplicaLink
 from .membership import MembershipSource, ReplicaInfo
-from .metrics import PoolView, new_registry, render
+from .metrics import PoolView, RouterCollector
 from .options import RouterOptions
 from .pool import ModelPool
 from .wire import CallName
@@ -30,13 +28,14 @@ _RETRY_WATCH = 0.5  # seconds before the source of the membership is asked again
 class Router:
     """Streams requests through the replicas that `source` names.
 
-    Lives in one event loop: `start` and every other method are called there. `secret` is the cluster's.
+    Lives in one event loop: `start` and every other method are called there. `secret` is the cluster's. `collector`
+    gives the router's own metrics to a Prometheus registry.
     """
 
     def __init__(self, source: MembershipSource, secret: bytes, options: RouterOptions | None = None) -> None:
         self.options = options or RouterOptions()
         self.router_id = secrets.token_hex(8)
-        self.registry: CollectorRegistry = new_registry(self._views)
+        self.collector = RouterCollector(self._views)
         self._source = source
         self._secret = secret
         self._pools: dict[str, ModelPool] = {}
@@ -113,10 +112,6 @@ class Router:
         await self._call_all(links, "drain")
         return bool(links)
 
-    def metrics_text(self) -> bytes:
-        """What `/metrics` answers; see metrics.CONTENT_TYPE."""
-        return render(self.registry)
-
     # Inside
 
     def _pool(self, model: str) -> ModelPool:
@@ -151,7 +146,7 @@ class Router:
         while True:
             try:
                 membership = await self._source.watch(version)
-            except (OSError, TimeoutError, RuntimeError) as error:
+            except ServingError as error:
                 # Known replicas stay: their connections tell more than a directory that is away for a moment.
                 logger.warning("the membership could not be read, trying again: %s", error)
                 await asyncio.sleep(_RETRY_WATCH)
@@ -162,11 +157,6 @@ class Router:
 
     def _views(self) -> list[PoolView]:
         return [
-            PoolView(
-                model,
-                pool.metrics,
-                lambda pool=pool: pool.num_queued,
-                lambda pool=pool: [(link.info, link.load) for link in pool.links.values() if link.connected],
-            )
+            PoolView(model, pool.metrics, pool.num_queued, len(self._connected(model)))
             for model, pool in self._pools.items()
         ]

@@ -39,7 +39,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Base of all messages."""
 
 
-class Hello(Message, tag=1):
+class Hello(Message, frozen=True, tag=1):
     version: int
     router_id: str
     replica_id: str
@@ -49,17 +49,17 @@ class Hello(Message, tag=1):
     nonce: bytes
 
 
-class Challenge(Message, tag=2):
+class Challenge(Message, frozen=True, tag=2):
     version: int
     nonce: bytes
     proof: bytes
 
 
-class Proof(Message, tag=3):
+class Proof(Message, frozen=True, tag=3):
     proof: bytes
 
 
-class Welcome(Message, tag=4):
+class Welcome(Message, frozen=True, tag=4):
     load: ReplicaLoad
     draining: bool
 
@@ -69,11 +69,11 @@ class SubmitItem(msgspec.Struct, frozen=True, array_like=True):
     request: Request
 
 
-class Submit(Message, tag=5):
+class Submit(Message, frozen=True, tag=5):
     items: list[SubmitItem]
 
 
-class Abort(Message, tag=6):
+class Abort(Message, frozen=True, tag=6):
     streams: list[int]
 
 
@@ -86,12 +86,12 @@ CALL_RESULTS: dict[str, object] = {
 }
 
 
-class Call(Message, tag=7):
+class Call(Message, frozen=True, tag=7):
     call_id: int
     name: CallName
 
 
-class Ping(Message, tag=8):
+class Ping(Message, frozen=True, tag=8):
     number: int
 
 
@@ -110,7 +110,7 @@ class Rejection(msgspec.Struct, frozen=True, array_like=True):
     error: RemoteError
 
 
-class Rejected(Message, tag=9):
+class Rejected(Message, frozen=True, tag=9):
     """The submitted streams that the engine did not take. A `Step` with a stream's tokens says that it was taken."""
 
     rejections: list[Rejection]
@@ -130,22 +130,22 @@ class StreamDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
 
 
-class Step(Message, tag=10):
+class Step(Message, frozen=True, tag=10):
     deltas: list[StreamDelta]
     load: ReplicaLoad | None = None
 
 
-class Reply(Message, tag=11):
+class Reply(Message, frozen=True, tag=11):
     call_id: int
     result: msgspec.Raw
     error: RemoteError | None = None
 
 
-class Pong(Message, tag=12):
+class Pong(Message, frozen=True, tag=12):
     number: int
 
 
-class Draining(Message, tag=13):
+class Draining(Message, frozen=True, tag=13):
     """The replica takes no more requests; those that it has go on."""
 
 
