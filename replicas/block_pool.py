@@ -36,9 +36,11 @@ def extend_digests(digests: list[bytes], token_ids: Ints, block_size: int, salt:
     num_full = len(token_ids) // block_size
     if num_full <= len(digests):
         return
-    parent = digests[-1] if digests else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32).digest()
-    content = memoryview(np.ascontiguousarray(token_ids, np.int32)).cast("B")
-    stride = block_size * 4
+    parent = (
+        digests[-1] if digests else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+    )
+    content = np.ascontiguousarray(token_ids, np.int32).tobytes()
+    stride = block_size * np.dtype(np.int32).itemsize
     for begin in range(len(digests) * stride, num_full * stride, stride):
         digest = blake2b(parent, digest_size=DIGEST_BYTES)
         digest.update(content[begin : begin + stride])

@@ -40,13 +40,12 @@ def build_engine(config: EngineConfig) -> Engine:
 
     Raises ConfigError or ModelError, with the file or the field at fault.
     """
-    from .device import detect_device  # torch is loaded here, not by those who only want the types above
+    from .device import choose_device  # torch is loaded here, not by those who only want the types above
     from .loader import read_model_facts
     from .local_executor import LocalExecutor
 
     facts = read_model_facts(Path(config.model.path))
-    device = detect_device() if config.device == "auto" else config.device
-    resolved = config.resolve(facts, device)
+    resolved = config.resolve(facts, choose_device(config.device))
     return Engine(resolved, facts, LocalExecutor(resolved))
 
 

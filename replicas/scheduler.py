@@ -109,7 +109,7 @@ class Scheduler:
             rank = (request.priority, state.arrival, sample)
             state.sequences.append(Sequence(state, sample, rank, request.request_id))
         if request.sampling.prompt_logprobs is not None and not request.emitted_token_ids:
-            state.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            state.prompt_logprobs = [None for _ in request.prompt_token_ids]
         self._requests[request.request_id] = state
         self._num_open += request.num_samples
         self._line.add(state)
@@ -156,7 +156,7 @@ class Scheduler:
         chunk_epochs = {chunk.row: int(epochs[chunk.row]) for chunk in draft.chunks}
         self._in_flight.append(_StepInFlight(plan.step, sample_rows, epochs[sample_rows], chunk_epochs, scored))
         for chunk in draft.chunks:
-            self._register(self.table.sequences[chunk.row])
+            self._register(self._sequence(chunk.row))
         return plan
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
@@ -202,7 +202,7 @@ class Scheduler:
             self._write_tables(draft, np.array([row]), np.array([index]), target)
             draft.copies.append(BlockCopy(int(source[0]), int(target[0])))
             pool.num_copied += 1
-            table.sequences[row].state.num_copied += 1
+            self._sequence(row).state.num_copied += 1
 
     def _write_tables(self, draft: PlanDraft, rows: Rows, indices: NDArray[np.integer], blocks: Ints) -> None:
         """blocks[row, index] = block for each triple; every index is the last one of its row."""
@@ -364,7 +364,7 @@ class Scheduler:
     def _scored(self, step: _StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
         if self.table.epoch[chunk.row] != step.chunk_epochs[chunk.row]:
             return None
-        return self.table.sequences[chunk.row], chunk.start
+        return self._sequence(chunk.row), chunk.start
 
     def _fail(self, step: _StepInFlight, result: StepResult) -> list[Ending]:
         """End the sequences that the shards could not serve, with any fork that still waits for their prompt."""
@@ -373,7 +373,7 @@ class Scheduler:
         for row, message in result.failed_rows:
             if self.table.epoch[row] != epochs.get(row):
                 continue
-            sequence = self.table.sequences[row]
+            sequence = self._sequence(row)
             endings.append(self._end(sequence, FinishReason.ERROR, error=message))
             waiting = [fork for fork in sequence.state.sequences if fork.phase is Phase.WAITING]
             endings += [self._end(fork, FinishReason.ERROR, error=message) for fork in waiting]
@@ -383,7 +383,7 @@ class Scheduler:
 
     def _preempt_last(self) -> None:
         """Take the blocks of the sequence that is last in rank; it is prefilled again when there is room."""
-        holders = [self.table.sequences[row] for row in np.flatnonzero(self.table.num_blocks).tolist()]
+        holders = [self._sequence(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         assert len(holders) > 1, "one sequence alone does not fit the pool; its limits were not checked"
         sequence = max(holders, key=lambda entry: entry.rank)
         self._give_up_blocks(sequence)
@@ -466,6 +466,10 @@ class Scheduler:
         """Prove the pool's invariants against the tables of all sequences."""
         tables = [self.table.block_table(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         self.pool.check(tables)
+
+    def _sequence(self, row: int) -> Sequence:
+        sequence: Sequence = self.table.sequences.item(row)
+        return sequence
 
     @staticmethod
     def _holds(sequence: Sequence) -> bool:
