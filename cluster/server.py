@@ -53,8 +53,8 @@ class AsyncEngine(Protocol):
 
     def load(self) -> ReplicaLoad: ...
 
-    def call(self, fn: Callable[[Any], _T]) -> Future[_T]:
-        """Runs `fn(engine)` between two steps."""
+    def call(self, function: Callable[[Any], _T]) -> Future[_T]:
+        """Runs `function(engine)` between two steps."""
         ...
 
 

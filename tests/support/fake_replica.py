@@ -110,9 +110,9 @@ class FakeEngine:
             num_steps=self._num_steps,
         )
 
-    def call(self, fn: Callable[[Any], Any]) -> Future[Any]:
+    def call(self, function: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(self))
+        future.set_result(function(self))
         return future
 
     def block_reports(self) -> dict[str, BlockReport]:

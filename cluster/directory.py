@@ -1,0 +1,136 @@
+"""The directory: one small named actor that knows which replicas there are, and keeps the cluster's secret.
+
+It is off every path that a token takes. When it dies, Ray restarts it with the secret it was made with, the replicas
+register again within `REGISTER_INTERVAL`, and routers keep the connections that they have in the meantime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError
+
+from .errors import DirectoryUnavailable
+from .handshake import new_secret
+from .membership import Membership, ReplicaInfo
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "shoal"
+DEFAULT_NAME = "directory"
+REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
+TIME_TO_LIVE = 10.0  # seconds that a registration counts for
+WATCH_TIMEOUT = 10.0  # seconds that a watch without news lasts
+_EXPIRY_CHECK = 1.0
+
+
+class Directory:
+    """The actor's class; plain asyncio, so that it can be tested without Ray."""
+
+    def __init__(self, secret: bytes, time_to_live: float = TIME_TO_LIVE) -> None:
+        self._secret = secret
+        self._time_to_live = time_to_live
+        self._replicas: dict[tuple[str, int], tuple[ReplicaInfo, float]] = {}  # with the loop's time of expiry
+        self._version = secrets.randbits(48)  # never one that a predecessor gave to a watcher
+        self._news = asyncio.Condition()
+
+    async def secret(self) -> bytes:
+        return self._secret
+
+    async def register(self, info: ReplicaInfo) -> None:
+        """Adds or renews a replica. An earlier life of the same replica is forgotten."""
+        async with self._news:
+            expires = asyncio.get_running_loop().time() + self._time_to_live
+            stale = [key for key in self._replicas if key[0] == info.replica_id and key != info.key]
+            known = self._replicas.get(info.key)
+            for key in stale:
+                del self._replicas[key]
+            self._replicas[info.key] = info, expires
+            if stale or known is None or known[0] != info:
+                self._announce()
+
+    async def deregister(self, replica_id: str, epoch: int) -> None:
+        """Forgets a replica that goes; no error when it is unknown."""
+        async with self._news:
+            if self._replicas.pop((replica_id, epoch), None) is not None:
+                self._announce()
+
+    async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:
+        """The membership once its version is not `version`, or as it is after `timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        async with self._news:
+            while True:
+                self._expire(loop.time())
+                left = deadline - loop.time()
+                if version != self._version or left <= 0.0:
+                    return Membership(self._version, tuple(info for info, _ in self._replicas.values()))
+                try:
+                    async with asyncio.timeout(min(left, _EXPIRY_CHECK)):
+                        await self._news.wait()
+                except TimeoutError:
+                    continue
+
+    def _expire(self, now: float) -> None:
+        expired = [key for key, (_, expires) in self._replicas.items() if expires < now]
+        for key in expired:
+            logger.warning("replica %s has not registered for %g s", key[0], self._time_to_live)
+            del self._replicas[key]
+        if expired:
+            self._announce()
+
+    def _announce(self) -> None:
+        self._version += 1
+        self._news.notify_all()
+
+
+def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
+    """A handle of the cluster's directory. Whoever asks first creates it; it lives until the cluster ends.
+
+    Blocks for a round trip to Ray's control plane. Needs `ray.init`.
+    """
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",  # it must outlive the process that happened to create it
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_concurrency": 10_000,  # every router's watch is a call that waits
+    }
+    # Ray keeps the arguments for restarts, so that the secret outlives the process.
+    return cast("Any", ray.remote(Directory)).options(**options).remote(new_secret())
+
+
+class DirectoryClient:
+    """The directory as seen from an event loop; a MembershipSource. Every method may raise DirectoryUnavailable."""
+
+    def __init__(self, name: str = DEFAULT_NAME) -> None:
+        self._name = name
+        self._actor: Any = None
+
+    async def secret(self) -> bytes:
+        """The cluster's secret, for Router and ReplicaServer."""
+        return await self._ask("secret")
+
+    async def register(self, info: ReplicaInfo) -> None:
+        await self._ask("register", info)
+
+    async def deregister(self, info: ReplicaInfo) -> None:
+        await self._ask("deregister", info.replica_id, info.epoch)
+
+    async def watch(self, version: int | None) -> Membership:
+        return await self._ask("watch", version)
+
+    async def _ask(self, method: str, *args: object) -> Any:
+        try:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(get_or_create_directory, self._name)
+            return await getattr(self._actor, method).remote(*args)
+        except (RayError, ValueError, OSError) as error:
+            self._actor = None  # a restarted directory keeps its handle, one on a lost cluster does not
+            raise DirectoryUnavailable(f"the directory {self._name!r} does not answer: {error}") from error

@@ -1,0 +1,201 @@
+"""The replica: one engine in one Ray Serve replica, listening for routers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from ..replicas.async_engine import EngineThread
+from ..replicas.config import EngineConfig
+from ..replicas.engine import Engine
+from ..replicas.errors import EngineError
+from ..replicas.llm import build_engine
+from ..replicas.protocol import ReplicaLoad, TokenDelta
+from .directory import DEFAULT_NAME, REGISTER_INTERVAL, DirectoryClient
+from .errors import DirectoryUnavailable
+from .membership import ReplicaInfo
+from .server import ReplicaServer, ServerOptions
+from .watchdog import FLOOR, StepWatchdog
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    """Times are in seconds."""
+
+    directory: str = DEFAULT_NAME
+    check_interval: float = 0.5  # between two looks at the engine's progress
+    drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
+    server: ServerOptions = field(default_factory=ServerOptions)
+
+
+class Replica:
+    """The deployment class of one model. Serve makes it, checks it and replaces it; tokens do not pass through Serve.
+
+    On CPU, Ray sets OMP_NUM_THREADS to the actor's `num_cpus` and runs workers at nice 15 unless RAY_worker_niceness
+    is 0 where Ray starts: give the actor its cores, or set `config.num_threads`.
+    """
+
+    _closed = True  # until __init__ is through, there is nothing to close
+
+    # Serve awaits a constructor that is a coroutine, and keeps its event loop free while the model loads.
+    async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
+        self, model_id: str, config: EngineConfig, options: ReplicaOptions | None = None
+    ) -> None:
+        self._options = options or ReplicaOptions()
+        self._directory = DirectoryClient(self._options.directory)
+        self._failure: BaseException | None = None
+        self._exiting: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        secret = await self._directory.secret()
+        self._engine = await asyncio.to_thread(self.build_engine, config)
+        self._watchdog = StepWatchdog(FLOOR["cpu" if self._engine.config.device == "cpu" else "cuda"])
+        self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
+        self._server = ReplicaServer(describe(model_id, self._engine), secret, self._options.server)
+        await self._server.start(self._thread)
+        self._thread.start()
+        self._closed = False
+        await self._directory.register(self._server.info)
+        self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
+
+    def build_engine(self, config: EngineConfig) -> Engine:
+        """Loads the model; runs outside the event loop. Raises ConfigError and ModelError."""
+        return build_engine(config)
+
+    # What Serve calls, and what may be called through a handle
+
+    def check_health(self) -> None:
+        """Raises EngineError when the engine is gone or a step hangs."""
+        if self._failure is not None:
+            raise EngineError(f"the engine failed: {self._failure}")
+        silence, limit = time.monotonic() - self._thread.last_progress, self._watchdog.limit
+        if silence > limit:
+            raise EngineError(f"a step has taken {silence:.1f} s, above the limit of {limit:.1f} s")
+
+    def info(self) -> ReplicaInfo:
+        return self._server.info
+
+    def load(self) -> ReplicaLoad:
+        return self._thread.load()
+
+    async def drain(self) -> None:
+        """Takes no more requests, tells routers and directory so, and returns when the last request has ended."""
+        self._server.start_drain()
+        await self._tell_directory(self._directory.register(self._server.info))
+        await self._server.drained()
+
+    async def close(self) -> None:
+        """Drains for a while, then cuts what still runs: its routers move it to other replicas. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        self._server.start_drain()
+        await self._tell_directory(self._directory.deregister(self._server.info))
+        try:
+            async with asyncio.timeout(self._options.drain_timeout):
+                await self._server.drained()
+        except TimeoutError:
+            logger.warning("%d requests did not end within the drain", self._server.num_streams)
+        await self._server.close()
+        await asyncio.to_thread(self._thread.stop)
+        self._engine.shutdown()
+
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this on shutdown, and awaits what it returns."""
+        return None if self._closed else self.close()
+
+    # The engine's thread
+
+    def _on_deltas(self, deltas: list[TokenDelta]) -> None:
+        self._watchdog.step_ended(time.monotonic() - self._thread.last_progress)
+        # A failed engine ends every sequence with an error. Those are kept back: the connections are cut instead, and
+        # the routers go on elsewhere, where the same tokens come again.
+        if self._engine.failure is None:
+            self._server.publish(deltas)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    # The event loop
+
+    def _fail(self, error: BaseException) -> None:
+        """Cuts the routers off at once and ends the process, so that Serve starts another."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        logger.critical("the engine failed, and the replica exits", exc_info=error)
+        self._server.fail(error)
+        self._exiting = asyncio.create_task(self._exit())
+
+    async def _exit(self) -> None:
+        await self._tell_directory(self._directory.deregister(self._server.info))
+        self.exit_process()
+
+    def exit_process(self) -> None:
+        """Without clean-up: a step that hangs cannot be joined."""
+        os._exit(EXIT_ENGINE_FAILED)
+
+    async def _keep_registered(self) -> None:
+        while True:
+            await asyncio.sleep(REGISTER_INTERVAL)
+            await self._tell_directory(self._directory.register(self._server.info))
+
+    async def _tell_directory(self, telling: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(REGISTER_INTERVAL):
+                await telling
+        except (DirectoryUnavailable, TimeoutError) as error:
+            logger.warning("the directory could not be told: %s", error or "no answer")
+
+    async def _watch_engine(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.check_interval)
+            try:
+                self.check_health()
+            except EngineError as error:
+                self._fail(error)
+                return
+
+
+def describe(model_id: str, engine: Engine) -> ReplicaInfo:
+    """What routers are told of the engine; the port is not known yet."""
+    config, load = engine.config, engine.load()
+    return ReplicaInfo(
+        replica_id=_replica_id(),
+        model_id=model_id,
+        host=ray.util.get_node_ip_address(),
+        port=0,
+        epoch=secrets.randbits(48),
+        max_model_len=config.model.max_model_len or 0,
+        vocab_size=engine.facts.vocab_size,
+        num_blocks=load.num_blocks,
+        block_size=load.block_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        dtype=config.model.dtype,
+        num_parameters=engine.facts.num_parameters,
+        node_id=ray.get_runtime_context().get_node_id(),
+        pid=os.getpid(),
+    )
+
+
+def _replica_id() -> str:
+    """Serve's id of this replica; one of our own outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return secrets.token_hex(4)

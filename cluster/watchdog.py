@@ -1,0 +1,32 @@
+"""Tells a step that hangs from one that is slow."""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import Lock
+
+FLOOR = {"cuda": 5.0, "cpu": 60.0}  # seconds; on CPU a chunk of prompt may take long, and nothing hangs silently there
+_TIMES_P99 = 20.0
+_MEMORY = 1000  # steps
+
+
+class StepWatchdog:
+    """A step is stuck when it takes longer than `floor` seconds and 20 times the 99th percentile of those before it."""
+
+    def __init__(self, floor: float) -> None:
+        self._floor = floor
+        self._durations: deque[float] = deque(maxlen=_MEMORY)
+        self._lock = Lock()  # steps end in the engine's thread, and are judged in the event loop's
+
+    def step_ended(self, seconds: float) -> None:
+        with self._lock:
+            self._durations.append(seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a step counts as stuck."""
+        with self._lock:
+            durations = sorted(self._durations)
+        if not durations:
+            return self._floor
+        return max(self._floor, _TIMES_P99 * durations[int(0.99 * (len(durations) - 1))])
