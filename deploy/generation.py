@@ -8,23 +8,25 @@ way, aborts what still runs.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from ..cluster.generation import RequestTimes
+from ..cluster.metrics import Histogram
 from ..replicas.detokenizer import StopStrings
 from ..replicas.errors import EngineError
 from ..replicas.protocol import FinishReason, Logprob, Request, TokenDelta
 from ..replicas.tokenizer import Tokenizer
-from .metrics import Histogram
 
 
 class TokenSource(Protocol):
     """The part of cluster.router.Router that generates."""
 
-    def generate(self, model: str, request: Request) -> AsyncGenerator[list[TokenDelta], None]: ...
+    def generate(
+        self, model: str, request: Request, *, times: RequestTimes | None = None
+    ) -> AsyncGenerator[list[TokenDelta], None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class OutputOptions:
 class Piece(NamedTuple):
     """News of one choice. `offsets` are characters from the start of the choice's generated text."""
 
-    index: int
+    choice: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] | None
@@ -53,12 +55,13 @@ class Piece(NamedTuple):
 class Choice:
     """One sequence on its way to text."""
 
-    __slots__ = ("_decoder", "_length", "_options", "_stops", "finish_reason", "index", "num_tokens")
+    __slots__ = ("_decoder", "_length", "_options", "_stops", "finish_reason", "index", "last_token_at", "num_tokens")
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: OutputOptions) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
+        self.last_token_at = 0.0
         self._options = options
         self._decoder = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
         self._stops = StopStrings(options.stops, options.include_stop)
@@ -149,12 +152,14 @@ class Generation:
         self.requests = requests
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[tuple[Logprob | None, ...] | None] = [None] * len(requests)
-        self.first_token_at: float | None = None
-        self._intervals = intervals  # seconds between the tokens of a sequence
+        self.times = [RequestTimes() for _ in requests]
+        self._intervals = intervals  # seconds between two tokens of a choice
         self._samples = requests[0].num_samples
         self.choices = [Choice(i, tokenizer, options) for i in range(len(requests) * self._samples)]
         self._num_open = len(self.choices)
-        self._streams = [source.generate(model, request) for request in requests]
+        self._streams = [
+            source.generate(model, request, times=times) for request, times in zip(requests, self.times, strict=True)
+        ]
         self._merged = self._single() if len(requests) == 1 else self._many()
         self._iterator = self._pieces()
         self._first: list[Piece] | None = None
@@ -174,7 +179,6 @@ class Generation:
     async def start(self) -> None:
         """Wait for the first tokens."""
         self._first = await anext(self._iterator, None)
-        self.first_token_at = time.monotonic()
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         if self._first is not None:
@@ -184,21 +188,18 @@ class Generation:
             yield pieces
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
-        last = 0.0
+        clock = asyncio.get_running_loop().time
         while self._num_open:
             try:
                 prompt, deltas = await anext(self._merged)
             except StopAsyncIteration:
                 raise EngineError(f"{self._num_open} sequences ended without a finish reason") from None
-            pieces = [piece for delta in deltas if (piece := self._advance(prompt, delta)) is not None]
-            now = time.monotonic()
-            if last:
-                self._intervals.observe(now - last, len(pieces))
-            last = now
+            now = clock()
+            pieces = [piece for delta in deltas if (piece := self._advance(prompt, delta, now)) is not None]
             if pieces:
                 yield pieces
 
-    def _advance(self, prompt: int, delta: TokenDelta) -> Piece | None:
+    def _advance(self, prompt: int, delta: TokenDelta, now: float) -> Piece | None:
         choice = self.choices[prompt * self._samples + delta.sample]
         if choice.finish_reason is not None:  # it ended at a stop string, and its siblings still run
             return None
@@ -206,6 +207,9 @@ class Generation:
             self.num_cached_tokens += delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = delta.prompt_logprobs
+        if choice.last_token_at:
+            self._intervals.observe(now - choice.last_token_at)
+        choice.last_token_at = now
         piece = choice.advance(delta)
         self._num_open -= choice.finish_reason is not None
         return piece

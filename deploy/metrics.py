@@ -1,8 +1,10 @@
-"""Counters and latencies for Prometheus, under Shoal's names and vLLM's, so that existing dashboards work."""
+"""Counters and latencies for Prometheus, under Shoal's names and vLLM's, so that existing dashboards work.
+
+What clients see and what the engines report is told here; what only the router knows, by its own collector.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from prometheus_client.metrics_core import (
     InfoMetricFamily,
     Metric,
 )
+from prometheus_client.registry import Collector
 
 from ..cluster.membership import ReplicaInfo
+from ..cluster.metrics import Histogram
 from ..replicas.protocol import ReplicaLoad
 
 PREFIXES = ("shoal_", "vllm:")
@@ -24,33 +28,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 40.0)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-
-
-class Histogram:
-    """A histogram for one event loop: an observation is a bisection and two additions, with no lock."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        total, rows = 0, []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            rows.append(("+Inf" if bound == float("inf") else str(bound), total))
-        return rows
-
-    @property
-    def sum(self) -> float:
-        return self._sum
 
 
 @dataclass(slots=True)
@@ -65,8 +42,8 @@ class ModelMetrics:
     failed: Counter[int] = field(default_factory=Counter)  # by HTTP status
 
 
-class ServingCollector:
-    """Gives one scrape: the router's own counts, and the replicas' loads as they last reported them."""
+class ServingCollector(Collector):
+    """Gives one scrape: what this process's clients saw, and the replicas' loads as they last reported them."""
 
     def __init__(
         self, models: dict[str, ModelMetrics], replicas: Callable[[str], list[tuple[ReplicaInfo, ReplicaLoad]]]
@@ -82,10 +59,11 @@ class ServingCollector:
         yield from _block_families(loads)
 
 
-def render(collector: ServingCollector) -> bytes:
+def render(*collectors: Collector) -> bytes:
     """The text of /metrics."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     return generate_latest(registry)
 
 
@@ -112,7 +90,7 @@ def _request_families(prefix: str, models: dict[str, ModelMetrics]) -> Iterator[
         family = HistogramMetricFamily(f"{prefix}{attribute}_seconds", text, labels=["model_name"])
         for name, metrics in models.items():
             histogram: Histogram = getattr(metrics, attribute)
-            family.add_metric([name], histogram.buckets(), histogram.sum)
+            histogram.add_to(family, [name])
         yield family
 
 

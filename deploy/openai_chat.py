@@ -59,7 +59,7 @@ class ChatAnswer:
         """Server-sent events: the role, chunks, the usage if it is wanted, [DONE]."""
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
-        continuous = with_usage and options.continuous_usage_stats
+        continuous = options is not None and with_usage and options.continuous_usage_stats
         head = self._head("chat.completion.chunk")
         prefix = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
         usage_null = b',"usage":null}\n\n' if with_usage else b"}\n\n"
@@ -72,7 +72,7 @@ class ChatAnswer:
             for piece in pieces:
                 if fast and piece.finish_reason is None:
                     if piece.text:
-                        out.append(prefixes[piece.index] + encode_json(piece.text) + plain_end)
+                        out.append(prefixes[piece.choice] + encode_json(piece.text) + plain_end)
                     continue
                 chunk = {**head, "choices": [self._streamed_choice(piece)]}
                 if with_usage:
@@ -96,7 +96,7 @@ class ChatAnswer:
 
     def _streamed_choice(self, piece: Piece) -> dict[str, Any]:
         choice: dict[str, Any] = {
-            "index": piece.index,
+            "index": piece.choice,
             "delta": {"content": piece.text} if piece.text else {},
             "logprobs": self._logprobs([piece]),
             "finish_reason": piece.finish_reason,
@@ -112,7 +112,7 @@ class ChatAnswer:
         collected: list[list[Piece]] = [[] for _ in self._generation.choices]
         async for pieces in self._generation:
             for piece in pieces:
-                collected[piece.index].append(piece)
+                collected[piece.choice].append(piece)
         answer = {
             **self._head("chat.completion"),
             "choices": [self._choice(index, pieces) for index, pieces in enumerate(collected)],

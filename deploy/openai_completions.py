@@ -24,18 +24,13 @@ async def create_completion(service: ApiService, request: HttpRequest) -> Respon
     """Answer one request, streaming or not. Raises ServingErrors."""
     body = parse_body(CompletionBody, await read_json(request))
     model = service.resolve(body.model)
-    prompts = body.prompt
-    if isinstance(prompts[0], str):
-        prompts = await model.encode(prompts, add_special_tokens=body.add_special_tokens)  # pyright: ignore[reportArgumentType]
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    prompts = [prompt for prompt in body.prompt if isinstance(prompt, list)]
+    if texts:  # all are of one kind
+        prompts = await model.encode(texts, add_special_tokens=body.add_special_tokens)
     answer_id = new_id("cmpl")
-    generation = start_generation(
-        service,
-        model,
-        body,
-        prompts,
-        answer_id=answer_id,
-        offsets=body.logprobs is not None,  # pyright: ignore[reportArgumentType]
-    )
+    with_offsets = body.logprobs is not None
+    generation = start_generation(service, model, body, prompts, answer_id=answer_id, offsets=with_offsets)
     answer = CompletionAnswer(body, model, generation, answer_id)
     return await respond(request, body, generation, answer, service.metrics[model.name])
 
@@ -71,7 +66,7 @@ class CompletionAnswer:
         """Server-sent events: chunks, the usage if it is wanted, [DONE]."""
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
-        continuous = with_usage and options.continuous_usage_stats
+        continuous = options is not None and with_usage and options.continuous_usage_stats
         head = b"data: " + encode_json(self._head)[:-1] + b',"choices":[{"index":'
         usage_null = b',"usage":null}\n\n' if with_usage else b"}\n\n"
         plain_end = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + usage_null
@@ -83,10 +78,10 @@ class CompletionAnswer:
             for piece in pieces:
                 if fast and piece.finish_reason is None:
                     if piece.text:
-                        out.append(heads[piece.index] + encode_json(piece.text) + plain_end)
+                        out.append(heads[piece.choice] + encode_json(piece.text) + plain_end)
                     continue
-                choice = self._streamed_choice(piece, first=piece.index not in started)
-                started.add(piece.index)
+                choice = self._streamed_choice(piece, first=piece.choice not in started)
+                started.add(piece.choice)
                 chunk = {**self._head, "choices": [choice]}
                 if with_usage:
                     chunk["usage"] = self._usage() if continuous else None
@@ -98,11 +93,11 @@ class CompletionAnswer:
         yield DONE
 
     def _streamed_choice(self, piece: Piece, *, first: bool) -> dict[str, Any]:
-        prompt = piece.index // self._body.n
+        prompt = piece.choice // self._body.n
         piece = self._shown(piece)
         echo = self._echoes[prompt] if first and self._body.echo else ""
         choice: dict[str, Any] = {
-            "index": piece.index,
+            "index": piece.choice,
             "text": echo + piece.text,
             "logprobs": self._logprobs(prompt, [piece], with_echo=first),
             "finish_reason": piece.finish_reason,
@@ -120,7 +115,7 @@ class CompletionAnswer:
         collected: list[list[Piece]] = [[] for _ in self._generation.choices]
         async for pieces in self._generation:
             for piece in pieces:
-                collected[piece.index].append(self._shown(piece))
+                collected[piece.choice].append(self._shown(piece))
         samples, wanted = self._body.num_samples, self._body.n
         choices = []
         for prompt in range(len(self._generation.requests)):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -64,28 +62,23 @@ async def respond(
     request: HttpRequest, body: GenerationBody, generation: Generation, answer: Answer, metrics: ModelMetrics
 ) -> Response:
     """Run the generation to its end for a plain answer, or to its first token for a stream."""
-    arrived = time.monotonic()
 
     async def close() -> None:
         await generation.aclose()
-        _count(metrics, generation, arrived)
+        _count(metrics, generation)
 
     try:
         await unless_disconnected(request.receive, generation.start())
         if body.stream:
-            return EventStream(answer.events(), close, {"server-timing": _timing(generation, arrived)})
+            return EventStream(answer.events(), close, {"server-timing": _timing(generation)})
         content = await unless_disconnected(request.receive, answer.whole())
     except BaseException as error:
         if isinstance(error, Exception):
             metrics.failed[status_of(error)] += 1
-        await asyncio.shield(close())
+        await close()
         raise
     await close()
-    return Response(
-        encode_json(content),
-        headers={"server-timing": _timing(generation, arrived)},
-        media_type="application/json",
-    )
+    return Response(encode_json(content), headers={"server-timing": _timing(generation)}, media_type="application/json")
 
 
 def usage(generation: Generation, num_completion_tokens: int | None = None) -> dict[str, Any]:
@@ -99,19 +92,23 @@ def usage(generation: Generation, num_completion_tokens: int | None = None) -> d
     }
 
 
-def _timing(generation: Generation, arrived: float) -> str:
-    """A Server-Timing value. `prefill` is from arrival to the first token, so it has the time in queues in it."""
-    first, now = generation.first_token_at, time.monotonic()
-    if first is None:
-        return f"total;dur={(now - arrived) * 1e3:.1f}"
-    return f"prefill;dur={(first - arrived) * 1e3:.1f}, decode;dur={(now - first) * 1e3:.1f}"
+def _timing(generation: Generation) -> str:
+    """A Server-Timing value of what is known by now, in milliseconds; of several prompts, the first one's."""
+    times = generation.times[0]
+    marks = (("queue", times.arrived, times.dispatched), ("prefill", times.dispatched, times.first_token))
+    marks += (("decode", times.first_token, times.finished),)
+    known = [(name, end - start) for name, start, end in marks if start is not None and end is not None]
+    return ", ".join([f"{name};dur={seconds * 1e3:.1f}" for name, seconds in known])
 
 
-def _count(metrics: ModelMetrics, generation: Generation, arrived: float) -> None:
-    now = time.monotonic()
+def _count(metrics: ModelMetrics, generation: Generation) -> None:
     for choice in generation.choices:
-        metrics.finished[choice.finish_reason or "abort"] += 1
-    if generation.first_token_at is not None:
-        metrics.time_to_first_token.observe(generation.first_token_at - arrived)
-        metrics.request_decode_time.observe(now - generation.first_token_at)
-        metrics.e2e_request_latency.observe(now - arrived)
+        if choice.last_token_at:
+            metrics.finished[choice.finish_reason or "abort"] += 1
+    for times in generation.times:
+        if times.first_token is None:
+            continue
+        metrics.time_to_first_token.observe(times.first_token - times.arrived)
+        if times.finished is not None:
+            metrics.request_decode_time.observe(times.finished - times.first_token)
+            metrics.e2e_request_latency.observe(times.finished - times.arrived)

@@ -34,7 +34,7 @@ def get_model(service: ApiService, name: str) -> Response:
 
 
 def _card(service: ApiService, model: ServedModel) -> dict[str, Any]:
-    replicas = service.router.replicas(model.name)
+    replicas = service.replicas(model)
     return {
         "id": model.name,
         "object": "model",
@@ -95,7 +95,7 @@ def health(service: ApiService) -> Response:
 
 def metrics(service: ApiService) -> Response:
     """GET /metrics."""
-    return Response(render(service.collector), headers={"content-type": CONTENT_TYPE})
+    return Response(render(service.collector, service.router.collector), headers={"content-type": CONTENT_TYPE})
 
 
 async def debug_blocks(service: ApiService) -> Response:

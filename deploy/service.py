@@ -8,7 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from prometheus_client.registry import Collector
+
 from ..cluster.errors import NoReplica
+from ..cluster.generation import RequestTimes
 from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import UnknownModel
 from ..replicas.protocol import ReplicaLoad, Request, TokenDelta
@@ -28,11 +31,16 @@ class RequestRouter(Protocol):
 
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]: ...
 
-    def generate(self, model: str, request: Request) -> AsyncGenerator[list[TokenDelta], None]: ...
+    def generate(
+        self, model: str, request: Request, *, times: RequestTimes | None = None
+    ) -> AsyncGenerator[list[TokenDelta], None]: ...
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]: ...
 
-    async def reset_prefix_cache(self, model: str) -> Any: ...
+    async def reset_prefix_cache(self, model: str) -> bool: ...
+
+    @property
+    def collector(self) -> Collector: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,8 @@ class ApiService:
         self.models = {model.name: model for model in models}
         self.keys = keys or KeyRing()
         self.metrics = {name: ModelMetrics() for name in self.models}
-        self.collector = ServingCollector(self.metrics, router.replicas)
+        self.collector = ServingCollector(self.metrics, lambda name: self.replicas(self.models[name]))
+        self._limits: dict[str, ModelLimits] = {}  # as last seen
         self._progress: dict[tuple[str, int], tuple[int, float]] = {}  # replica -> (steps, when they last moved)
 
     def resolve(self, name: str | None) -> ServedModel:
@@ -73,18 +82,31 @@ class ApiService:
             raise UnknownModel(f"name a model: this server has {served}")
         raise UnknownModel(f"model {name[:128]!r} is not served here{nearest(name, self.models)}; there is {served}")
 
+    def replicas(self, model: ServedModel) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
+        """The model's connected replicas; none before the first one is up."""
+        try:
+            return self.router.replicas(model.name)
+        except UnknownModel:
+            return []
+
     def limits(self, model: ServedModel) -> ModelLimits:
-        """The least of the model's replicas. Raises NoReplica while there is none."""
-        infos = [info for info, _ in self.router.replicas(model.name)]
-        if not infos:
-            raise NoReplica(f"no replica of {model.name!r} is up at this moment; try again")
-        return ModelLimits(min(i.max_model_len for i in infos), min(i.vocab_size for i in infos))
+        """The least of the model's replicas; as last seen while there is none, for the router waits for one.
+
+        Raises NoReplica where there never was one.
+        """
+        infos = [info for info, _ in self.replicas(model)]
+        if infos:
+            least = ModelLimits(min(i.max_model_len for i in infos), min(i.vocab_size for i in infos))
+            self._limits[model.name] = least
+        if model.name not in self._limits:
+            raise NoReplica(f"no replica of {model.name!r} is up yet; try again")
+        return self._limits[model.name]
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer now; None when it can. A replica that has work must make steps."""
         now = time.monotonic()
-        for name in self.models:
-            replicas = self.router.replicas(name)
+        for name, model in self.models.items():
+            replicas = self.replicas(model)
             if not any(self._makes_progress(info, load, now) for info, load in replicas):
                 return f"no replica of {name!r} makes progress ({len(replicas)} known)"
         return None
