@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     pace = arguments.pace_ms / 1e3
-    body = {"model": MODEL_ID, "prompt": "def main():", "max_tokens": arguments.tokens, "stream": True, "seed": 0}
+    body = {"model": MODEL_ID, "prompt": [5, 6, 7, 8], "max_tokens": arguments.tokens, "stream": True, "seed": 0}
     requests = [post(PATH, body | {"seed": seed}) for seed in range(arguments.streams)]
 
     with ExitStack() as stack:
