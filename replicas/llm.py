@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint import read_model_facts
 from .config import EngineConfig
 from .engine import Engine
 from .errors import EngineError
@@ -41,7 +42,6 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises ConfigError or ModelError, with the file or the field at fault.
     """
     from .device import choose_device  # torch is loaded here, not by those who only want the types above
-    from .loader import read_model_facts
     from .local_executor import LocalExecutor
 
     facts = read_model_facts(Path(config.model.path))

@@ -9,7 +9,7 @@ import torch
 
 from .checkpoint import read_model_facts
 from .config import EngineConfig, ModelFacts
-from .device import configure_threads, resolve_device
+from .device import set_cpu_threads
 from .errors import ConfigError
 from .kv_cache import KVCache
 from .loader import load_model
@@ -26,9 +26,9 @@ class Shard:
 
     def __init__(self, config: EngineConfig) -> None:
         facts = read_model_facts(Path(config.model.path))
-        self.device = resolve_device(config.device)
+        self.device = torch.device(config.device)
         if self.device.type == "cpu":
-            configure_threads(config.num_threads)
+            set_cpu_threads(config.num_threads)
         model = load_model(config, self.device)
         self.num_blocks = config.cache.num_blocks or _profile_blocks(model, config, facts, self.device)
         self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
@@ -42,9 +42,9 @@ def _make_runner(
 ) -> Runner:
     assert config.cache.block_size is not None
     kv_cache = KVCache(
-        num_layers=facts.num_layers,
+        num_layers=model.num_local_layers,
         num_blocks=num_blocks,
-        num_kv_heads=facts.num_kv_heads,
+        num_kv_heads=model.num_local_kv_heads,
         block_size=config.cache.block_size,
         head_dim=facts.head_dim,
         dtype=getattr(torch, config.model.dtype),
