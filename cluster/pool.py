@@ -94,8 +94,6 @@ class ModelPool:
         generation.flights.clear()
         for link, flights in by_link.items():
             link.abort(flights)
-        if generation.log.num_open:
-            self.metrics.finished["abort"] += generation.log.num_open
 
     def _set_deadline(self, ticket: Ticket, seconds: float) -> None:
         ticket.deadline = self._loop.call_later(seconds, self._expire, ticket, seconds)
@@ -118,7 +116,7 @@ class ModelPool:
 
     def _fail(self, generation: Generation, samples: range, error: ServingError) -> None:
         self.metrics.rejected[type(error).__name__] += 1
-        self.metrics.finished["error"] += len(generation.fail(samples, error))
+        generation.fail(samples, error)
 
     # Dispatch
 
@@ -148,7 +146,7 @@ class ModelPool:
             ticket.generation.flights[flight] = link
             if ticket.generation.times.dispatched is None:
                 ticket.generation.times.dispatched = now
-                self.metrics.request_queue_time.observe(now - ticket.generation.times.arrived)
+                self.metrics.queue_time.observe(now - ticket.generation.times.arrived)
             by_link.setdefault(link, []).append(flight)
             count += 1
         if count:
@@ -182,24 +180,20 @@ class ModelPool:
             self._dispatch_soon()
 
     def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None:
-        generation, metrics = flight.generation, self.metrics
-        seen = generation.log.record(delta, now)
-        if seen is None:
+        generation = flight.generation
+        token_delta = generation.log.record(delta)
+        if token_delta is None:
             return
-        token_delta, elapsed = seen
         times = generation.times
-        if elapsed is not None:
-            metrics.inter_token_latency.observe(elapsed)
-        elif times.first_token is None and delta.token_ids:
+        if times.first_token is None and delta.token_ids:
             times.first_token = now
-            metrics.first_token_came(times, now)
+            if times.dispatched is not None:
+                self.metrics.prefill_time.observe(now - times.dispatched)
         if delta.finish_reason is not None:
-            metrics.finished[delta.finish_reason.value] += 1
             if not flight.num_open:
                 generation.flights.pop(flight, None)
             if not generation.log.num_open:
                 times.finished = now
-                metrics.request_ended(times, now)
         generation.push(token_delta)
         if generation.overflown:
             self._cut_slow_reader(generation)
@@ -233,7 +227,6 @@ class ModelPool:
         generation, log = flight.generation, flight.generation.log
         flight.num_replays += 1
         for delta in log.complete(flight.samples):
-            self.metrics.finished["length"] += 1
             generation.push(delta)
         if flight.num_replays > self._options.replay_limit:
             error = ReplicaLost(

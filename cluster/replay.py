@@ -18,7 +18,6 @@ class _Sample:
     emitted: list[int] = field(default_factory=list)
     started: bool = False
     open: bool = True
-    last_token: float | None = None  # when it came, in the event loop's seconds
 
 
 class ReplayLog:
@@ -36,25 +35,18 @@ class ReplayLog:
         first = self.request.first_sample
         return range(first, first + self.request.num_samples)
 
-    def record(self, delta: StreamDelta, now: float) -> tuple[TokenDelta, float | None] | None:
-        """The delta as the client is to see it, and the seconds since the sample's token before (None: there is none).
-
-        Nothing when the sample has ended or never was asked for.
-        """
+    def record(self, delta: StreamDelta) -> TokenDelta | None:
+        """The delta as the client is to see it; None when its sample has ended or never was asked for."""
         sample = self._samples.get(delta.sample)
         if sample is None or not sample.open:
             return None
+        sample.emitted += delta.token_ids
         if delta.finish_reason is not None:
             sample.open = False
             self.num_open -= 1
-        elapsed = None
-        if delta.token_ids:
-            sample.emitted += delta.token_ids
-            elapsed = None if sample.last_token is None else now - sample.last_token
-            sample.last_token = now
         # What is told once, with a sample's first delta, is not told again by a replay.
         first, sample.started = not sample.started, True
-        seen = TokenDelta(
+        return TokenDelta(
             self.request.request_id,
             delta.sample,
             delta.token_ids,
@@ -65,7 +57,6 @@ class ReplayLog:
             delta.prompt_logprobs if first else None,
             delta.error,
         )
-        return seen, elapsed
 
     def finish(self, samples: Iterable[int], reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
         """Terminal deltas for those of `samples` that are open."""

@@ -15,7 +15,7 @@ from .errors import ReplicaLost
 from .generation import Generation, RequestTimes
 from .link import ReplicaLink
 from .membership import MembershipSource, ReplicaInfo
-from .metrics import PoolView, RouterCollector, render
+from .metrics import PoolView, RouterCollector
 from .options import RouterOptions
 from .pool import ModelPool
 from .wire import CallName
@@ -112,10 +112,6 @@ class Router:
         await self._call_all(links, "drain")
         return bool(links)
 
-    def metrics_text(self) -> bytes:
-        """What `/metrics` answers; its type is metrics.CONTENT_TYPE."""
-        return render(self.collector)
-
     # Inside
 
     def _pool(self, model: str) -> ModelPool:
@@ -161,5 +157,6 @@ class Router:
 
     def _views(self) -> list[PoolView]:
         return [
-            PoolView(model, pool.metrics, pool.num_queued, self.replicas(model)) for model, pool in self._pools.items()
+            PoolView(model, pool.metrics, pool.num_queued, len(self._connected(model)))
+            for model, pool in self._pools.items()
         ]
