@@ -44,7 +44,11 @@ class ByteDetokenizer:
 
     def feed(self, token_ids: Sequence[int]) -> str:
         table = self._bytes
-        return self._decoder.decode(b"".join([table[i] for i in token_ids]))
+        try:
+            raw = b"".join([table[i] for i in token_ids])
+        except IndexError:  # a model's vocabulary may be padded beyond its tokenizer's; such tokens have no text
+            raw = b"".join([table[i] for i in token_ids if i < len(table)])
+        return self._decoder.decode(raw)
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)

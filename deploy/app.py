@@ -1,0 +1,132 @@
+"""The Ray Serve application: `serve run shoal.deploy.app:build_app ...`, `serve deploy` of a YAML, `shoal serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application, Deployment
+
+from ..cluster.directory import DirectoryClient
+from ..cluster.placement import bundles, ray_actor_options
+from ..cluster.replica import Replica
+from ..cluster.router import Router
+from ..replicas.tokenizer import Tokenizer
+from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
+from .http_app import create_http_app
+from .openai_auth import KeyRing
+from .service import ApiService, ServedModel
+
+INGRESS = "Ingress"
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSettings:
+    """What a router process is made with. `models` are (name, root, tokenizer folder)."""
+
+    models: tuple[tuple[str, str, Path], ...]
+    keys: KeyRing
+
+
+@serve.ingress()
+class Ingress:
+    """One router process: the HTTP application over a router of its own."""
+
+    async def __init__(self, settings: IngressSettings, *replicas: Any) -> None:
+        # `replicas` are handles. They make the deployments part of the application; tokens come by the router.
+        directory = DirectoryClient()
+        self.router = Router(directory, await directory.secret())
+        models = [ServedModel(name, Tokenizer.from_folder(path), root) for name, root, path in settings.models]
+        self.service = ApiService(self.router, models, settings.keys)
+        await self.router.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_http_app(self.service)
+
+    async def __del__(self) -> None:
+        await self.router.close()
+
+
+def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
+    """The application of a ServeConfig. Raises ConfigError or ModelError before anything is started."""
+    config = args if isinstance(args, ServeConfig) else from_dict(ServeConfig, args)
+    device = "cuda" if has_gpu() else "cpu"
+    return assemble(config, [plan_model(model, device=device) for model in config.models])
+
+
+def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> Application:
+    """As Ray Serve LLM's function of this name: a user changes the import path and nothing else."""
+    serving = args if isinstance(args, LLMServingArgs) else from_dict(LLMServingArgs, args)
+    return build_app(ServeConfig(models=serving.llm_configs))
+
+
+def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
+    """The application of models that were planned."""
+    settings = IngressSettings(
+        tuple((plan.name, plan.root, plan.tokenizer_folder) for plan in plans),
+        KeyRing.of(config.api_keys, config.admin_keys, local=config.local),
+    )
+    ingress = _deployment(
+        Ingress,
+        name=INGRESS,
+        num_replicas=config.num_routers,
+        max_ongoing_requests=10_000,
+        health_check_period_s=1.0,
+        health_check_timeout_s=3.0,
+        graceful_shutdown_timeout_s=30.0,
+        ray_actor_options={"num_cpus": 0},  # it waits more than it computes; a share would keep models off small nodes
+    )
+    return ingress.bind(settings, *(_replicas(plan) for plan in plans))
+
+
+def replica_deployment_name(model: str) -> str:
+    """The Serve deployment of a model's replicas. Serve allows no `/` in it."""
+    return "Replica-" + model.replace("/", "--")
+
+
+def _replicas(plan: ModelPlan) -> Application:
+    settings = plan.llm.deployment_config
+    [bundle] = bundles(
+        plan.engine.parallel,
+        num_cpus=1.0,
+        num_gpus_per_shard=1.0 if _wants_gpu(plan) else 0.0,
+        accelerator_type=plan.llm.accelerator_type,
+    )
+    actor_options = {**ray_actor_options(bundle), **settings.ray_actor_options}
+    if plan.llm.runtime_env is not None:
+        actor_options["runtime_env"] = plan.llm.runtime_env
+    scaling: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
+    if settings.autoscaling_config is not None:
+        scaling = {"autoscaling_config": settings.autoscaling_config}
+    deployment = _deployment(
+        Replica,
+        name=replica_deployment_name(plan.name),
+        max_ongoing_requests=settings.max_ongoing_requests,
+        health_check_period_s=settings.health_check_period_s,
+        health_check_timeout_s=settings.health_check_timeout_s,
+        graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=settings.graceful_shutdown_wait_loop_s,
+        ray_actor_options=actor_options,
+        **scaling,
+    )
+    return deployment.bind(plan.name, plan.engine)
+
+
+def _deployment(kind: type, **options: Any) -> Deployment:
+    return cast("Deployment", serve.deployment(kind, **options))
+
+
+def _wants_gpu(plan: ModelPlan) -> bool:
+    return plan.engine.device == "cuda" or (plan.engine.device == "auto" and has_gpu())
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has a GPU; this machine, where Ray does not run yet."""
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0.0) > 0.0
+    return Path("/dev/nvidia0").exists()

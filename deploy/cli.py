@@ -1,0 +1,160 @@
+"""The `shoal` command. Nothing heavy is imported before the configuration has been checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..replicas.errors import ConfigError, ModelError, ServingError
+from .environment import prepare_environment
+
+EXIT_CONFIG = 2
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Serve large language models."
+)
+
+
+@app.callback()
+def _shoal() -> None:
+    """Keeps `serve` a command of its own."""
+
+
+@app.command()
+def version() -> None:
+    """Print Shoal's version."""
+    from .. import __version__
+
+    print(__version__)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id, or tiny, the model that comes along.")],
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="SHOAL_API_KEY", help="May be repeated.")] = None,
+    admin_key: Annotated[list[str] | None, typer.Option(envvar="SHOAL_ADMIN_KEY", help="May be repeated.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use; MODEL if absent.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not in MODEL.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in a step.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    num_gpu_blocks_override: Annotated[int | None, typer.Option(help="KV blocks, on CPU too.")] = None,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of the GPU's memory.")] = None,
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache.")] = None,
+    enable_prefix_caching: Annotated[
+        bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
+    ] = None,
+    enable_chunked_prefill: Annotated[
+        bool | None, typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill")
+    ] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp")] = None,
+    pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "-pp")] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", "-q")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random weights; requests have their own.")] = None,
+    load_format: Annotated[str | None, typer.Option(help="auto, safetensors, or dummy: random weights.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="Torch threads of a replica on CPU.")] = None,
+    num_replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
+    num_routers: Annotated[int | None, typer.Option(help="HTTP processes in front of them.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray to join; without it one is started.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of these options, named as here; flags win.")] = None,
+) -> None:
+    """Serve MODEL with the OpenAI API until Ctrl-C."""
+    given = {name: value for name, value in locals().items() if name not in ("context", "config") and value is not None}
+    defaults = {name for name in given if _is_default(context, name)}
+    try:
+        settings = _merge(given, defaults, config)
+        _serve(settings)
+    except (ConfigError, ModelError) as error:
+        _fail(error, EXIT_CONFIG)
+    except ServingError as error:
+        _fail(error, 1)
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def _fail(error: ServingError, status: int) -> None:
+    print(f"shoal: error: {error.message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def _merge(given: dict[str, Any], defaults: set[str], path: Path | None) -> dict[str, Any]:
+    """The flags over the file's settings over the defaults."""
+    if path is None:
+        return given
+    from .cli_config import read_options
+
+    return {**{name: given[name] for name in defaults}, **read_options(path), **_without(given, defaults)}
+
+
+def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    from .cli_config import plan, serve_config
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    host, address = settings["host"], settings.get("address")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config = serve_config(settings)
+        plans = plan(config)
+    for warning in said:
+        print(f"shoal: warning: {warning.message}", file=sys.stderr)
+    port = free_port(host, settings["port"])
+    prepare_environment(host)
+
+    # Everything that can be wrong with the configuration is known by now: Ray may start.
+    from .banner import banner
+    from .launcher import Endpoint, application, ray_cluster, replica_info
+
+    endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
+    print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
+    with ray_cluster(address), application(config, plans, endpoint):
+        infos = [replica_info(plan) for plan in plans]
+        print(banner(endpoint, config, infos), flush=True)
+        stop.wait()
+        print("shoal: stopping", flush=True)
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` if it can be listened on, a free one for 0. Raises ConfigError if it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}; choose another --port"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    """Entry point of the `shoal` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""From the command line's options, or a YAML file of them, to a ServeConfig."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..replicas.errors import ConfigError
+from .config import ModelPlan, ServeConfig, from_dict, plan_model
+from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
+from .environment import is_loopback
+
+_SERVER_OPTIONS = frozenset(
+    {"model", "host", "port", "api_key", "admin_key", "num_replicas", "num_routers", "address", "served_model_name"}
+)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, spelled as on the command line, with `-` or `_`. Raises ConfigError."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a mapping of options, such as `max-model-len: 1024`")
+    options = {str(key).replace("-", "_"): item for key, item in value.items()}
+    known = [*_SERVER_OPTIONS, *EngineArgs.model_fields, *WITHOUT_EFFECT, *NOT_AVAILABLE]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{path}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for key in ("api_key", "admin_key"):
+        if isinstance(options.get(key), str):
+            options[key] = [options[key]]
+    return options
+
+
+def serve_config(settings: dict[str, Any]) -> ServeConfig:
+    """The application's configuration. Raises ConfigError that names the option."""
+    model = settings["model"]
+    engine = {key: value for key, value in settings.items() if key not in _SERVER_OPTIONS}
+    num_replicas = settings.get("num_replicas", 1)
+    if settings.get("address") is None and "num_threads" not in engine and isinstance(num_replicas, int):
+        # All replicas share this machine; each would take every core otherwise.
+        engine["num_threads"] = max(1, len(os.sched_getaffinity(0)) // max(1, num_replicas))
+    return from_dict(
+        ServeConfig,
+        {
+            "models": [
+                {
+                    "model_loading_config": {
+                        "model_id": settings.get("served_model_name") or model,
+                        "model_source": model,
+                    },
+                    "engine_kwargs": engine,
+                    "deployment_config": {"num_replicas": num_replicas},
+                }
+            ],
+            "num_routers": settings.get("num_routers", 1),
+            "api_keys": settings.get("api_key", []),
+            "admin_keys": settings.get("admin_key", []),
+            "local": is_loopback(settings["host"]),
+        },
+    )
+
+
+def plan(config: ServeConfig) -> list[ModelPlan]:
+    """Check every model of the configuration for this machine. Raises ConfigError or ModelError."""
+    device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    return [
+        plan_model(model, device=device if model.engine_kwargs.device == "auto" else model.engine_kwargs.device)
+        for model in config.models
+    ]

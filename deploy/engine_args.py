@@ -1,0 +1,115 @@
+"""`engine_kwargs`: the engine's settings in vLLM's spellings, and what becomes of them here."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from ..replicas.errors import ConfigError
+
+# vLLM's settings that change how fast an engine runs or what it logs, but no answer: said aloud and left.
+WITHOUT_EFFECT = frozenset(
+    {
+        "compilation_config",
+        "cpu_offload_gb",
+        "disable_log_requests",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "enable_log_requests",
+        "enforce_eager",
+        "max_seq_len_to_capture",
+        "num_scheduler_steps",
+        "scheduling_policy",
+        "speculative_config",
+        "swap_space",
+        "tokenizer_mode",
+        "trust_remote_code",
+    }
+)
+# Settings that would change answers or the layout, each with the values that ask for nothing.
+NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
+    "kv_cache_dtype": ("auto",),
+    "quantization": (None,),
+    "enable_lora": (False,),
+    "data_parallel_size": (1,),
+}
+DTYPES = {"half": "float16", "float": "float32"}
+
+
+class EngineArgs(BaseModel):
+    """The settings of one engine. None: chosen from the model and the machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    num_gpu_blocks_override: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    served_model_name: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(default=None, ge=1)  # torch threads of an engine on CPU; not vLLM's
+
+    def engine_config(self, folder: Path) -> EngineConfig:
+        """The engine's own configuration, not yet resolved. Raises ConfigError for what is not available."""
+        if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {self.tensor_parallel_size} and pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} are not available yet; a model runs on one device: set both to 1"
+            )
+        return EngineConfig(
+            model=ModelConfig(
+                path=str(folder),
+                dtype=DTYPES.get(self.dtype, self.dtype),
+                max_model_len=self.max_model_len,
+                load_format="safetensors" if self.load_format == "auto" else self.load_format,
+                seed=self.seed,
+            ),
+            cache=CacheConfig(
+                block_size=self.block_size,
+                num_blocks=self.num_gpu_blocks_override,
+                enable_prefix_caching=self.enable_prefix_caching,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                enable_chunked_prefill=self.enable_chunked_prefill,
+            ),
+            parallel=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
+            device=self.device,
+            num_threads=self.num_threads,
+        )
+
+
+def without_known(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` less vLLM's settings that Shoal does not have: a warning for those that change no answer.
+
+    Raises ConfigError for those that would.
+    """
+    kept = {}
+    for key, value in given.items():
+        if key in WITHOUT_EFFECT:
+            warnings.warn(f"engine_kwargs.{key} has no effect in Shoal", stacklevel=2)
+        elif key in NOT_AVAILABLE:
+            if value not in NOT_AVAILABLE[key]:
+                raise ConfigError(f"engine_kwargs.{key} = {value!r} is not available yet; leave it out")
+        else:
+            kept[key] = value
+    return kept

@@ -1,0 +1,130 @@
+"""Starting the application and waiting until it answers; stopping all that was started."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from ..cluster.membership import ReplicaInfo
+from ..replicas.errors import EngineError, ServingError
+from .app import assemble, replica_deployment_name
+from .config import ModelPlan, ServeConfig
+
+APP_NAME = "shoal"
+# Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
+START_TIMEOUT_S = 1800.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the server listens, and the key that opens it."""
+
+    host: str
+    port: int
+    api_key: str | None = None
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """A Ray of our own on loopback, or the one at `address`. What was started here is stopped at the end."""
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
+    folder = tempfile.mkdtemp(prefix="shoal-", dir="/tmp")
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def application(config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint) -> Iterator[None]:
+    """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up."""
+    ours = not serve.status().proxies
+    serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
+    try:
+        _run(config, plans)
+        for plan in plans:
+            wait_for_completion(endpoint, plan.name)
+        yield
+    finally:
+        if ours:
+            serve.shutdown()
+        else:
+            serve.delete(APP_NAME)
+
+
+def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
+    try:
+        serve.run(assemble(config, plans), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise EngineError(reason_of(str(error))) from error
+
+
+def reason_of(failure: str) -> str:
+    """The line of a Serve failure that says why: the last one that names an error of Shoal's, else the last one."""
+    lines = [line.strip() for line in failure.splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("shoal.") and "Error" in line.partition(":")[0]]
+    return ours[-1].partition(": ")[2] if ours else lines[-1]
+
+
+def wait_for_completion(endpoint: Endpoint, model: str) -> None:
+    """Return when the server has completed a prompt of one token. Raises ServingError for an answer that is final."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        status, answer = _complete(endpoint, model)
+        if status == 200:
+            return
+        if status not in (0, 404, 429, 503):  # 0: nobody listens yet; 404: the proxy does not know the route yet
+            raise ServingError(f"the server answers {status}: {answer}")
+        if time.monotonic() > deadline:
+            raise ServingError(f"no answer within {START_TIMEOUT_S:.0f} s; the last was {status}: {answer}")
+        time.sleep(_POLL_S)
+
+
+def _complete(endpoint: Endpoint, model: str) -> tuple[int, str]:
+    """Status and text of one small completion; status 0 where there is no connection."""
+    host = endpoint.url.removeprefix("http://").rpartition(":")[0]
+    connection = http.client.HTTPConnection(host, endpoint.port, timeout=60)
+    headers = {"content-type": "application/json"}
+    if endpoint.api_key is not None:
+        headers["authorization"] = f"Bearer {endpoint.api_key}"
+    body = json.dumps({"model": model, "prompt": [0], "max_tokens": 1})
+    try:
+        connection.request("POST", "/v1/completions", body, headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8", "replace")
+    except OSError as error:
+        return 0, str(error)
+    finally:
+        connection.close()
+
+
+def replica_info(plan: ModelPlan) -> ReplicaInfo:
+    """What one of the model's replicas says of itself."""
+    handle: Any = serve.get_deployment_handle(replica_deployment_name(plan.name), APP_NAME)
+    return handle.info.remote().result(timeout_s=30)
