@@ -58,16 +58,43 @@ class LinearMethod(Protocol):
         """The tensors to allocate and to load, for a model that computes in `dtype`."""
         ...
 
+    def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors that `apply` multiplies by, made once from the loaded ones, which are then let go."""
+        ...
+
     def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [..., M] -> [..., N]."""
+        """x [T, M] -> [T, N], with the tensors that `prepare` returned."""
         ...
 
 
 class UnquantizedLinear:
-    """A plain weight [N, M] in the model's dtype."""
+    """A plain weight [N, M] in the model's dtype.
+
+    On CPU it is kept in oneDNN's blocked layout, as `packed`: torch.nn.functional.linear takes a row-major weight and
+    leaves half of the speed for few tokens. All products of an 8 M parameter decoder on two cores (fp32, AVX-512), in
+    ms, plain / packed: 1 token 1.8 / 1.0, 8 tokens 2.6 / 1.35, 32 tokens 5.8 / 2.0.
+    """
 
     def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
         return (WeightSpec("weight", dtype, out_axis=0, in_axis=1),)
 
+    def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = weights["weight"]
+        if not _can_pack(weight):
+            return {"weight": weight}
+        return {"packed": torch.ops.mkldnn._reorder_linear_weight(weight.detach())}
+
     def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weights["weight"], bias)
+        packed = weights.get("packed")
+        if packed is None:
+            return F.linear(x, weights["weight"], bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN takes this weight: on CPU, in fp32, or in bf16 where the processor has instructions for it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32

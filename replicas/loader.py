@@ -60,6 +60,7 @@ def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext
         _fill(model, list_tensors(folder), folder)
     else:
         raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
+    model.prepare()
     return model.eval()
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
 from .weights import Source, WeightSlot, empty_parameter
 
@@ -48,12 +49,35 @@ class VocabParallelEmbedding(nn.Module):
             x = F.embedding(input_ids, self.weight)
         return x if self.scale == 1.0 else x * self.scale
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [K, hidden] -> float32 [K, vocab], with the same rows as the output head."""
-        return self.comm.all_gather(F.linear(hidden, self.weight))[:, : self.vocab_size].float()
-
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         if self.num_filled:
             rows = slice(self.first_row, self.first_row + self.num_filled)
             source = Source(f"{prefix}.weight", (self.vocab_size, self.weight.shape[1]), (rows,))
             yield WeightSlot(self.weight[: self.num_filled], (source,))
+
+
+class OutputHead(nn.Module):
+    """hidden [K, hidden] -> logits float32 [K, vocab].
+
+    It has rows of its own, or multiplies by an embedding's (tied); on CPU a tied head keeps a packed copy of them.
+    """
+
+    def __init__(self, rows: VocabParallelEmbedding, method: LinearMethod, *, tied: bool) -> None:
+        super().__init__()
+        self.comm, self.method, self.vocab_size, self.tied = rows.comm, method, rows.vocab_size, tied
+        self.rows: VocabParallelEmbedding | None = rows
+        self._operands: dict[str, torch.Tensor] = {}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        local = self.method.apply(self._operands, hidden, None)
+        return self.comm.all_gather(local)[:, : self.vocab_size].float()
+
+    def prepare(self) -> None:
+        """Called once the weights are loaded. Rows that the head shares with no embedding are let go."""
+        assert self.rows is not None
+        self._operands = self.method.prepare({"weight": self.rows.weight})
+        self.rows = None
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        if not self.tied and self.rows is not None:
+            yield from self.rows.weight_slots(prefix)

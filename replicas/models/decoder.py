@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...quant.methods import LinearMethod
+from ...quant.methods import LinearMethod, UnquantizedLinear
 from ..batch import AttentionMetadata
 from ..comm import ParallelContext
 from ..kv_cache import KVCache
 from ..layers.attention import Attention, AttentionStep
-from ..layers.embedding import VocabParallelEmbedding
+from ..layers.embedding import OutputHead, VocabParallelEmbedding
+from ..layers.linear import ParallelLinear
 from ..layers.mlp import GatedMLP
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
@@ -112,10 +113,10 @@ class DecoderModel(nn.Module):
             self.norm = RMSNorm(
                 spec.hidden_size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset
             )
-            if not spec.tie_word_embeddings:
-                self.lm_head = VocabParallelEmbedding(
-                    spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device
-                )
+            rows = self.embed_tokens
+            if rows is None or not spec.tie_word_embeddings:
+                rows = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device)
+            self.lm_head = OutputHead(rows, UnquantizedLinear(), tied=spec.tie_word_embeddings)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, i, comm, method, dtype, device) for i, layer in enumerate(own)
         )
@@ -174,11 +175,16 @@ class DecoderModel(nn.Module):
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [K, hidden] of the last stage -> float32 [K, vocab]."""
-        head = self.lm_head if self.lm_head is not None else self.embed_tokens
-        assert head is not None, "only the last pipeline stage has the output head"
-        logits = head.logits(hidden)
+        assert self.lm_head is not None, "only the last pipeline stage has the output head"
+        logits = self.lm_head(hidden)
         cap = self.spec.final_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def prepare(self) -> None:
+        """Called once the weights are loaded, before the first forward: linear layers take their final form."""
+        for module in list(self.modules()):
+            if isinstance(module, ParallelLinear | OutputHead):
+                module.prepare()
 
     def weight_slots(self, prefix: str, head: str) -> Iterator[WeightSlot]:
         """Every weight of this rank. `prefix` is the decoder's name in the checkpoint, `head` the output head's."""
