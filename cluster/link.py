@@ -100,9 +100,11 @@ class ReplicaLink:
     def candidate(self, hashes: Sequence[bytes]) -> Candidate:
         """The replica as the policy sees it: its last report, and what this router sent and saw end since."""
         load = self.load
+        running = load.num_running - self._recent_ends
         return Candidate(
-            num_running=max(load.num_running - self._recent_ends, 0),
-            num_waiting=load.num_waiting + self._recent_sequences,
+            num_running=max(running, 0),
+            # What was sent since the report may have ended since, too.
+            num_waiting=max(load.num_waiting + self._recent_sequences + min(running, 0), 0),
             num_blocks=load.num_blocks,
             num_free_blocks=load.num_free_blocks - self._recent_blocks,
             block_size=load.block_size,

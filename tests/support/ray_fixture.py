@@ -1,0 +1,33 @@
+"""One local Ray for all tests of a session that need one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on loopback with two CPUs, in a folder of its own; everything it started ends with the session."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")  # short: it holds UNIX sockets
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _temp_dir=folder,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": root}},  # so that workers find tests.support
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
