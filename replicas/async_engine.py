@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from .engine import Engine
-from .errors import EngineError
+from .errors import EngineError, RequestError
 from .protocol import FinishReason, ReplicaLoad, Request, TokenDelta
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ class EngineThread:
         self._on_failure = on_failure
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._num_open: dict[str, int] = {}  # accepted sequences without a terminal delta, by request id
         self._refused: list[TokenDelta] = []  # touched by the engine's thread alone
         self._accepting = True
         self._stopping = False
@@ -54,7 +55,11 @@ class EngineThread:
     def submit(self, request: Request) -> None:
         """Check the request in the caller's thread and hand it over. Raises RequestError or EngineError."""
         self._engine.limits.check(request)
-        self._post(lambda: self._add(request))
+        with self._wake:
+            if request.request_id in self._num_open:
+                raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+            self._post(lambda: self._add(request))
+            self._num_open[request.request_id] = request.num_samples
 
     def abort(self, request_id: str) -> None:
         """Abort before the next step; idempotent, and no error after a stop."""
@@ -105,22 +110,21 @@ class EngineThread:
     def _add(self, request: Request) -> None:
         try:
             self._engine.add_request(request)
-        except Exception as error:  # an id in use, or a failure between submit and here
+        except Exception as error:  # the engine has failed since, or holds the id from a caller of its own
             self._refused += _errors(request, str(error))
 
     def _run(self) -> None:
-        failure: BaseException | None = None
-        try:
-            self._loop()
-            failure = self._engine.failure
-        except Exception as error:  # a callback raised; the engine keeps its own failure to itself
-            failure = error
-        try:
-            self._close()
-        finally:
-            self._idle = True
-            if failure is not None:
-                self._on_failure(failure)
+        failures: list[BaseException] = []
+        for stage in (self._loop, self._close):
+            try:
+                stage()
+            except Exception as error:  # a callback raised; the engine keeps its own failure to itself
+                failures.append(error)
+        if self._engine.failure is not None:
+            failures.insert(0, self._engine.failure)
+        self._idle = True
+        if failures:
+            self._on_failure(failures[0])
 
     def _close(self) -> None:
         """Take no more commands, and end what was accepted."""
@@ -153,9 +157,20 @@ class EngineThread:
                 return
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
-        refused, self._refused = self._refused, []
-        if refused or deltas:
-            self._on_deltas(refused + deltas)
+        deltas, self._refused = self._refused + deltas, []
+        if not deltas:
+            return
+        ended = [delta.request_id for delta in deltas if delta.finish_reason is not None]
+        if ended:
+            with self._wake:
+                for request_id in ended:
+                    self._close_one(request_id)
+        self._on_deltas(deltas)
+
+    def _close_one(self, request_id: str) -> None:
+        num_open = self._num_open.pop(request_id, 0)
+        if num_open > 1:
+            self._num_open[request_id] = num_open - 1
 
 
 def _errors(request: Request, message: str) -> list[TokenDelta]:

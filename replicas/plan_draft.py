@@ -43,12 +43,10 @@ class PlanDraft:
     def empty(self) -> bool:
         return not self.chunks and not self.decode_rows.size
 
-    def set_blocks(self, row: int, first: int, blocks: Ints) -> None:
-        """Write `blocks` into the row's table from index `first` on."""
+    def set_blocks(self, row: int, blocks: Ints) -> None:
+        """Write the row's whole table."""
         count = len(blocks)
-        self.tables.append(
-            (np.full(count, row, np.int32), np.arange(first, first + count, dtype=np.int32), blocks.astype(np.int32))
-        )
+        self.tables.append((np.full(count, row, np.int32), np.arange(count, dtype=np.int32), blocks.astype(np.int32)))
 
     def build(self, step: int) -> tuple[StepPlan, list[Chunk]]:
         """The finished plan, and the chunks that it scores in the order of `scored_slices`."""

@@ -261,7 +261,7 @@ class Scheduler:
         insort(self._prefilling, sequence, key=lambda entry: entry.rank)
         table.set_blocks(sequence.row, blocks)
         table.computed[sequence.row] = num_cached
-        draft.set_blocks(sequence.row, 0, blocks)
+        draft.set_blocks(sequence.row, blocks)
         return True
 
     def _cached_prefix(self, sequence: Sequence, context: Ints) -> Ints:
@@ -310,7 +310,7 @@ class Scheduler:
             self.pool.share(blocks, len(forks))
         for fork in forks:
             table.set_blocks(fork.row, blocks)
-            draft.set_blocks(fork.row, 0, blocks)
+            draft.set_blocks(fork.row, blocks)
             self._start(draft, fork)
             fork.digests, fork.num_registered = list(leader.digests), leader.num_registered
         running = [leader, *forks]

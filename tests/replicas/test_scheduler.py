@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
@@ -12,7 +14,7 @@ from tests.support.engines import make_engine
 PROMPT = tuple(range(4, 24))  # 20 tokens
 
 
-def make_scheduler(**sizes: int | bool) -> Scheduler:
+def make_scheduler(**sizes: Any) -> Scheduler:
     return make_engine(**sizes)[0].scheduler
 
 
