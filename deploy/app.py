@@ -46,7 +46,7 @@ class Ingress:
         await self.router.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_http_app(self.service)
+        return create_http_app(self.service, sends_request_id=False)  # Serve's proxy does
 
     async def __del__(self) -> None:
         await self.router.close()

@@ -7,12 +7,11 @@ from .config import ServeConfig
 from .launcher import Endpoint
 
 
-def banner(endpoint: Endpoint, config: ServeConfig, infos: list[ReplicaInfo]) -> str:
-    """The address, a line to try, and what each model has room for. `infos` are one replica of each model."""
-    lines = ["", f"Shoal is ready at {endpoint.url}/v1"]
-    for model, info in zip(config.models, infos, strict=True):
-        replicas = model.deployment_config.num_replicas or 1
-        lines += ["", *capacity_lines(model.name, info, replicas)]
+def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaInfo]]) -> str:
+    """The address, a line to try, and what each model has room for. `replicas` are those of each model."""
+    lines = ["", f"Shoal is ready at {endpoint.url}/v1", ""]
+    for model, infos in zip(config.models, replicas, strict=True):
+        lines += capacity_lines(model.name, infos)
     key = ' -H "authorization: Bearer $SHOAL_API_KEY"' if config.api_keys else ""
     name = config.models[0].name
     lines += [
@@ -25,12 +24,15 @@ def banner(endpoint: Endpoint, config: ServeConfig, infos: list[ReplicaInfo]) ->
     return "\n".join(lines)
 
 
-def capacity_lines(name: str, info: ReplicaInfo, num_replicas: int) -> list[str]:
-    """KV capacity in tokens and the number of full-length requests that fit it, over all replicas."""
-    tokens = info.num_blocks * info.block_size * num_replicas
-    copies = f", {num_replicas} replicas" if num_replicas > 1 else ""
+def capacity_lines(name: str, infos: list[ReplicaInfo]) -> list[str]:
+    """KV capacity in tokens and the number of full-length requests that fit it, over all replicas of a model."""
+    if not infos:
+        return [f"  {name}: no replica is registered"]
+    tokens = sum(info.num_blocks * info.block_size for info in infos)
+    longest = infos[0].max_model_len
+    count = f"{len(infos)} replicas" if len(infos) > 1 else "1 replica"
     return [
-        f"  {name}: {info.num_parameters / 1e6:,.1f} M parameters, {info.dtype}{copies}",
+        f"  {name}: {infos[0].num_parameters / 1e6:,.1f} M parameters, {infos[0].dtype}, {count}",
         f"  KV cache capacity: {tokens:,} tokens",
-        f"  maximum concurrency for requests of {info.max_model_len:,} tokens: {tokens / info.max_model_len:.2f}x",
+        f"  maximum concurrency for requests of {longest:,} tokens: {tokens / longest:.2f}x",
     ]

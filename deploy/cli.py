@@ -126,13 +126,12 @@ def _serve(settings: dict[str, Any]) -> None:
 
     # Everything that can be wrong with the configuration is known by now: Ray may start.
     from .banner import banner
-    from .launcher import Endpoint, application, ray_cluster, replica_info
+    from .launcher import Endpoint, application, ray_cluster, replicas_of
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
-    with ray_cluster(address), application(config, plans, endpoint):
-        infos = [replica_info(plan) for plan in plans]
-        print(banner(endpoint, config, infos), flush=True)
+    with ray_cluster(address, host), application(config, plans, endpoint):
+        print(banner(endpoint, config, replicas_of(plans)), flush=True)
         stop.wait()
         print("shoal: stopping", flush=True)
 

@@ -27,11 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 class Edge:
-    """ASGI middleware: checks keys, gives every request an id, and turns every exception into an error object."""
+    """ASGI middleware: checks keys, gives every request an id, and turns every exception into an error object.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    `sends_id` is off behind a proxy that sends the id back itself, as Ray Serve's does: there would be two.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, *, sends_id: bool = True) -> None:
         self.app = app
         self.keys = keys
+        self.sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,7 +52,8 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if self.sends_id:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

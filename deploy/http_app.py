@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -19,20 +16,11 @@ from .openai_errors import HttpError, error_response
 from .schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeTextBody
 from .service import ApiService
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-
-def create_http_app(service: ApiService, *, on_start: Callable[[], Awaitable[None]] | None = None) -> FastAPI:
-    """The application over `service`. `on_start` runs in the server's event loop before the first request."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if on_start is not None:
-            await on_start()
-        yield
-
-    app = FastAPI(title="Shoal", version=__version__, lifespan=lifespan)
-    app.add_middleware(Edge, keys=service.keys)
+def create_http_app(service: ApiService, *, sends_request_id: bool = True) -> FastAPI:
+    """The application over `service`. `sends_request_id` is off behind a proxy that sends the id back itself."""
+    app = FastAPI(title="Shoal", version=__version__)
+    app.add_middleware(Edge, keys=service.keys, sends_id=sends_request_id)
     app.add_exception_handler(HTTPException, _http_exception)
     _add_generation_routes(app, service)
     _add_model_routes(app, service)
@@ -40,10 +28,11 @@ def create_http_app(service: ApiService, *, on_start: Callable[[], Awaitable[Non
     return app
 
 
-async def _http_exception(_: Request, error: Exception) -> Response:
+async def _http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, no such method."""
     assert isinstance(error, HTTPException)
-    return error_response(HttpError(error.status_code, error.detail, headers=dict(error.headers or {})))
+    message = f"{request.method} {request.url.path[:256]}: {error.detail.lower()}"
+    return error_response(HttpError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 def _add_generation_routes(app: FastAPI, service: ApiService) -> None:

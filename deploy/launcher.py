@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -16,10 +17,12 @@ from typing import Any
 import ray
 from ray import serve
 
+from ..cluster.directory import DirectoryClient
 from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import EngineError, ServingError
-from .app import assemble, replica_deployment_name
+from .app import assemble
 from .config import ModelPlan, ServeConfig
+from .environment import is_loopback
 
 APP_NAME = "shoal"
 # Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
@@ -42,8 +45,12 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
-    """A Ray of our own on loopback, or the one at `address`. What was started here is stopped at the end."""
+def ray_cluster(address: str | None, host: str) -> Iterator[None]:
+    """A Ray of our own, or the one at `address`. What was started here is stopped at the end.
+
+    For a server on loopback, Ray's own ports are on loopback too.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         try:
@@ -52,9 +59,12 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
         return
     # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
-    folder = tempfile.mkdtemp(prefix="shoal-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")
+    options: dict[str, Any] = {"_temp_dir": folder}
+    if is_loopback(host):
+        options["_node_ip_address"] = "127.0.0.1"
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **options)
         yield
     finally:
         ray.shutdown()
@@ -63,8 +73,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def application(config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint) -> Iterator[None]:
-    """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up."""
-    ours = not serve.status().proxies
+    """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up.
+
+    A Serve that was started here is left to the end of its Ray if that is ours too, and else stopped.
+    """
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
     try:
         _run(config, plans)
@@ -72,10 +84,7 @@ def application(config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint)
             wait_for_completion(endpoint, plan.name)
         yield
     finally:
-        if ours:
-            serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
+        serve.delete(APP_NAME)
 
 
 def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
@@ -124,7 +133,7 @@ def _complete(endpoint: Endpoint, model: str) -> tuple[int, str]:
         connection.close()
 
 
-def replica_info(plan: ModelPlan) -> ReplicaInfo:
-    """What one of the model's replicas says of itself."""
-    handle: Any = serve.get_deployment_handle(replica_deployment_name(plan.name), APP_NAME)
-    return handle.info.remote().result(timeout_s=30)
+def replicas_of(plans: list[ModelPlan]) -> list[list[ReplicaInfo]]:
+    """What the replicas of each model say of themselves."""
+    members = asyncio.run(DirectoryClient().watch(None)).replicas
+    return [[info for info in members if info.model_id == plan.name] for plan in plans]
