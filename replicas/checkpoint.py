@@ -176,7 +176,9 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """
     index = folder / INDEX_FILE
     if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
+        # Some folders hold a second copy of the weights under another name, in their authors' own layout.
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{folder} holds no .safetensors file; only safetensors weights are supported")
         return {name: info for file in files for name, info in read_header(file).items()}

@@ -15,6 +15,7 @@ from ...kernels.rope import RopeRows, rope
 from ...quant.methods import LinearMethod
 from ..batch import AttentionMetadata
 from ..comm import ParallelContext
+from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..models.spec import DecoderSpec, LayerSpec, QKNorm
 from .linear import QKVLinear, RowParallelLinear
@@ -105,6 +106,11 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not QKNorm.NONE:
             whole = spec.qk_norm is QKNorm.PROJECTION
+            if whole and comm.tp_size > kv_heads:
+                raise ConfigError(
+                    f"tensor_parallel_size {comm.tp_size} is above the {kv_heads} kv heads, which this model's norm of "
+                    "the whole key projection does not allow; lower it"
+                )
             sizes = (heads * head_dim, kv_heads * head_dim) if whole else (head_dim, head_dim)
             self.q_norm, self.k_norm = (
                 RMSNorm(size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset) for size in sizes

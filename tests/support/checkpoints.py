@@ -143,19 +143,19 @@ def gemma3_multimodal(folder: Path) -> Path:
 
 
 def phi3(folder: Path) -> Path:
-    """Fused projections and longrope. Its original length is 4, so that every prompt of a test uses the long factors
-    in transformers (which decides by a prompt's length) as it does here (by max_model_len)."""
+    """Fused projections and longrope. Its original length is 2, so that every longer prompt uses the long factors
+    in transformers (which decides by the length so far) as it does here (by max_model_len)."""
     settings = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
         "short_factor": [1.0] * 6,
         "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0],
-        "original_max_position_embeddings": 4,
+        "original_max_position_embeddings": 2,
         "partial_rotary_factor": 0.75,
     }
     return _save(
-        Phi3Config(**settings, sliding_window=12, original_max_position_embeddings=4, rope_parameters=rope), folder
+        Phi3Config(**settings, sliding_window=12, original_max_position_embeddings=2, rope_parameters=rope), folder
     )
 
 

@@ -1,0 +1,349 @@
+"""Checkpoints good and bad: facts without torch, both layouts of experts, and one line for each kind of damage."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from shoal.replicas.checkpoint import ARCHITECTURES, INDEX_FILE, list_tensors, read_model_facts, resolve_model_path
+from shoal.replicas.errors import ModelError
+from shoal.replicas.loader import load_model
+from tests.support.checkpoints import FAMILIES
+from tests.support.paged import CPU, PagedModel, engine_config
+
+WEIGHTS = "model.safetensors"
+PROMPT = list(range(2, 30))
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    return FAMILIES["llama"](tmp_path / "llama")
+
+
+def rewrite(folder: Path, change) -> None:
+    """Applies `change` to the dictionary of the folder's tensors and saves it again."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def failure(folder: Path) -> str:
+    """The message of the ModelError that loading raises: one line."""
+    with pytest.raises(ModelError) as caught:
+        load_model(engine_config(folder), CPU)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+# Facts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts_are_those_of_autoconfig(family, tmp_path):
+    folder = FAMILIES[family](tmp_path / family)
+    facts, config = read_model_facts(folder), AutoConfig.from_pretrained(folder).get_text_config()
+    assert facts.architecture in ARCHITECTURES
+    assert facts.num_layers == config.num_hidden_layers
+    assert facts.hidden_size == config.hidden_size
+    assert facts.num_attention_heads == config.num_attention_heads
+    assert facts.num_kv_heads == config.num_key_value_heads
+    assert facts.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert facts.vocab_size == config.vocab_size
+    assert facts.max_position_embeddings == config.max_position_embeddings
+    assert facts.eos_token_ids == (config.eos_token_id,)
+    assert facts.dtype == "float32"
+    assert facts.num_parameters == sum(math.prod(info.shape) for info in list_tensors(folder).values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        # The sparse text part of the 4 B multimodal Gemma 3, as its config.json has it.
+        (
+            "Gemma3ForConditionalGeneration",
+            {
+                "model_type": "gemma3",
+                "text_config": {
+                    "model_type": "gemma3_text",
+                    "hidden_size": 2560,
+                    "intermediate_size": 10240,
+                    "num_hidden_layers": 34,
+                    "sliding_window": 1024,
+                    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                },
+            },
+        ),
+        # Llama 2 before num_key_value_heads and head_dim were written.
+        (
+            "LlamaForCausalLM",
+            {
+                "model_type": "llama",
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 32,
+                "vocab_size": 32000,
+                "torch_dtype": "float16",
+            },
+        ),
+    ],
+)
+def test_keys_that_are_left_out_have_transformers_defaults(architecture, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], **config}))
+    facts, whole = read_model_facts(tmp_path), AutoConfig.from_pretrained(tmp_path).get_text_config()
+    assert (facts.num_attention_heads, facts.num_kv_heads) == (whole.num_attention_heads, whole.num_key_value_heads)
+    assert (facts.head_dim, facts.vocab_size) == (whole.head_dim, whole.vocab_size)
+    assert facts.max_position_embeddings == whole.max_position_embeddings
+    assert facts.eos_token_ids == (whole.eos_token_id,)
+    assert facts.dtype == config.get("torch_dtype", "float32")
+
+
+def test_generation_config_says_where_sequences_end(llama):
+    edit_json(llama / "generation_config.json", eos_token_id=[7, 9, 7])
+    assert read_model_facts(llama).eos_token_ids == (7, 9)
+
+
+def test_facts_are_read_without_torch(llama):
+    code = (
+        "import sys; from pathlib import Path; from shoal.replicas.checkpoint import *;"
+        f"print(read_model_facts(resolve_model_path({str(llama)!r})).num_layers, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "False"]
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones(llama):
+    edit_json(llama / "config.json", architectures=["FalconForCausalLM"])
+    with pytest.raises(ModelError, match=r"FalconForCausalLM.*LlamaForCausalLM"):
+        read_model_facts(llama)
+
+
+@pytest.mark.parametrize("value", [None, 0, "64", True])
+def test_a_fact_that_is_no_positive_integer_is_named(value, llama):
+    edit_json(llama / "config.json", hidden_size=value)
+    with pytest.raises(ModelError, match=r"config.json: hidden_size is"):
+        read_model_facts(llama)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_config_that_is_no_json_object_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_model_facts(tmp_path)
+
+
+def test_model_paths(tmp_path, monkeypatch):
+    assert resolve_model_path(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match="no revision 'main'"):
+        resolve_model_path(str(tmp_path), "main")
+    with pytest.raises(ModelError, match="there is no model folder"):
+        resolve_model_path(str(tmp_path / "absent"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"shoal-tests/absent.*give a local folder"):
+        resolve_model_path("shoal-tests/absent")
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_one_by_one_and_stacked(family, tmp_path):
+    """What the hub holds names every expert; transformers' own modules stack them. Both are the same model."""
+    folder = FAMILIES[family](tmp_path / family)
+    want = PagedModel(folder).logits([(0, PROMPT)])
+    stacked_before = any(name.endswith("experts.down_proj") for name in list_tensors(folder))
+    rewrite(folder, _unstack if stacked_before else _stack)
+    assert any(name.endswith("experts.down_proj") for name in list_tensors(folder)) != stacked_before
+    assert torch.equal(PagedModel(folder).logits([(0, PROMPT)]), want)
+
+
+def _stack(tensors: dict[str, torch.Tensor]) -> None:
+    for gate in [name for name in tensors if name.endswith((".experts.0.gate_proj.weight", ".experts.0.w1.weight"))]:
+        prefix, suffix = gate.split(".experts.0.")
+        names = {"gate_proj.weight": ("up_proj.weight", "down_proj.weight"), "w1.weight": ("w3.weight", "w2.weight")}
+        up, down = names[suffix]
+        parts: dict[str, list[torch.Tensor]] = {suffix: [], up: [], down: []}
+        expert = 0
+        while f"{prefix}.experts.{expert}.{suffix}" in tensors:
+            for part, found in parts.items():
+                found.append(tensors.pop(f"{prefix}.experts.{expert}.{part}"))
+            expert += 1
+        mlp = prefix.replace("block_sparse_moe", "mlp")
+        tensors[f"{mlp}.experts.gate_up_proj"] = torch.cat((torch.stack(parts[suffix]), torch.stack(parts[up])), 1)
+        tensors[f"{mlp}.experts.down_proj"] = torch.stack(parts[down])
+
+
+def _unstack(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith(".experts.gate_up_proj")]:
+        prefix = name.removesuffix(".gate_up_proj")
+        for expert, (pair, down) in enumerate(zip(tensors.pop(name), tensors.pop(f"{prefix}.down_proj"), strict=True)):
+            gate, up = pair.chunk(2)
+            for part, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                tensors[f"{prefix}.{expert}.{part}.weight"] = weight
+
+
+def test_sharded_files_are_one_model(llama):
+    want = PagedModel(llama).logits([(0, PROMPT)])
+    _shard(llama)
+    assert torch.equal(PagedModel(llama).logits([(0, PROMPT)]), want)
+
+
+def _shard(folder: Path) -> dict[str, str]:
+    """Splits the weights over two files and an index; returns the weight map."""
+    tensors = load_file(folder / WEIGHTS)
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_superfluous_tensors_of_old_checkpoints_are_passed_over(tmp_path):
+    folder = FAMILIES["llama_biased_tied"](tmp_path / "tied")
+    want = PagedModel(folder).logits([(0, PROMPT)])
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    rewrite(folder, add)
+    assert torch.equal(PagedModel(folder).logits([(0, PROMPT)]), want)
+
+
+def test_half_precision_weights_are_cast(llama):
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].bfloat16()
+
+    rewrite(llama, halve)
+    edit_json(llama / "config.json", dtype=None)
+    assert read_model_facts(llama).dtype == "bfloat16"
+    logits = PagedModel(llama).logits([(0, PROMPT)])
+    rewrite(llama, lambda tensors: tensors.update({name: tensor.float() for name, tensor in tensors.items()}))
+    assert torch.equal(PagedModel(llama).logits([(0, PROMPT)]), logits)
+
+
+def test_dummy_weights_need_only_a_config_and_follow_the_seed(llama):
+    (llama / WEIGHTS).unlink()
+    hidden = torch.randn(3, 64)
+    logits = [
+        load_model(engine_config(llama, load_format="dummy", seed=seed), CPU).compute_logits(hidden)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    assert all(value.isfinite().all() for value in logits)
+
+
+# Damage
+
+
+def test_no_weights(llama):
+    (llama / WEIGHTS).unlink()
+    assert "holds no .safetensors file" in failure(llama)
+
+
+def test_a_missing_shard(llama):
+    file = next(iter(_shard(llama).values()))
+    (llama / file).unlink()
+    with pytest.raises(ModelError, match=f"{file} is missing"):
+        read_model_facts(llama)
+
+
+def test_an_index_that_promises_too_much(llama):
+    weight_map = _shard(llama)
+    file = next(iter(weight_map.values()))
+    (llama / INDEX_FILE).write_text(json.dumps({"weight_map": {**weight_map, "model.extra": file}}))
+    with pytest.raises(ModelError, match=f"{file} lacks tensor model.extra"):
+        read_model_facts(llama)
+
+
+def test_other_weights_beside_the_models_own_are_passed_over(llama):
+    """Some hub folders hold the same weights a second time, in the authors' own layout."""
+    save_file({"layers.0.wq.weight": torch.zeros(2, 2)}, llama / "consolidated.safetensors")
+    assert not any("wq" in name for name in list_tensors(llama))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, 0.99])
+def test_a_truncated_file(kept, llama):
+    path = llama / WEIGHTS
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ModelError) as caught:
+        list_tensors(llama)
+    assert WEIGHTS in caught.value.message
+    assert "\n" not in caught.value.message
+    if isinstance(kept, float):
+        assert "truncated: tensor " in caught.value.message
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-4, "overlaps"), (4, "gap")])
+def test_byte_ranges_that_do_not_join(shift, word, llama):
+    path = llama / WEIGHTS
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    name = max((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    header[name]["data_offsets"] = [offset + shift for offset in header[name]["data_offsets"]]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.raises(ModelError, match=f"{WEIGHTS}: tensor {name} .*{word}"):
+        list_tensors(llama)
+
+
+def test_a_missing_tensor(llama):
+    rewrite(llama, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    message = failure(llama)
+    assert "lacks tensor model.layers.1.self_attn.k_proj.weight" in message
+    assert str(llama) in message
+
+
+def test_a_tensor_that_is_not_understood(llama):
+    rewrite(llama, lambda tensors: tensors.update({"model.layers.1.self_attn.sinks": torch.zeros(4)}))
+    assert f"{WEIGHTS}: tensor model.layers.1.self_attn.sinks is not understood" in failure(llama)
+
+
+def test_a_misshapen_tensor(llama):
+    name = "model.layers.2.mlp.up_proj.weight"
+    rewrite(llama, lambda tensors: tensors.update({name: torch.zeros(95, 64)}))
+    assert f"{WEIGHTS}: tensor {name} has shape [95, 64]; config.json makes it [96, 64]" in failure(llama)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(value, llama):
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = value
+
+    rewrite(llama, poison)
+    assert f"{WEIGHTS}: tensor model.layers.0.mlp.down_proj.weight holds NaN or infinite" in failure(llama)
+
+
+def test_weights_of_a_foreign_dtype(llama):
+    name = "model.norm.weight"
+    rewrite(llama, lambda tensors: tensors.update({name: torch.ones(64, dtype=torch.int8)}))
+    assert f"{WEIGHTS}: tensor {name} has dtype I8" in failure(llama)
+
+
+def test_a_folder_that_holds_another_kind_of_model(llama):
+    rewrite(llama, lambda tensors: tensors.update({f"unet.{name}": tensors.pop(name) for name in list(tensors)}))
+    assert "not of a language model" in failure(llama)
+
+
+def test_an_unknown_load_format(llama):
+    with pytest.raises(ModelError, match="pickle"):
+        load_model(engine_config(llama, load_format="pickle"), CPU)

@@ -1,0 +1,74 @@
+"""Run a decoder on its paged cache without an engine: block tables are given out in a scattered order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from shoal.replicas.batch import AttentionMetadata
+from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.comm import ParallelContext
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
+from shoal.replicas.kv_cache import KVCache
+from shoal.replicas.loader import DecoderModel, load_model
+
+BLOCK_SIZE = 8
+BLOCKS_PER_SEQUENCE = 12
+CPU = torch.device("cpu")
+
+
+def engine_config(folder: Path, **model: object) -> EngineConfig:
+    """A resolved fp32 configuration for the checkpoint in `folder`."""
+    cache = CacheConfig(block_size=BLOCK_SIZE, num_blocks=512)
+    return EngineConfig(ModelConfig(str(folder), **model), cache).resolve(read_model_facts(folder), "cpu")  # pyright: ignore[reportArgumentType]
+
+
+class PagedModel:
+    """A rank's model with room for `num_sequences`; `run` takes one step of slices (sequence, token ids)."""
+
+    def __init__(self, folder: Path, num_sequences: int = 2, comm: ParallelContext | None = None) -> None:
+        self.model: DecoderModel = load_model(engine_config(folder), CPU, comm)
+        num_blocks = num_sequences * BLOCKS_PER_SEQUENCE + 1
+        self.cache = KVCache(
+            self.model.num_local_layers,
+            num_blocks,
+            self.model.num_local_kv_heads,
+            BLOCK_SIZE,
+            self.model.spec.head_dim,
+            torch.float32,
+            CPU,
+        )
+        order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
+        self.tables = order.view(num_sequences, BLOCKS_PER_SEQUENCE).to(torch.int32)
+        self.lengths = [0] * num_sequences
+
+    def run(self, slices: list[tuple[int, list[int]]], hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [T, hidden] of the slices' tokens. Slices of one token must come first, as in a plan."""
+        rows = [row for row, _ in slices]
+        query_lens = [len(tokens) for _, tokens in slices]
+        starts = [self.lengths[row] for row in rows]
+        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)])
+        owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(query_lens))
+        blocks = self.tables[owners, positions // BLOCK_SIZE].long()
+        context_lens = [start + n for start, n in zip(starts, query_lens, strict=True)]
+        single = sum(n == 1 for n in query_lens)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32),
+            block_tables=self.tables[rows],
+            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            num_single=single,
+            max_query_len=max(query_lens),
+            max_context_len=max(context_lens),
+            query_lens_host=tuple(query_lens[single:]),
+            context_lens_host=tuple(context_lens[single:]),
+        )
+        for row, n in zip(rows, query_lens, strict=True):
+            self.lengths[row] += n
+        input_ids = torch.tensor([token for _, tokens in slices for token in tokens])
+        return self.model(input_ids, positions, metadata, self.cache, hidden)
+
+    def logits(self, slices: list[tuple[int, list[int]]]) -> torch.Tensor:
+        """float32 [T, vocab] of every token of the slices."""
+        return self.model.compute_logits(self.run(slices))
