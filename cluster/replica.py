@@ -37,6 +37,7 @@ class ReplicaOptions:
     """Times are in seconds."""
 
     directory: str = DEFAULT_NAME
+    host: str | None = None  # the address to listen on; None: that of the Ray node, which other nodes reach
     check_interval: float = 0.5  # between two looks at the engine's progress
     drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
     server: ServerOptions = field(default_factory=ServerOptions)
@@ -64,7 +65,7 @@ class Replica:
         self._engine = await asyncio.to_thread(self.build_engine, config)
         self._watchdog = StepWatchdog(FLOOR["cpu" if self._engine.config.device == "cpu" else "cuda"])
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
-        self._server = ReplicaServer(describe(model_id, self._engine), secret, self._options.server)
+        self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
         await self._server.start(self._thread)
         self._thread.start()
         self._closed = False
@@ -75,20 +76,43 @@ class Replica:
         """Loads the model; runs outside the event loop. Raises ConfigError and ModelError."""
         return build_engine(config)
 
+    def _describe(self, model_id: str) -> ReplicaInfo:
+        """What routers are told of the engine; the port is not known yet."""
+        config, load = self._engine.config, self._engine.load()
+        return ReplicaInfo(
+            replica_id=_replica_id(),
+            model_id=model_id,
+            host=self._options.host or ray.util.get_node_ip_address(),
+            port=0,
+            epoch=secrets.randbits(48),
+            max_model_len=config.model.max_model_len or 0,
+            vocab_size=self._engine.facts.vocab_size,
+            num_blocks=load.num_blocks,
+            block_size=load.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=config.model.dtype,
+            num_parameters=self._engine.facts.num_parameters,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+        )
+
     # What Serve calls, and what may be called through a handle
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raises EngineError when the engine is gone or a step hangs."""
+        self._check_engine()
+
+    def _check_engine(self) -> None:
         if self._failure is not None:
             raise EngineError(f"the engine failed: {self._failure}")
         silence, limit = time.monotonic() - self._thread.last_progress, self._watchdog.limit
         if silence > limit:
             raise EngineError(f"a step has taken {silence:.1f} s, above the limit of {limit:.1f} s")
 
-    def info(self) -> ReplicaInfo:
+    async def info(self) -> ReplicaInfo:
         return self._server.info
 
-    def load(self) -> ReplicaLoad:
+    async def load(self) -> ReplicaLoad:
         return self._thread.load()
 
     async def drain(self) -> None:
@@ -166,31 +190,10 @@ class Replica:
         while True:
             await asyncio.sleep(self._options.check_interval)
             try:
-                self.check_health()
+                self._check_engine()
             except EngineError as error:
                 self._fail(error)
                 return
-
-
-def describe(model_id: str, engine: Engine) -> ReplicaInfo:
-    """What routers are told of the engine; the port is not known yet."""
-    config, load = engine.config, engine.load()
-    return ReplicaInfo(
-        replica_id=_replica_id(),
-        model_id=model_id,
-        host=ray.util.get_node_ip_address(),
-        port=0,
-        epoch=secrets.randbits(48),
-        max_model_len=config.model.max_model_len or 0,
-        vocab_size=engine.facts.vocab_size,
-        num_blocks=load.num_blocks,
-        block_size=load.block_size,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        dtype=config.model.dtype,
-        num_parameters=engine.facts.num_parameters,
-        node_id=ray.get_runtime_context().get_node_id(),
-        pid=os.getpid(),
-    )
 
 
 def _replica_id() -> str:

@@ -133,6 +133,8 @@ class ReplicaServer:
     def fail(self, error: BaseException) -> None:
         """The engine is gone. Its last words are not passed on: a cut connection makes the routers replay."""
         self._failed = True
+        if self._server is not None:
+            self._server.close()
         self.cut_all(EngineError(f"the engine failed: {error}"))
 
     @property

@@ -152,7 +152,7 @@ async def test_noise_after_the_handshake_aborts_only_that_routers_requests() -> 
 
 @in_loop
 async def test_a_router_that_does_not_read_is_cut_and_the_others_go_on() -> None:
-    async with cluster(server_options=ServerOptions(send_limit=100_000)) as c:
+    async with cluster(server_options=ServerOptions(send_limit=100_000), max_model_len=10**7) as c:
         replica = c.replicas[0]
         deaf = await connect(replica.info)
         await prove_as_router(deaf, c.secret, "deaf", replica.info)

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Ray on loopback with two CPUs, in a folder of its own; everything it started ends with the session."""
+    """Ray with two CPUs, in a folder of its own; everything it started ends with the session."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
@@ -24,7 +24,6 @@ def local_ray() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=100 << 20,
         _temp_dir=folder,
-        _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {"PYTHONPATH": root}},  # so that workers find tests.support
         log_to_driver=False,
     )
