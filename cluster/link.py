@@ -160,22 +160,26 @@ class ReplicaLink:
     async def _keep_connected(self) -> None:
         delay = self._options.reconnect_delay
         while self.listed:
+            began = self._loop.time()
             try:
                 connection = await self._connect()
             except (OSError, TimeoutError, WireError) as error:
                 logger.warning("no connection to replica %s: %s", self.info.replica_id, error or "timeout")
                 self.attempted.set()
+            else:
+                self.attempted.set()
+                self._owner.on_room(self)
+                try:
+                    await self._heartbeat(connection)
+                finally:
+                    connection.cut()
+                    self._drop(connection)
+            # Also after a connection that stood: a replica that drops us at once must not get every replay first.
+            if self._loop.time() - began > self._options.max_reconnect_delay:
+                delay = self._options.reconnect_delay
+            if self.listed:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, self._options.max_reconnect_delay)
-                continue
-            delay = self._options.reconnect_delay
-            self.attempted.set()
-            self._owner.on_room(self)
-            try:
-                await self._heartbeat(connection)
-            finally:
-                connection.cut()
-                self._drop(connection)
 
     async def _connect(self) -> Connection:
         async with asyncio.timeout(self._options.connect_timeout):

@@ -131,7 +131,10 @@ class ReplicaServer:
             session.connection.cut(error)
 
     def fail(self, error: BaseException) -> None:
-        """The engine is gone. Its last words are not passed on: a cut connection makes the routers replay."""
+        """The engine is gone. Its last words are not passed on: a cut connection makes the routers replay.
+
+        Idempotent. Nobody is let in any more.
+        """
         self._failed = True
         if self._server is not None:
             self._server.close()
@@ -221,6 +224,9 @@ class ReplicaServer:
                 raise WireError(f"stream {item.stream} is already in use")
             try:
                 self._admit(session, item)
+            except EngineError as error:
+                self.fail(error)  # it has ended, and this process will
+                return
             except ServingError as error:
                 rejections.append(Rejection(item.stream, to_remote_error(error)))
         if rejections:

@@ -32,6 +32,7 @@ VERSION = 1
 MAX_FRAME_BYTES = 64 << 20  # the prompt log-probabilities of a 128k prompt with 20 alternatives take some 40 MB
 MAX_HANDSHAKE_FRAME_BYTES = 4096  # what a peer may send before it has proved anything
 DEFAULT_SEND_LIMIT = 64 << 20  # bytes that may wait for a slow reader before its connection is cut
+_MAX_HANDSHAKE_FRAMES = 8  # that may wait to be read; a proper peer sends two
 _HEADER_BYTES = 4
 
 
@@ -268,8 +269,11 @@ class Connection(asyncio.Protocol):
         self._splitter.limit = MAX_FRAME_BYTES
         self._receiver = receiver
         self._on_closed = on_closed
-        while self._early and not self.closed:
-            self._receive(self._early.popleft())
+        try:
+            while self._early and not self.closed:
+                receiver(self._early.popleft())
+        except WireError as error:
+            self.cut(error)
 
     async def next_frame(self) -> bytes:
         """The next frame before `start`; raises WireError when the connection ends first."""
@@ -317,11 +321,10 @@ class Connection(asyncio.Protocol):
 
     def _receive(self, payload: bytes) -> None:
         if self._receiver is not None:
-            try:
-                self._receiver(payload)
-            except WireError as error:
-                self.cut(error)
+            self._receiver(payload)
             return
+        if len(self._early) >= _MAX_HANDSHAKE_FRAMES:
+            raise WireError(f"more than {_MAX_HANDSHAKE_FRAMES} frames came before the handshake was through")
         self._early.append(payload)
         self._wake()
 

@@ -128,6 +128,8 @@ def test_a_replica_registers_streams_and_leaves() -> None:
             assert mine[-1].finish_reason is reason
         assert (await router.block_reports("fake"))[0]["requests"] == {}
         assert await router.reset_prefix_cache("fake")
+        await replica.drain.remote()
+        assert (await client.watch(None)).replicas == (replace(info, draining=True),)
         await replica.close.remote()
         assert (await client.watch(None)).replicas == ()
         await eventually(lambda: router.replicas("fake") == [])

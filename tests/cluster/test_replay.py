@@ -81,7 +81,6 @@ async def test_many_streams_survive_one_loss_after_another() -> None:
             for _ in range(5):
                 c.step()
             await lose(c, lost)
-            c.replicas[lost].engine.__init__(lambda deltas: None)  # what a dead engine runs does not count
         for r, deltas in zip(asked, await c.run(*tasks), strict=True):
             for sample in range(r.num_samples):
                 assert tokens(deltas, sample) == fake_output(r, sample)

@@ -255,3 +255,17 @@ async def test_load_reports_reach_the_router() -> None:
         await eventually(lambda: c.router.replicas("fake")[0][1].num_running == 0)
         assert c.router.replicas("fake")[0][0] == c.replicas[0].info
         assert c.router.models() == ["fake"]
+
+
+@in_loop
+async def test_a_replica_that_is_not_listed_keeps_its_connection_while_that_stands() -> None:
+    async with cluster() as c:
+        task = c.generate(request(max_tokens=4))
+        await eventually(lambda: c.running() == [1])
+        c.source.set([])  # as a directory that has just restarted
+        (deltas,) = await c.run(task)
+        assert tokens(deltas) == fake_output(request(max_tokens=4))
+        assert len(c.router.replicas("fake")) == 1
+        await c.replicas[0].close()
+        await eventually(lambda: c.router.replicas("fake") == [])
+        assert c.router.models() == ["fake"]

@@ -14,7 +14,8 @@ from shoal.cluster.options import RouterOptions
 from shoal.cluster.router import Router
 from shoal.cluster.server import ServerOptions
 from shoal.cluster.wire import VERSION, Challenge, Connection, Hello, Proof, Submit, SubmitItem, decode
-from shoal.replicas.protocol import TokenDelta
+from shoal.replicas.errors import EngineError
+from shoal.replicas.protocol import Request, TokenDelta
 from tests.support.cluster import cluster, collect, eventually, in_loop, request, tokens
 from tests.support.fake_replica import FakeReplica, fake_output
 
@@ -127,6 +128,17 @@ async def test_noise_before_the_handshake_closes_only_its_own_connection(noise: 
 
 
 @in_loop
+async def test_frames_before_the_handshake_are_few() -> None:
+    async with FakeReplica(new_secret()) as replica:
+        connection = await connect(replica.info)
+        connection.send(hello(replica.info))
+        for _ in range(20):
+            connection.send(Proof(bytes(32)))
+        await eventually(lambda: connection.closed)
+        assert replica.server._sessions == set()
+
+
+@in_loop
 async def test_an_unproved_connection_does_not_stay() -> None:
     async with FakeReplica(new_secret(), server_options=ServerOptions(handshake_timeout=0.05)) as replica:
         reader, writer = await asyncio.open_connection(replica.info.host, replica.info.port)
@@ -181,6 +193,18 @@ async def test_a_failed_engine_cuts_its_routers_off_and_they_go_elsewhere() -> N
         (deltas,) = await c.run(task)
         assert tokens(deltas) == fake_output(request(max_tokens=20))
         assert all(delta.error is None for delta in deltas)
+
+
+@in_loop
+async def test_an_engine_that_has_stopped_sends_its_requests_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(2) as c:
+
+        def stopped(request: Request) -> None:
+            raise EngineError("the engine has stopped and takes no requests")
+
+        monkeypatch.setattr(c.replicas[0].engine, "submit", stopped)
+        (deltas,) = await c.run(c.generate(request()))
+        assert tokens(deltas) == fake_output(request())
 
 
 @in_loop
