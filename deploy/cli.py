@@ -19,7 +19,11 @@ from .environment import prepare_environment
 EXIT_CONFIG = 2
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Serve large language models."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # errors in one line, not in a box
+    help="Serve large language models.",
 )
 
 

@@ -157,8 +157,9 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first finding in one sentence."""
-    first = error.errors(include_url=False)[0]
+    """The first finding in one sentence; unknown keys first, for a misspelt key is also missing under its name."""
+    findings = error.errors(include_url=False)
+    first = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], _keys_at(kind, path[:-1]), n=1)

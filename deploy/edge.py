@@ -19,6 +19,7 @@ from .openai_auth import KeyRing
 from .openai_errors import ClientGone, HttpError, error_response
 
 MAX_BODY_BYTES = 8 << 20
+MAX_DISCARDED_BYTES = 128 << 20
 BODY_TIMEOUT_S = 10.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -96,27 +97,25 @@ async def read_json(request: Request) -> Any:
 
 
 async def _read_body(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
+    """The body. One that is too large is read to its end before it is refused, as far as that goes: a connection
+    that is closed while its client still writes is reset, and the client never sees the refusal."""
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > MAX_BODY_BYTES:
-                    raise _too_large()
-                chunks.append(chunk)
+                if size <= MAX_BODY_BYTES:
+                    chunks.append(chunk)
+                elif size > MAX_DISCARDED_BYTES:
+                    break
     except TimeoutError:
         raise HttpError(
             408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s", headers={"connection": "close"}
         ) from None
+    if size > MAX_BODY_BYTES:
+        raise HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
     return b"".join(chunks)
-
-
-def _too_large() -> HttpError:
-    return HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

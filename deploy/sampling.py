@@ -38,6 +38,11 @@ def build_request(
         wrong = worst if worst >= limits.vocab_size else min(prompt)
         raise RequestError(f"token id {wrong} is outside the vocabulary 0..{limits.vocab_size - 1}", param="prompt")
     max_tokens = _max_tokens(body, len(prompt), limits.max_model_len)
+    if body.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens is {body.min_tokens}, more than the {max_tokens} tokens that may be generated",
+            param="min_tokens",
+        )
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
@@ -86,7 +91,7 @@ def _sampling(body: GenerationBody, max_tokens: int, vocab_size: int, tokenizer:
     seed = body.seed if body.seed is not None else secrets.randbits(SEED_BITS)
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=min(body.min_tokens, max_tokens),
+        min_tokens=body.min_tokens,
         temperature=temperature,
         top_p=body.top_p,
         top_k=max(body.top_k, 0),

@@ -1,0 +1,105 @@
+"""The command line: a wrong configuration is told in one line with status 2, before torch or Ray are loaded."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoal import __version__
+
+# Refuses the imports that a wrong configuration must not need, whatever the machine's speed.
+GUARD = """
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "ray", "fastapi", "transformers"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Guard())
+from shoal.deploy.cli import main
+main()
+"""
+
+
+def shoal(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", GUARD, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
+
+
+def test_version() -> None:
+    result = shoal("version")
+    assert (result.returncode, result.stdout.strip()) == (0, __version__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--max-modle-len", "5"], "--max-model-len"),
+        (["--max-model-len", "many"], "many"),
+        (["--max-model-len", "5000"], "5000"),
+        (["--max-model-len", "0"], "max_model_len"),
+        (["--dtype", "flaot16"], "flaot16"),
+        (["--block-size", "17"], "17"),
+        (["-tp", "2"], "tensor_parallel_size 2"),
+        (["--num-replicas", "0"], "num_replicas"),
+        (["--quantization", "awq"], "awq"),
+        (["--port", "70000"], "70000"),
+        (["--host", "203.0.113.7"], "203.0.113.7"),
+        (["--tokenizer", "/nowhere"], "/nowhere"),
+    ],
+    ids=str,
+)
+def test_wrong_options(arguments: list[str], told: str) -> None:
+    result = shoal("serve", "tiny", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_model_folders(tmp_path: Path) -> None:
+    missing = shoal("serve", str(tmp_path / "nowhere"))
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "nowhere" in missing.stderr
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    unknown = shoal("serve", str(tmp_path))
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert "GPT2LMHeadModel" in unknown.stderr
+
+
+def test_truncated_weights(tmp_path: Path) -> None:
+    from shoal.deploy.config import TINY_MODEL
+
+    for path in TINY_MODEL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4096])
+    result = shoal("serve", str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "model.safetensors" in result.stderr
+    assert "tensor model." in result.stderr
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        result = shoal("serve", "tiny", "--port", port)
+    assert result.returncode == 2
+    assert f"127.0.0.1:{port}" in result.stderr
+
+
+def test_options_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("max-model-len: 5000\nenforce_eager: true\n")
+    result = shoal("serve", "tiny", "--config", str(path))
+    assert result.returncode == 2
+    assert "5000" in result.stderr
+    assert "4999" in shoal("serve", "tiny", "--config", str(path), "--max-model-len", "4999").stderr
+    path.write_text("max-modle-len: 1\n")
+    assert "did you mean 'max_model_len'?" in shoal("serve", "tiny", "--config", str(path)).stderr
+    path.write_text("a: [")
+    assert shoal("serve", "tiny", "--config", str(path)).returncode == 2
+    assert shoal("serve", "tiny", "--config", str(tmp_path / "none.yaml")).returncode == 2

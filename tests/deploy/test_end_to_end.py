@@ -1,0 +1,240 @@
+"""`shoal serve tiny`, the real thing, as its users start, use and stop it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+START_SECONDS = 180
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Served:
+    """A running `shoal serve`, and what it printed up to its readiness."""
+
+    process: subprocess.Popen[str]
+    output: str
+    http: httpx.Client
+    openai: openai.OpenAI
+
+
+def start() -> Served:
+    # A session of its own: everything that it starts can be found by the session's id.
+    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", "--port", "0", "--max-model-len", "1024"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd="/tmp"
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    output, deadline = "", time.monotonic() + START_SECONDS
+    while "Ctrl-C" not in output:
+        line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        assert line is not None, f"it ended before it was ready:\n{output}"
+        output += line
+    found = re.search(r"http://127\.0\.0\.1:\d+", output)
+    assert found is not None
+    client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0, timeout=120)
+    return Served(process, output, httpx.Client(base_url=found[0], timeout=120), client)
+
+
+def processes_of(session: int) -> list[str]:
+    """The command lines of a session's processes that still run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if folder.name.isdecimal() and int(fields[3]) == session and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    server = start()
+    yield server
+    server.http.close()
+    server.openai.close()
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGINT)
+        try:
+            server.process.wait(120)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            raise
+
+
+def test_what_it_says_when_it_is_ready(served: Served) -> None:
+    assert "curl http://127.0.0.1:" in served.output
+    tokens = re.search(r"KV cache capacity: ([\d,]+) tokens", served.output)
+    concurrency = re.search(r"requests of 1,024 tokens: ([\d.]+)x", served.output)
+    assert tokens is not None
+    assert concurrency is not None
+    assert int(tokens[1].replace(",", "")) / 1024 == pytest.approx(float(concurrency[1]), abs=0.01)
+
+
+def test_completions_stream_and_repeat(served: Served) -> None:
+    def text(**options: object) -> str:
+        chunks = served.openai.completions.create(
+            model="tiny", prompt="def main():\n", max_tokens=32, stream=True, extra_body=options
+        )
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    greedy = text(temperature=0)
+    assert greedy == text(temperature=0)
+    assert text(seed=5) == text(seed=5)
+    whole = served.openai.completions.create(model="tiny", prompt="def main():\n", max_tokens=32, temperature=0)
+    assert whole.choices[0].text == greedy
+
+
+def test_chat_streams(served: Served) -> None:
+    stream = served.openai.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=16,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    assert last.usage is not None
+    assert 0 < last.usage.completion_tokens <= 16
+
+
+def test_logprobs_are_the_models_own(served: Served) -> None:
+    """Scoring a greedy answer as a prompt gives the log-probabilities with which it was generated."""
+    prompt = served.http.post("/tokenize", json={"prompt": "import os\n"}).json()["tokens"]
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+    [answer] = served.http.post("/v1/completions", json=body).json()["choices"]
+    scored = {"prompt": [prompt + answer["token_ids"]], "echo": True, "logprobs": 1, "max_tokens": 0}
+    [echo] = served.http.post("/v1/completions", json=scored).json()["choices"]
+    assert echo["logprobs"]["tokens"][len(prompt) :] == answer["logprobs"]["tokens"]
+    again = echo["logprobs"]["token_logprobs"][len(prompt) :]
+    assert again == pytest.approx(answer["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+def test_a_fork_uses_its_prompts_blocks_once(served: Served) -> None:
+    """Eight sequences of a prompt of 512 tokens: its 32 blocks of 16 are shared, seen from outside as they run."""
+    body = {"prompt": [[7] * 512], "n": 8, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    report = {"shared": 0, "private": 0, "copied": 0}
+
+    def shared() -> bool:
+        [replica] = served.http.get("/debug/blocks").json()["tiny"]
+        for request in replica["requests"].values():
+            report.update(request)
+        return report["shared"] > 0 and report["private"] > 0
+
+    with served.http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        assert wait_until(shared)
+    assert report["shared"] == 32
+    # Whoever closes the stream ends its sequences, and all blocks come back.
+    [before] = served.http.get("/debug/blocks").json()["tiny"]
+
+    def idle() -> bool:
+        [replica] = served.http.get("/debug/blocks").json()["tiny"]
+        return replica["requests"] == {} and replica["num_free_blocks"] == before["num_blocks"]
+
+    assert wait_until(idle)
+
+
+def test_prefixes_are_found_again(served: Served) -> None:
+    body = {"prompt": [list(range(100, 260))], "max_tokens": 1}
+    cached = [
+        served.http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    ]
+    assert cached == [0, 144]  # nine whole blocks of the ten: the last token is always computed
+    assert served.http.post("/admin/reset_prefix_cache").json() == {"tiny": True}
+
+
+def test_many_at_once(served: Served) -> None:
+    def ask(i: int) -> str:
+        answer = served.openai.completions.create(model="tiny", prompt=f"x{i} = ", max_tokens=16, temperature=0)
+        return answer.choices[0].text
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == alone
+
+
+def test_metrics_count(served: Served) -> None:
+    text = served.http.get("/metrics").text
+    for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "shoal_kv_blocks_shared"):
+        assert f"\n{name}{{" in text
+    finished = re.findall(r'^vllm:request_success_total{.*finished_reason="length".*} (\S+)', text, re.M)
+    assert sum(map(float, finished)) >= 10
+    assert re.search(r"^vllm:generation_tokens_total{.*} [1-9]", text, re.M)
+
+
+def test_errors_come_through_the_proxy(served: Served) -> None:
+    """Serve's own proxy stands before the application: statuses, ids and error objects pass it unchanged."""
+    for method, path, body, status in (
+        ("GET", "/nope", None, 404),
+        ("GET", "/v1/completions", None, 405),
+        ("POST", "/v1/completions", b'{"prompt": NaN}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "\xff"}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "x", "model": "other"}', 404),
+        ("POST", "/v1/completions", b'{"prompt": "x", "max_tokens": 5000}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "x", "n": 100, "max_tokens": 1000, "best_of": 128}', 400),
+        ("POST", "/v1/completions", b" " * (9 << 20), 413),
+    ):
+        headers = {"content-type": "application/json", "x-request-id": "mine"}
+        response = served.http.request(method, path, content=body, headers=headers)
+        assert response.status_code == status, response.text
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert response.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_the_example_runs(served: Served) -> None:
+    env = {**os.environ, "OPENAI_BASE_URL": str(served.openai.base_url)}
+    command = [sys.executable, str(REPOSITORY / "examples" / "openai_client.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "def read_lines(path):" in result.stdout
+    assert "tokens]" in result.stdout
+
+
+def test_sigint_leaves_nothing_behind(served: Served) -> None:
+    """Last of the module: it stops the server while a stream runs."""
+    session = served.process.pid
+    assert len(processes_of(session)) > 3
+    body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with served.http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_bytes())
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(120) == 0
+    assert wait_until(lambda: processes_of(session) == []), processes_of(session)
