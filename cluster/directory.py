@@ -26,6 +26,7 @@ REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
 TIME_TO_LIVE = 10.0  # seconds that a registration counts for
 WATCH_TIMEOUT = 10.0  # seconds that a watch without news lasts
 _EXPIRY_CHECK = 1.0
+_ANSWER_TIMEOUT = 60.0  # seconds; the first question may have to wait for the actor's process to start
 
 
 class Directory:
@@ -130,7 +131,8 @@ class DirectoryClient:
         try:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(get_or_create_directory, self._name)
-            return await getattr(self._actor, method).remote(*args)
-        except (RayError, ValueError, OSError) as error:
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                return await getattr(self._actor, method).remote(*args)
+        except (RayError, ValueError, OSError) as error:  # TimeoutError is an OSError
             self._actor = None  # a restarted directory keeps its handle, one on a lost cluster does not
             raise DirectoryUnavailable(f"the directory {self._name!r} does not answer: {error}") from error

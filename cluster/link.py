@@ -164,7 +164,8 @@ class ReplicaLink:
             try:
                 connection = await self._connect()
             except (OSError, TimeoutError, WireError) as error:
-                logger.warning("no connection to replica %s: %s", self.info.replica_id, error or "timeout")
+                level = logging.DEBUG if self.attempted.is_set() else logging.WARNING  # once, not at every attempt
+                logger.log(level, "no connection to replica %s: %s", self.info.replica_id, error or "timeout")
                 self.attempted.set()
             else:
                 self.attempted.set()

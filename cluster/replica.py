@@ -69,7 +69,7 @@ class Replica:
         await self._server.start(self._thread)
         self._thread.start()
         self._closed = False
-        await self._directory.register(self._server.info)
+        await self._tell_directory(self._directory.register(self._server.info))
         self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
 
     def build_engine(self, config: EngineConfig) -> Engine:
