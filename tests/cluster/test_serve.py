@@ -56,7 +56,8 @@ def test_killed_replicas_cost_no_token_and_are_replaced() -> None:
         deltas += [delta async for new in stream for delta in new]
         assert [token for delta in deltas for token in delta.token_ids] == naive(asked)[0][0]
         samples = [sample for family in router.collector.collect() for sample in family.samples]
-        assert [s.value for s in samples if s.name == "shoal_requests_migrated_total"] == [1.0]
+        # Once, or twice: by way of the replica that was killed a moment later.
+        assert sum(s.value for s in samples if s.name == "shoal_requests_migrated_total") in (1, 2)
         await asyncio.to_thread(serve.delete, "app")
         await until(lambda: router.replicas("fake") == [])
         known = {info.pid for info in (await client.watch(None)).replicas}
