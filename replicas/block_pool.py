@@ -129,6 +129,12 @@ class BlockPool:
                 self._digest_of[block] = digest
                 self._hashed[block] = True
 
+    def forget(self, blocks: Ints) -> None:
+        """Make held blocks unknown, so that nobody reuses what they hold."""
+        for block in blocks[self._hashed[blocks]].tolist():
+            del self._block_of[self._digest_of.pop(block)]
+        self._hashed[blocks] = False
+
     def reset_prefix_cache(self) -> bool:
         """Forget every hash. Refused (False, nothing changed) while a sequence holds a block."""
         if self.num_free != self.num_blocks:

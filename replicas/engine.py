@@ -8,8 +8,9 @@ from .executor import Executor
 from .plan import LogprobArrays, StepResult
 from .protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
 from .request_limits import RequestLimits
-from .scheduler import Scheduler, StepOutcome
+from .scheduler import Scheduler
 from .sequence import Ending, Sequence
+from .step_outcome import StepOutcome
 
 
 class Engine:
@@ -68,6 +69,8 @@ class Engine:
                 result = self._executor.result()
                 self._num_in_flight -= 1
                 deltas += self._deltas(self.scheduler.update(result), result)
+            else:
+                assert not self.scheduler.requests, "requests wait and nothing can run"
         except Exception as failure:  # whatever it was, no sequence may be left without its terminal delta
             self.failure = failure
             self._num_in_flight = 0

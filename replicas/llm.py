@@ -41,7 +41,6 @@ def build_engine(config: EngineConfig) -> Engine:
 
     Raises ConfigError or ModelError, with the file or the field at fault.
     """
-    from .checkpoint import read_model_facts
     from .device import choose_device  # torch is loaded here, not by those who only want the types above
     from .local_executor import LocalExecutor
 

@@ -30,31 +30,8 @@ from .plan import DEVICE_TOKEN, BlockCopy, Ints, StepPlan, StepResult
 from .plan_draft import Chunk, PlanDraft, Rows
 from .protocol import BlockReport, FinishReason, ReplicaLoad, Request
 from .sequence import Ending, Phase, RequestState, Sequence, SequenceTable
+from .step_outcome import StepInFlight, StepOutcome
 from .waiting_line import WaitingLine
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a result brought: sequence `sequences[i]` got token `token_ids[i]`, sample `samples[i]` of the plan.
-
-    `endings` is by i where that token was the last one; `failures` ended without a token.
-    """
-
-    samples: Rows
-    sequences: NDArray[np.object_]
-    token_ids: Ints
-    endings: dict[int, Ending]
-    failures: list[Ending]
-    scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended
-
-
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    step: int
-    sample_rows: Rows
-    sample_epochs: Ints
-    chunk_epochs: dict[int, int]  # by row
-    scored: list[Chunk]
 
 
 @dataclass(slots=True)
@@ -91,7 +68,7 @@ class Scheduler:
         self._num_open = 0  # unfinished sequences of all requests
         self._line = WaitingLine()
         self._prefilling: list[Sequence] = []  # admitted, context not run to its end; first in rank first
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -154,7 +131,7 @@ class Scheduler:
         sample_rows = plan.sample_rows.astype(np.intp)
         epochs = self.table.epoch
         chunk_epochs = {chunk.row: int(epochs[chunk.row]) for chunk in draft.chunks}
-        self._in_flight.append(_StepInFlight(plan.step, sample_rows, epochs[sample_rows], chunk_epochs, scored))
+        self._in_flight.append(StepInFlight(plan.step, sample_rows, epochs[sample_rows], chunk_epochs, scored))
         for chunk in draft.chunks:
             self._register(self._sequence(chunk.row))
         return plan
@@ -361,12 +338,12 @@ class Scheduler:
             stopped[watchful] |= (table.stop_ids[rows[watchful]] == token_ids[watchful, None]).any(axis=1)
         return stopped
 
-    def _scored(self, step: _StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
+    def _scored(self, step: StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
         if self.table.epoch[chunk.row] != step.chunk_epochs[chunk.row]:
             return None
         return self._sequence(chunk.row), chunk.start
 
-    def _fail(self, step: _StepInFlight, result: StepResult) -> list[Ending]:
+    def _fail(self, step: StepInFlight, result: StepResult) -> list[Ending]:
         """End the sequences that the shards could not serve, with any fork that still waits for their prompt."""
         epochs = dict(zip(step.sample_rows.tolist(), step.sample_epochs.tolist(), strict=True)) | step.chunk_epochs
         endings: list[Ending] = []
@@ -374,10 +351,17 @@ class Scheduler:
             if self.table.epoch[row] != epochs.get(row):
                 continue
             sequence = self._sequence(row)
+            self._distrust(sequence)
             endings.append(self._end(sequence, FinishReason.ERROR, error=message))
             waiting = [fork for fork in sequence.state.sequences if fork.phase is Phase.WAITING]
             endings += [self._end(fork, FinishReason.ERROR, error=message) for fork in waiting]
         return endings
+
+    def _distrust(self, sequence: Sequence) -> None:
+        """Keep the blocks of a failed sequence out of the prefix cache: what spoilt it may lie in them."""
+        blocks = self.table.block_table(sequence.row)
+        self.pool.forget(blocks)
+        sequence.num_registered = len(blocks)
 
     # -- leaving -------------------------------------------------------------------------------------------------
 

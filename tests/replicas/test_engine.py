@@ -203,6 +203,8 @@ def test_a_failed_row_ends_alone():
     assert transcript.end("bad").error == "no finite logit"
     assert transcript.outcome(good) == naive(good)
     assert_idle(engine)
+    engine.add_request(request("after", PROMPT))
+    assert Transcript().run(engine).deltas["after", 0][0].num_cached_tokens == 0  # nothing of the failed row
 
 
 def test_a_failed_step_ends_everything_and_the_engine():

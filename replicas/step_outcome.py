@@ -1,0 +1,38 @@
+"""A step under way, and what it brought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan import Ints
+from .plan_draft import Chunk, Rows
+from .sequence import Ending, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """What the scheduler must remember of a plan until its result comes: whose the samples and chunks were."""
+
+    step: int
+    sample_rows: Rows
+    sample_epochs: Ints
+    chunk_epochs: dict[int, int]  # by row
+    scored: list[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a result brought: sequence `sequences[i]` got token `token_ids[i]`, sample `samples[i]` of the plan.
+
+    `endings` is by i where that token was the last one; `failures` ended without a token.
+    """
+
+    samples: Rows
+    sequences: NDArray[np.object_]
+    token_ids: Ints
+    endings: dict[int, Ending]
+    failures: list[Ending]
+    scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended
