@@ -1,7 +1,7 @@
 """Copy whole KV blocks, for copy-on-write: cache[target[i]] = cache[source[i]].
 
 Legend: B blocks, C copies. cache [B, ...]; source, target int64 [C]. Sources are read before any target is written.
-Called by replicas/kv_cache.py, for each layer's keys and values, before a step runs.
+Called by replicas/kv_cache.py, for each layer, before a step runs.
 """
 
 from __future__ import annotations

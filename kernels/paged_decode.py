@@ -4,11 +4,13 @@
     cap(x) = softcap * tanh(x / softcap) where a soft cap is set; with a window W only j >= context_len[s] - W count
 
 Legend: S sequences, H query heads, KV kv heads, G = H / KV, B blocks, BS block_size, D head_dim, M blocks of a table.
-q [S, H, D]; keys, values [B, KV, BS, D]; context_lens int32 [S], this token included; block_tables int32 [S, M].
+q [S, H, D]; cache [B, 2, KV, BS, D], keys at 0 and values at 1; context_lens int32 [S], this token included;
+block_tables int32 [S, M].
 
-The torch path gathers each head's blocks with one index_select into [S * KV, L, D] and packs the G heads that share a
-kv head as rows of one product. What it gathers and masks is equal for all layers of one window: `decode_index`, once
-a step. Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+The torch path gathers keys and values of each head with one index_select into [2, S * KV, L, D] and packs the G heads
+that share a kv head as rows of one product. What it gathers, where to, and what it masks is equal for all layers of
+one window: `decode_index`, once a step. Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention,
+2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import torch
 class DecodeIndex:
     """Which cache rows the sequences of one step read, for one window. L is the longest (windowed) context."""
 
-    rows: torch.Tensor  # int64 [S * KV * M], blocks of a cache seen as [B * KV, BS, D]
+    rows: torch.Tensor  # int64 [2 * S * KV * M], blocks of a cache seen as [B * 2 * KV, BS, D]
     length: int  # L, at most M * BS
-    mask: torch.Tensor | None  # [S * KV, 1, L], 0 or -inf; None: every position counts
-    hidden: torch.Tensor | None  # int64 [n], rows of [S * KV * M * BS, D] that are masked
+    mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] where every position counts
+    hidden: torch.Tensor | None  # int64 [n], rows of [2 * S * KV * M * BS, D] that are masked
+    # [2 * S * KV * M, BS, D], where each layer gathers in turn. New memory for each would cost more than the copy:
+    # 68 us against 20 for 512 KiB on CPU, page faults and a cold cache.
+    workspace: torch.Tensor
 
 
 def decode_index(
@@ -34,11 +39,12 @@ def decode_index(
     *,
     num_kv_heads: int,
     block_size: int,
+    head_dim: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> DecodeIndex:
     """The index of one step. Raises ValueError where the tables are too short for the contexts."""
-    num_seqs, device = context_lens.shape[0], context_lens.device
+    device = context_lens.device
     lens = context_lens.long()
     longest = int(lens.max())
     if longest > block_tables.shape[1] * block_size:
@@ -50,22 +56,22 @@ def decode_index(
     num_columns = -(-span // block_size)
     columns = first_blocks[:, None] + torch.arange(num_columns, device=device)
     blocks = block_tables.long().gather(1, columns.clamp_(max=block_tables.shape[1] - 1))
-    heads = torch.arange(num_kv_heads, device=device)
-    rows = (blocks[:, None, :] * num_kv_heads + heads[:, None]).flatten()
+    heads = torch.arange(2 * num_kv_heads, device=device).view(2, 1, num_kv_heads, 1)
+    rows = (blocks[:, None, :] * (2 * num_kv_heads) + heads).flatten()
+    workspace = torch.empty(len(rows), block_size, head_dim, dtype=dtype, device=device)
     positions = torch.arange(num_columns * block_size, device=device)
     skipped = starts - first_blocks * block_size
     visible = (positions < spans[:, None]) & (positions >= skipped[:, None])  # [S, M * BS]
     if bool(visible[:, :span].all()):
-        return DecodeIndex(rows, span, None, None)
-    mask = torch.zeros(num_seqs, span, dtype=dtype, device=device).masked_fill_(~visible[:, :span], float("-inf"))
-    hidden = (~visible)[:, None].expand(-1, num_kv_heads, -1).reshape(-1).nonzero().flatten()
-    return DecodeIndex(rows, span, mask.repeat_interleave(num_kv_heads, 0)[:, None], hidden)
+        return DecodeIndex(rows, span, torch.zeros(1, 1, 1, dtype=dtype, device=device), None, workspace)
+    mask = torch.zeros(len(lens), span, dtype=dtype, device=device).masked_fill_(~visible[:, :span], float("-inf"))
+    hidden = (~visible)[None, :, None].expand(2, -1, num_kv_heads, -1).reshape(-1).nonzero().flatten()
+    return DecodeIndex(rows, span, mask.repeat_interleave(num_kv_heads, 0)[:, None], hidden, workspace)
 
 
 def paged_decode_ref(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     *,
@@ -74,15 +80,12 @@ def paged_decode_ref(
     window: int | None = None,
 ) -> torch.Tensor:
     """The formula in fp32, sequence by sequence; result [S, H, D] in q's dtype."""
-    num_heads, num_kv_heads, block_size = q.shape[1], keys.shape[1], keys.shape[2]
+    block_size, group = cache.shape[3], q.shape[1] // cache.shape[2]
     out = torch.empty_like(q)
     for s, context_len in enumerate(context_lens.tolist()):
-        slots = [(int(block_tables[s, j // block_size]), j % block_size) for j in range(context_len)]
-        k = torch.stack([keys[block, :, offset] for block, offset in slots], dim=1).float()  # [KV, L, D]
-        v = torch.stack([values[block, :, offset] for block, offset in slots], dim=1).float()
         first = 0 if window is None else max(0, context_len - window)
-        k, v = k[:, first:], v[:, first:]
-        group = num_heads // num_kv_heads
+        slots = [(int(block_tables[s, j // block_size]), j % block_size) for j in range(first, context_len)]
+        k, v = torch.stack([cache[block, :, :, offset] for block, offset in slots], dim=2).float()  # [KV, L, D] each
         scores = torch.einsum("hd,hld->hl", q[s].float(), k.repeat_interleave(group, 0)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -91,43 +94,33 @@ def paged_decode_ref(
 
 
 def paged_decode(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    index: DecodeIndex,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    q: torch.Tensor, cache: torch.Tensor, index: DecodeIndex, *, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """Decode attention of q [S, H, D] over the caches [B, KV, BS, D]; returns [S, H, D]."""
+    """Decode attention of q [S, H, D] over the cache [B, 2, KV, BS, D]; returns [S, H, D]."""
     num_seqs, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[1]
-    if num_heads % num_kv_heads or keys.shape[3] != head_dim or keys.shape != values.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}, the caches {tuple(keys.shape)} and {tuple(values.shape)}")
-    k = _gather(keys, index, num_seqs)
-    v = _gather(values, index, num_seqs)
+    num_kv_heads = cache.shape[2]
+    if num_heads % num_kv_heads or cache.shape[4] != head_dim:
+        raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
+    k, v = _gather(cache, index, num_seqs * num_kv_heads)
     # Two batched products and a softmax: half the time of scaled_dot_product_attention for one query per sequence
     # (8 sequences of 128 tokens, 8 heads on 4, two cores: 31 us against 68).
-    packed = q.reshape(num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
-    if index.mask is None or softcap is not None:
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), packed, k.transpose(1, 2), beta=0.0, alpha=scale)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        if index.mask is not None:
-            scores += index.mask
-    else:
+    packed = q.reshape(num_seqs * num_kv_heads, -1, head_dim)
+    if softcap is None:
         scores = torch.baddbmm(index.mask, packed, k.transpose(1, 2), alpha=scale)
-    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
-    return out.reshape(num_seqs, num_heads, head_dim)
+    else:
+        scores = torch.bmm(packed, k.transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap).add_(index.mask)
+    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v)
+    return out.view(num_seqs, num_heads, head_dim)
 
 
-def _gather(cache: torch.Tensor, index: DecodeIndex, num_seqs: int) -> torch.Tensor:
-    """[S * KV, L, D] copied from the cache, with zeros where masked.
+def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [S * KV, L, D] in the workspace, with zeros where masked.
 
     What lies in a slot that no token of this sequence wrote may be another sequence's NaN, and 0 * NaN is NaN.
     """
-    _, num_kv_heads, block_size, head_dim = cache.shape
-    gathered = cache.view(-1, block_size, head_dim).index_select(0, index.rows)
+    block_size, head_dim = cache.shape[3], cache.shape[4]
+    gathered = torch.index_select(cache.view(-1, block_size, head_dim), 0, index.rows, out=index.workspace)
     if index.hidden is not None:
         gathered.view(-1, head_dim).index_fill_(0, index.hidden, 0.0)
-    return gathered.view(num_seqs * num_kv_heads, -1, head_dim)[:, : index.length]
+    k, v = gathered.view(2, num_pairs, -1, head_dim)[:, :, : index.length].unbind()
+    return k, v

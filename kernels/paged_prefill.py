@@ -4,8 +4,8 @@
     o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
 
 Legend: S slices, T tokens of all slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV, B blocks,
-BS block_size, D head_dim, M blocks of a table. q [T, H, D], slice after slice; keys, values [B, KV, BS, D];
-block_tables int32 [S, M]. A slice's own keys and values are in the cache already.
+BS block_size, D head_dim, M blocks of a table. q [T, H, D], slice after slice; cache [B, 2, KV, BS, D], keys at 0 and
+values at 1; block_tables int32 [S, M]. A slice's own keys and values are in the cache already.
 
 Called by replicas/layers/attention.py with what `prefill_index` made once a step for each window.
 Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 class PrefillSlice:
     """What one slice reads. L keys, from the first that its first query sees."""
 
-    rows: torch.Tensor  # int64 [KV * M'], blocks of a cache seen as [B * KV, BS, D]
+    rows: torch.Tensor  # int64 [2 * KV * M'], blocks of a cache seen as [B * 2 * KV, BS, D]
     skipped: int  # keys of the first block that lie before all windows
     length: int  # L
     query_len: int  # Q
@@ -42,7 +42,7 @@ def prefill_index(
     dtype: torch.dtype,
 ) -> tuple[PrefillSlice, ...]:
     """One entry per slice. Lengths are host integers. Raises ValueError where a slice exceeds its context or table."""
-    heads = torch.arange(num_kv_heads, device=block_tables.device)
+    heads = torch.arange(2 * num_kv_heads, device=block_tables.device)[:, None]
     slices = []
     for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
         if not 0 < query_len <= context_len <= len(table) * block_size:
@@ -51,7 +51,7 @@ def prefill_index(
             )
         start = 0 if window is None else max(0, context_len - query_len - window + 1)
         first_block, last_block = start // block_size, -(-context_len // block_size)
-        rows = (table[first_block:last_block].long() * num_kv_heads + heads[:, None]).flatten()
+        rows = (table[first_block:last_block].long() * (2 * num_kv_heads) + heads).flatten()
         length = context_len - start
         mask = None
         if length != query_len or (window is not None and window < query_len):
@@ -74,8 +74,7 @@ def _causal_mask(
 
 def paged_prefill_ref(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: torch.Tensor,
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     block_tables: torch.Tensor,
@@ -85,15 +84,13 @@ def paged_prefill_ref(
     window: int | None = None,
 ) -> torch.Tensor:
     """The formula in fp32, query by query; result [T, H, D] in q's dtype."""
-    num_kv_heads, block_size = keys.shape[1], keys.shape[2]
-    group = q.shape[1] // num_kv_heads
+    block_size, group = cache.shape[3], q.shape[1] // cache.shape[2]
     out = torch.empty_like(q)
     token = 0
     for table, query_len, context_len in zip(block_tables.tolist(), query_lens, context_lens, strict=True):
         slots = [(table[j // block_size], j % block_size) for j in range(context_len)]
-        k = torch.stack([keys[block, :, offset] for block, offset in slots], dim=1).float().repeat_interleave(group, 0)
-        v = torch.stack([values[block, :, offset] for block, offset in slots], dim=1).float()
-        v = v.repeat_interleave(group, 0)
+        pairs = torch.stack([cache[block, :, :, offset] for block, offset in slots], dim=2).float()
+        k, v = pairs.repeat_interleave(group, 1)  # [H, L, D] each
         for position in range(context_len - query_len, context_len):
             seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
             scores = torch.einsum("hd,hld->hl", q[token].float(), k[:, seen]) * scale
@@ -106,32 +103,32 @@ def paged_prefill_ref(
 
 def paged_prefill(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: torch.Tensor,
     slices: Sequence[PrefillSlice],
     *,
     scale: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of q [T, H, D] over the caches [B, KV, BS, D]; returns [T, H, D]."""
+    """Attention of q [T, H, D] over the cache [B, 2, KV, BS, D]; returns [T, H, D]."""
     if q.shape[0] != sum(entry.query_len for entry in slices):
         raise ValueError(f"q has {q.shape[0]} tokens, the slices {sum(entry.query_len for entry in slices)}")
-    if q.shape[1] % keys.shape[1] or keys.shape[3] != q.shape[2] or keys.shape != values.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}, the caches {tuple(keys.shape)} and {tuple(values.shape)}")
+    if q.shape[1] % cache.shape[2] or cache.shape[4] != q.shape[2]:
+        raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     first = 0
     for entry in slices:
         tokens = slice(first, first + entry.query_len)
-        out[tokens] = _attend(q[tokens], _gather(keys, entry), _gather(values, entry), entry, scale, softcap)
+        out[tokens] = _attend(q[tokens], *_gather(cache, entry), entry, scale, softcap)
         first += entry.query_len
     return out
 
 
-def _gather(cache: torch.Tensor, entry: PrefillSlice) -> torch.Tensor:
-    """[1, KV, L, D] of one slice."""
-    _, num_kv_heads, block_size, head_dim = cache.shape
-    gathered = cache.view(-1, block_size, head_dim).index_select(0, entry.rows).view(1, num_kv_heads, -1, head_dim)
-    return gathered[:, :, entry.skipped : entry.skipped + entry.length]
+def _gather(cache: torch.Tensor, entry: PrefillSlice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one slice, each [1, KV, L, D]."""
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    gathered = cache.view(-1, block_size, head_dim).index_select(0, entry.rows).view(2, 1, num_kv_heads, -1, head_dim)
+    k, v = gathered[..., entry.skipped : entry.skipped + entry.length, :].unbind()
+    return k, v
 
 
 def _attend(

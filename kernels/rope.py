@@ -47,7 +47,7 @@ def rope(x: torch.Tensor, rows: RopeRows) -> torch.Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; expected [{rows.cos.shape[0]}, heads, head_dim >= {num_rotated}]"
         )
-    rotated = x[..., :num_rotated]
+    rotated = x if x.shape[2] == num_rotated else x[..., :num_rotated]
     first, second = rotated.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
     rotated.mul_(rows.cos).addcmul_(swapped, rows.sin)

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: a keys and a values tensor per layer, and block copies across them all."""
+"""The paged KV cache of one rank: a tensor of keys and values per layer, and block copies across them all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .plan import BlockCopy
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]`, each [num_blocks, num_kv_heads, block_size, head_dim].
+    """`layers[layer]` [num_blocks, 2, num_kv_heads, block_size, head_dim], a block's keys (0) beside its values (1).
 
-    Layers and kv heads are those of this rank. Memory is zeroed: on CPU the system hands out pages as they are first
-    written, so a large cache costs nothing until it is used.
+    `keys[layer]` and `values[layer]` are views of it, each [num_blocks, num_kv_heads, block_size, head_dim]. Layers and
+    kv heads are those of this rank. Memory is zeroed: on CPU the system hands out pages as they are first written, so
+    a large cache costs nothing until it is used.
     """
 
     def __init__(
@@ -27,12 +28,13 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [layer[:, 0] for layer in self.layers]
+        self.values = [layer[:, 1] for layer in self.layers]
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole blocks in every layer, all sources read before any target is written."""
@@ -40,5 +42,5 @@ class KVCache:
             return
         source = torch.tensor([copy.source for copy in copies], dtype=torch.int64, device=self.device)
         target = torch.tensor([copy.target for copy in copies], dtype=torch.int64, device=self.device)
-        for cache in (*self.keys, *self.values):
-            block_copy(cache, source, target)
+        for layer in self.layers:
+            block_copy(layer, source, target)

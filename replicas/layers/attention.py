@@ -46,6 +46,7 @@ class AttentionStep:
         *,
         num_kv_heads: int,
         block_size: int,
+        head_dim: int,
         dtype: torch.dtype,
     ) -> AttentionStep:
         """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
@@ -59,6 +60,7 @@ class AttentionStep:
                     metadata.block_tables[:single],
                     num_kv_heads=num_kv_heads,
                     block_size=block_size,
+                    head_dim=head_dim,
                     window=window,
                     dtype=dtype,
                 )
@@ -120,37 +122,33 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
         num_tokens, num_heads = x.shape[0], self.num_heads
         qkv = self.qkv_proj(x).view(num_tokens, -1, self.head_dim)
-        num_rotated = num_heads + self.num_kv_heads
-        qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
         if self.q_norm is not None:
-            qk = self._normalize(qk)
-        rope(qk, step.ropes[self.layer.rope])
-        q, k = qk[:, :num_heads], qk[:, num_heads:]
-        keys, values = cache.keys[self.index], cache.values[self.index]
-        kv_store(k, v, keys, values, step.store)
-        return self.o_proj(self._attend(q, keys, values, step).reshape(num_tokens, -1))
+            self._normalize(qkv)
+        rope(qkv[:, : num_heads + self.num_kv_heads], step.ropes[self.layer.rope])
+        kv_cache = cache.layers[self.index]
+        kv_store(qkv[:, num_heads:], kv_cache, step.store)
+        return self.o_proj(self._attend(qkv[:, :num_heads], kv_cache, step).view(num_tokens, -1))
 
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: AttentionStep) -> torch.Tensor:
-        window, single = self.layer.window, step.num_single
-        settings = {"scale": self.scale, "softcap": self.softcap}
+    def _attend(self, q: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+        window, single, scale, softcap = self.layer.window, step.num_single, self.scale, self.softcap
         if single == step.num_tokens:
-            return paged_decode(q, keys, values, step.decode[window], **settings)
+            return paged_decode(q, cache, step.decode[window], scale=scale, softcap=softcap)
         if not single:
-            return paged_prefill(q, keys, values, step.prefill[window], **settings)
-        decoded = paged_decode(q[:single], keys, values, step.decode[window], **settings)
-        return torch.cat((decoded, paged_prefill(q[single:], keys, values, step.prefill[window], **settings)))
+            return paged_prefill(q, cache, step.prefill[window], scale=scale, softcap=softcap)
+        decoded = paged_decode(q[:single], cache, step.decode[window], scale=scale, softcap=softcap)
+        rest = paged_prefill(q[single:], cache, step.prefill[window], scale=scale, softcap=softcap)
+        return torch.cat((decoded, rest))
 
-    def _normalize(self, qk: torch.Tensor) -> torch.Tensor:
-        """Queries and keys [T, H + KV, D] after their norms."""
+    def _normalize(self, qkv: torch.Tensor) -> None:
+        """The norms of queries and keys, in place in qkv [T, H + 2 KV, D]."""
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        if self.qk_norm is QKNorm.HEAD:
-            return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        # One mean over all heads: with several ranks each norms the whole projection and keeps its own heads.
-        return torch.cat((self._norm_whole(q, self.q_norm), self._norm_whole(k, self.k_norm)), dim=1)
+        q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        for part, norm in ((q, self.q_norm), (k, self.k_norm)):
+            part.copy_(norm(part) if self.qk_norm is QKNorm.HEAD else self._norm_whole(part, norm))
 
     def _norm_whole(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """One mean over all heads: with several ranks each norms the whole projection and keeps its own heads."""
         num_tokens, heads, _ = x.shape
         whole = norm(self.comm.all_gather(x.reshape(num_tokens, -1))).view(num_tokens, -1, self.head_dim)
         first = self.comm.tp_rank * heads

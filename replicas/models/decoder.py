@@ -165,6 +165,7 @@ class DecoderModel(nn.Module):
             self.windows,
             num_kv_heads=self.num_local_kv_heads,
             block_size=kv_cache.block_size,
+            head_dim=self.spec.head_dim,
             dtype=self.dtype,
         )
         pending = None

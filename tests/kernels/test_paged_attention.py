@@ -15,60 +15,61 @@ SETTINGS = [(None, None), (None, 2.0), (5, None), (1, None), (9, 3.0), (100, Non
 
 
 def _paged(context_lens, num_kv_heads, block_size, head_dim, dtype=torch.float32):
-    """Caches with shuffled blocks and NaN in every slot beyond the contexts, block 0 included; and their tables."""
+    """A cache with shuffled blocks and NaN in every slot beyond the contexts, block 0 included; and its tables."""
     torch.manual_seed(1)
     counts = [-(-length // block_size) for length in context_lens]
     num_blocks = sum(counts) + 3
     free = (torch.randperm(num_blocks - 1) + 1).tolist()
-    keys = torch.full((num_blocks, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
-    values = keys.clone()
+    cache = torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
     tables = torch.zeros(len(context_lens), max(counts) + 1, dtype=torch.int32)  # one column more than needed
     for s, (length, count) in enumerate(zip(context_lens, counts, strict=True)):
         for i in range(count):
             block = free.pop()
             tables[s, i] = block
             filled = min(block_size, length - i * block_size)
-            keys[block, :, :filled] = torch.randn(num_kv_heads, filled, head_dim).to(dtype)
-            values[block, :, :filled] = torch.randn(num_kv_heads, filled, head_dim).to(dtype)
-    return keys, values, tables
+            cache[block, :, :, :filled] = torch.randn(2, num_kv_heads, filled, head_dim).to(dtype)
+    return cache, tables
 
 
 @pytest.mark.parametrize(("window", "softcap"), SETTINGS)
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("context_lens", [[1], [16], [37], [8, 8, 8], [3, 41, 16, 1]])
 def test_decode(context_lens, heads, kv_heads, window, softcap):
-    keys, values, tables = _paged(context_lens, kv_heads, 8, 12)
+    cache, tables = _paged(context_lens, kv_heads, 8, 12)
     lens = torch.tensor(context_lens, dtype=torch.int32)
     fused = torch.randn(len(context_lens), heads + 2, 12)
     q = fused[:, :heads]  # a view, as the fused projection gives it
     settings = {"scale": 0.3, "softcap": softcap}
-    index = decode_index(lens, tables, num_kv_heads=kv_heads, block_size=8, window=window, dtype=q.dtype)
-    got = paged_decode(q, keys, values, index, **settings)
-    want = paged_decode_ref(q, keys, values, lens, tables, window=window, **settings)
+    index = decode_index(lens, tables, num_kv_heads=kv_heads, block_size=8, head_dim=12, window=window, dtype=q.dtype)
+    got = paged_decode(q, cache, index, **settings)
+    want = paged_decode_ref(q, cache, lens, tables, window=window, **settings)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decode_in_half_precision(dtype):
-    keys, values, tables = _paged([5, 30], 2, 16, 16, dtype)
+    cache, tables = _paged([5, 30], 2, 16, 16, dtype)
     lens, q = torch.tensor([5, 30], dtype=torch.int32), torch.randn(2, 4, 16, dtype=dtype)
-    index = decode_index(lens, tables, num_kv_heads=2, block_size=16, window=None, dtype=dtype)
-    got = paged_decode(q, keys, values, index, scale=0.25)
-    want = paged_decode_ref(q, keys, values, lens, tables, scale=0.25)
+    index = decode_index(lens, tables, num_kv_heads=2, block_size=16, head_dim=16, window=None, dtype=dtype)
+    got = paged_decode(q, cache, index, scale=0.25)
+    want = paged_decode_ref(q, cache, lens, tables, scale=0.25)
     torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
 
 
 def test_decode_reads_no_more_blocks_than_its_window_spans():
-    _, _, tables = _paged([100], 1, 4, 8)
-    index = decode_index(torch.tensor([100]), tables, num_kv_heads=1, block_size=4, window=6, dtype=torch.float32)
-    assert index.rows.tolist() == tables[0, 23:25].tolist()  # positions 94..99
+    _, tables = _paged([100], 1, 4, 8)
+    index = decode_index(
+        torch.tensor([100]), tables, num_kv_heads=1, block_size=4, head_dim=8, window=6, dtype=torch.float32
+    )
+    blocks = tables[0, 23:25]  # positions 94..99
+    assert index.rows.tolist() == [*(2 * blocks).tolist(), *(2 * blocks + 1).tolist()]
 
 
 def test_decode_refuses_a_table_that_is_too_short():
     with pytest.raises(ValueError, match="more than 2 blocks"):
         decode_index(
-            torch.tensor([17]), torch.zeros(1, 2, dtype=torch.int32), num_kv_heads=1, block_size=8, window=None,
-            dtype=torch.float32,
+            torch.tensor([17]), torch.zeros(1, 2, dtype=torch.int32), num_kv_heads=1, block_size=8, head_dim=4,
+            window=None, dtype=torch.float32,
         )  # fmt: skip
 
 
@@ -78,28 +79,25 @@ def test_decode_refuses_a_table_that_is_too_short():
     ("query_lens", "context_lens"), [([2], [2]), ([17], [17]), ([3], [40]), ([9, 2, 30], [33, 18, 30])]
 )
 def test_prefill(query_lens, context_lens, heads, kv_heads, window, softcap):
-    keys, values, tables = _paged(context_lens, kv_heads, 8, 12)
+    cache, tables = _paged(context_lens, kv_heads, 8, 12)
     q = torch.randn(sum(query_lens), heads + 2, 12)[:, :heads]
     settings = {"scale": 0.3, "softcap": softcap}
     slices = prefill_index(
         query_lens, context_lens, tables, num_kv_heads=kv_heads, block_size=8, window=window, dtype=q.dtype
     )
-    got = paged_prefill(q, keys, values, slices, **settings)
-    want = paged_prefill_ref(q, keys, values, query_lens, context_lens, tables, window=window, **settings)
+    got = paged_prefill(q, cache, slices, **settings)
+    want = paged_prefill_ref(q, cache, query_lens, context_lens, tables, window=window, **settings)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_prefill_of_a_whole_prompt_is_causal_attention():
     """Against torch's own attention on dense tensors, which knows nothing of blocks."""
-    keys, values, tables = _paged([21], 2, 4, 16)
-    dense = [
-        torch.cat([cache[block] for block in tables[0, :6]], dim=1)[:, :21].repeat_interleave(2, 0)
-        for cache in (keys, values)
-    ]
+    cache, tables = _paged([21], 2, 4, 16)
+    dense = torch.cat([cache[block] for block in tables[0, :6]], dim=2)[:, :, :21].repeat_interleave(2, 1)
     q = torch.randn(21, 4, 16)
     slices = prefill_index([21], [21], tables, num_kv_heads=2, block_size=4, window=None, dtype=q.dtype)
     want = F.scaled_dot_product_attention(q.transpose(0, 1), *dense, is_causal=True).transpose(0, 1)
-    torch.testing.assert_close(paged_prefill(q, keys, values, slices, scale=0.25), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(paged_prefill(q, cache, slices, scale=0.25), want, rtol=1e-5, atol=1e-5)
 
 
 def test_prefill_refuses_slices_that_do_not_fit():
@@ -115,18 +113,17 @@ def test_prefill_refuses_slices_that_do_not_fit():
 def test_kv_store(kv_heads, block_size):
     torch.manual_seed(2)
     slots = torch.randperm(5 * block_size)[: min(11, 5 * block_size)]
-    fused = torch.randn(len(slots), 2 * kv_heads + 1, 6)
-    k, v = fused[:, 1 : 1 + kv_heads], fused[:, 1 + kv_heads :]
-    keys = torch.full((5, kv_heads, block_size, 6), torch.nan)
-    values = keys.clone()
-    want_keys, want_values = keys.clone(), values.clone()
-    kv_store_ref(k, v, want_keys, want_values, slots)
-    kv_store(k, v, keys, values, store_rows(slots, kv_heads, block_size))
-    torch.testing.assert_close(keys, want_keys, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(values, want_values, rtol=0, atol=0, equal_nan=True)
+    kv = torch.randn(len(slots), 2 * kv_heads + 1, 6)[:, 1:]  # a view, as the fused projection gives it
+    cache = torch.full((5, 2, kv_heads, block_size, 6), torch.nan)
+    want = cache.clone()
+    kv_store_ref(kv, want, slots)
+    kv_store(kv, cache, store_rows(slots, kv_heads, block_size))
+    torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_kv_store_refuses_rows_of_another_step():
-    cache = torch.zeros(2, 2, 4, 6)
+def test_kv_store_refuses_what_does_not_fit():
+    cache = torch.zeros(2, 2, 2, 4, 6)
     with pytest.raises(ValueError, match="rows for 3 tokens"):
-        kv_store(torch.zeros(3, 2, 6), torch.zeros(3, 2, 6), cache, cache.clone(), torch.zeros(4, dtype=torch.int64))
+        kv_store(torch.zeros(3, 4, 6), cache, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the cache"):
+        kv_store(torch.zeros(3, 4, 5), cache, torch.zeros(12, dtype=torch.int64))
