@@ -39,7 +39,7 @@ def test_version() -> None:
     ("arguments", "told"),
     [
         (["--max-modle-len", "5"], "--max-model-len"),
-        (["--max-model-len", "many"], "many"),
+        (["--max-model-len", "many"], "--max-model-len"),
         (["--max-model-len", "5000"], "5000"),
         (["--max-model-len", "0"], "max_model_len"),
         (["--dtype", "flaot16"], "flaot16"),
@@ -47,7 +47,7 @@ def test_version() -> None:
         (["-tp", "2"], "tensor_parallel_size 2"),
         (["--num-replicas", "0"], "num_replicas"),
         (["--quantization", "awq"], "awq"),
-        (["--port", "70000"], "70000"),
+        (["--port", "70000"], "--port"),
         (["--host", "203.0.113.7"], "203.0.113.7"),
         (["--tokenizer", "/nowhere"], "/nowhere"),
     ],

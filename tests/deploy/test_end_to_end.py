@@ -35,7 +35,8 @@ class Served:
 
 def start() -> Served:
     # A session of its own: everything that it starts can be found by the session's id.
-    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", "--port", "0", "--max-model-len", "1024"]
+    options = ["--port", "0", "--max-model-len", "1024", "--num-gpu-blocks-override", "2048"]
+    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd="/tmp"
     )
@@ -209,7 +210,7 @@ def test_errors_come_through_the_proxy(served: Served) -> None:
         ("POST", "/v1/completions", b'{"prompt": "\xff"}', 400),
         ("POST", "/v1/completions", b'{"prompt": "x", "model": "other"}', 404),
         ("POST", "/v1/completions", b'{"prompt": "x", "max_tokens": 5000}', 400),
-        ("POST", "/v1/completions", b'{"prompt": "x", "n": 100, "max_tokens": 1000, "best_of": 128}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "x", "n": 100, "max_tokens": 1000}', 400),
         ("POST", "/v1/completions", b" " * (9 << 20), 413),
     ):
         headers = {"content-type": "application/json", "x-request-id": "mine"}
