@@ -54,15 +54,13 @@ class Scheduler:
         assert max_model_len is not None, "the configuration is not resolved"
         assert budget is not None, "the configuration is not resolved"
         self.pool = BlockPool(num_blocks, block_size)
-        self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size)
+        self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts)
         self.counters = _Counters()
         self._shift = block_size.bit_length() - 1
         self._budget = budget
         self._chunked = config.scheduler.enable_chunked_prefill
         self._caching = config.cache.enable_prefix_caching
         self._watermark = num_blocks // 100  # blocks that admission leaves to the sequences that run already
-        self._is_eos = np.zeros(facts.vocab_size, bool)
-        self._is_eos[[token for token in facts.eos_token_ids if token < facts.vocab_size]] = True
         self._requests: dict[str, RequestState] = {}
         self._arrivals = 0
         self._num_open = 0  # unfinished sequences of all requests
@@ -319,24 +317,15 @@ class Scheduler:
         table.in_flight[rows] -= 1
         self.counters.generation_tokens += rows.size
         sequences = table.sequences[rows]
-        stopped = self._stopped(rows, token_ids) & (known >= table.min_length[rows])
+        stopped = table.stopped(rows, token_ids) & (known >= table.min_length[rows])
         endings: dict[int, Ending] = {}
         for i in np.flatnonzero(stopped | (known >= table.max_length[rows])).tolist():
             reason = FinishReason.STOP if stopped[i] else FinishReason.LENGTH
             token = int(token_ids[i])
-            at_eos = table.stops_at_eos[rows[i]] and self._is_eos[token]
+            at_eos = table.stops_at_eos[rows[i]] and table.is_eos[token]
             stop_reason = token if stopped[i] and not at_eos else None
             endings[i] = self._end(sequences[i], reason, stop_reason)
         return StepOutcome(samples, sequences, token_ids, endings, failures, scored)
-
-    def _stopped(self, rows: Rows, token_ids: Ints) -> NDArray[np.bool_]:
-        """Which rows got their end-of-sequence or one of their stop tokens."""
-        table = self.table
-        stopped = self._is_eos[token_ids] & table.stops_at_eos[rows]
-        watchful = np.flatnonzero(table.has_stop_ids[rows])
-        if watchful.size:
-            stopped[watchful] |= (table.stop_ids[rows[watchful]] == token_ids[watchful, None]).any(axis=1)
-        return stopped
 
     def _scored(self, step: StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
         if self.table.epoch[chunk.row] != step.chunk_epochs[chunk.row]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import ModelFacts
 from .plan import Ints, RowStart
 from .protocol import FinishReason, Logprob, Request
 
@@ -95,7 +96,7 @@ class SequenceTable:
     `computed == length - 1`.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, facts: ModelFacts) -> None:
         max_blocks = -(-max_model_len // block_size)
         self.tokens: NDArray[np.int32] = np.zeros((num_rows, max_model_len), np.int32)
         self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)
@@ -105,6 +106,8 @@ class SequenceTable:
         self.min_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # below it no token stops
         self.max_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.decoding: NDArray[np.bool_] = np.zeros(num_rows, bool)
+        self.is_eos: NDArray[np.bool_] = np.zeros(facts.vocab_size, bool)  # by token id, not by row
+        self.is_eos[[token for token in facts.eos_token_ids if token < facts.vocab_size]] = True
         self.stops_at_eos: NDArray[np.bool_] = np.zeros(num_rows, bool)
         self.stop_ids: NDArray[np.int32] = np.full((num_rows, 1), -1, np.int32)  # -1: none
         self.has_stop_ids: NDArray[np.bool_] = np.zeros(num_rows, bool)
@@ -139,6 +142,14 @@ class SequenceTable:
         self.sequences[row] = None
         self.decoding[row] = False
         self._free_rows.append(row)
+
+    def stopped(self, rows: NDArray[np.intp], token_ids: Ints) -> NDArray[np.bool_]:
+        """Which rows got their end-of-sequence or one of their stop tokens."""
+        stopped = self.is_eos[token_ids] & self.stops_at_eos[rows]
+        watchful = np.flatnonzero(self.has_stop_ids[rows])
+        if watchful.size:
+            stopped[watchful] |= (self.stop_ids[rows[watchful]] == token_ids[watchful, None]).any(axis=1)
+        return stopped
 
     def context(self, row: int) -> Ints:
         """Token ids known of the row."""
