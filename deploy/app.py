@@ -100,9 +100,11 @@ def _replicas(plan: ModelPlan) -> Application:
     actor_options = {**ray_actor_options(bundle), **settings.ray_actor_options}
     if plan.llm.runtime_env is not None:
         actor_options["runtime_env"] = plan.llm.runtime_env
-    scaling: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
+    options: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
     if settings.autoscaling_config is not None:
-        scaling = {"autoscaling_config": settings.autoscaling_config}
+        options = {"autoscaling_config": settings.autoscaling_config}
+    if settings.max_constructor_retry_count is not None:
+        options["max_constructor_retry_count"] = settings.max_constructor_retry_count
     deployment = _deployment(
         Replica,
         name=replica_deployment_name(plan.name),
@@ -112,7 +114,7 @@ def _replicas(plan: ModelPlan) -> Application:
         graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=settings.graceful_shutdown_wait_loop_s,
         ray_actor_options=actor_options,
-        **scaling,
+        **options,
     )
     return deployment.bind(plan.name, plan.engine)
 

@@ -59,7 +59,11 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
                         "model_source": model,
                     },
                     "engine_kwargs": engine,
-                    "deployment_config": {"num_replicas": num_replicas},
+                    "deployment_config": {
+                        "num_replicas": num_replicas,
+                        # A model that cannot be loaded once cannot be loaded at all, and its user waits.
+                        "max_constructor_retry_count": 1,
+                    },
                 }
             ],
             "num_routers": settings.get("num_routers", 1),

@@ -51,6 +51,7 @@ class DeploymentConfig(_Strict):
     health_check_period_s: float = Field(default=1.0, gt=0)
     health_check_timeout_s: float = Field(default=3.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
+    max_constructor_retry_count: int | None = Field(default=None, ge=1)  # None: Serve's own
     graceful_shutdown_wait_loop_s: float = Field(default=1.0, ge=0)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -19,7 +20,7 @@ from ray import serve
 
 from ..cluster.directory import DirectoryClient
 from ..cluster.membership import ReplicaInfo
-from ..replicas.errors import EngineError, ServingError
+from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
 from .config import ModelPlan, ServeConfig
 from .environment import is_loopback
@@ -28,6 +29,7 @@ APP_NAME = "shoal"
 # Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
 START_TIMEOUT_S = 1800.0
 _POLL_S = 0.1
+_RAISED_BY_MODELS: dict[str, type[ServingError]] = {"ConfigError": ConfigError, "ModelError": ModelError}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +93,17 @@ def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
     try:
         serve.run(assemble(config, plans), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise EngineError(reason_of(str(error))) from error
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        reasons = [reason for deployment in deployments if (reason := reason_of(deployment.message)) is not None]
+        raise reasons[0] if reasons else EngineError(str(error)) from error
 
 
-def reason_of(failure: str) -> str:
-    """The line of a Serve failure that says why: the last one that names an error of Shoal's, else the last one."""
-    lines = [line.strip() for line in failure.splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("shoal.") and "Error" in line.partition(":")[0]]
-    return ours[-1].partition(": ")[2] if ours else lines[-1]
+def reason_of(traceback: str) -> ServingError | None:
+    """The error of Shoal's own that a traceback of Serve's ends with, as one that can be raised here."""
+    found = re.findall(r"^shoal\.[\w.]*?(\w+): (.*)$", traceback, re.MULTILINE)
+    for name, message in reversed(found):
+        return _RAISED_BY_MODELS.get(name, EngineError)(message)
+    return None
 
 
 def wait_for_completion(endpoint: Endpoint, model: str) -> None:
