@@ -139,11 +139,10 @@ def _refuse_unknown(model: DecoderModel, tensors: Mapping[str, TensorInfo], pref
     for name, info in tensors.items():
         superfluous = _DERIVED.search(name) or (multimodal and _NOT_TEXT.match(name))
         if name not in known and not superfluous and not name.startswith(tuple(other_stage)):
-            raise ModelError(f"{info.file}: tensor {name} is not understood; {_describe(model)} has no such weight")
-
-
-def _describe(model: DecoderModel) -> str:
-    return f"a decoder of {len(model.spec.layers)} layers with these settings"
+            raise ModelError(
+                f"{info.file}: tensor {name} is not understood; config.json describes {len(model.spec.layers)} layers "
+                "that have no such weight"
+            )
 
 
 def _fill_randomly(model: DecoderModel, seed: int) -> None:

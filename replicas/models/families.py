@@ -111,22 +111,24 @@ def _olmo2(config: Any) -> DecoderSpec:
     )
 
 
+# By the names that checkpoint.ARCHITECTURES gives to architectures.
+FAMILIES: dict[str, Callable[[Any], DecoderSpec]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _mistral,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "olmo2": _olmo2,
+}
+
+
 def decoder_spec(config: Any) -> DecoderSpec:
     """The spec of a Hugging Face text config. Raises ModelError for what no family here can express."""
-    # Built per call, not a module constant: the names must be those that read_model_facts accepts, checked below.
-    families: dict[str, Callable[[Any], DecoderSpec]] = {
-        "llama": _llama,
-        "mistral": _mistral,
-        "qwen2": _qwen2,
-        "qwen3": _qwen3,
-        "gemma2": _gemma2,
-        "gemma3_text": _gemma3,
-        "phi3": _mistral,
-        "mixtral": _mixtral,
-        "qwen3_moe": _qwen3_moe,
-        "olmo2": _olmo2,
-    }
-    spec = families[family_of(config.architectures, config.model_type)](config)
+    spec = FAMILIES[family_of(config.architectures, config.model_type)](config)
     if spec.hidden_act not in ACTIVATIONS:
         raise ModelError(f"activation {spec.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return spec

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from shoal.replicas.checkpoint import ARCHITECTURES, INDEX_FILE, list_tensors, read_model_facts, resolve_model_path
 from shoal.replicas.errors import ModelError
 from shoal.replicas.loader import load_model
+from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
 from tests.support.checkpoints import FAMILIES
 from tests.support.paged import CPU, PagedModel, engine_config
 
@@ -109,6 +110,10 @@ def test_keys_that_are_left_out_have_transformers_defaults(architecture, config,
     assert facts.max_position_embeddings == whole.max_position_embeddings
     assert facts.eos_token_ids == (whole.eos_token_id,)
     assert facts.dtype == config.get("torch_dtype", "float32")
+
+
+def test_every_architecture_has_a_family():
+    assert set(ARCHITECTURES.values()) == set(KNOWN_FAMILIES)
 
 
 def test_generation_config_says_where_sequences_end(llama):
