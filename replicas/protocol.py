@@ -90,8 +90,7 @@ class Logprob(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(NamedTuple):
     """New tokens of one sequence. The last delta of a sequence, and only that one, has a `finish_reason`.
 
     `stop_reason` is the stop token's id (None at end-of-sequence) or the stop string. `prompt_logprobs` comes once,
