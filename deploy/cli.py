@@ -134,7 +134,7 @@ def _serve(settings: dict[str, Any]) -> None:
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
-    with ray_cluster(address, host), application(config, plans, endpoint):
+    with ray_cluster(address), application(config, plans, endpoint):
         print(banner(endpoint, config, replicas_of(plans)), flush=True)
         stop.wait()
         print("shoal: stopping", flush=True)

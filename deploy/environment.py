@@ -23,6 +23,9 @@ _LOOPBACK = {
     # No tokens where nobody else can reach the ports: token mode writes ~/.ray/auth_token, which changes what
     # `ray start` and `ray job submit` ask for on this machine from then on.
     "RAY_AUTH_MODE": "disabled",
+    # Ray then takes 127.0.0.1 for this node's address, on Linux too, and its own ports stay on loopback. An address
+    # given to ray.init does not do it: it is resolved to one that other machines can reach.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 _PUBLIC = {
     # HAProxy carries streams past Serve's Python proxy, but it binds all interfaces: not for loopback.

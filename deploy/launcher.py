@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray import serve
@@ -23,7 +22,6 @@ from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
 from .config import ModelPlan, ServeConfig
-from .environment import is_loopback
 
 APP_NAME = "shoal"
 # Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
@@ -47,11 +45,8 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, host: str) -> Iterator[None]:
-    """A Ray of our own, or the one at `address`. What was started here is stopped at the end.
-
-    For a server on loopback, Ray's own ports are on loopback too.
-    """
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """A Ray of our own, or the one at `address`. What was started here is stopped at the end."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -62,11 +57,8 @@ def ray_cluster(address: str | None, host: str) -> Iterator[None]:
         return
     # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
     folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")
-    options: dict[str, Any] = {"_temp_dir": folder}
-    if is_loopback(host):
-        options["_node_ip_address"] = "127.0.0.1"
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **options)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
         yield
     finally:
         ray.shutdown()
