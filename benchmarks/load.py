@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,13 @@ async def stream_many(host: str, port: int, requests: Sequence[bytes]) -> list[S
     """All requests at once, each on a connection of its own."""
     clients = await asyncio.gather(*(stream(host, port, request) for request in requests))
     return [client.done.result() for client in clients]
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def descendants(pid: int) -> list[int]:

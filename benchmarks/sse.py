@@ -3,10 +3,11 @@
 A fake engine makes one token for each of 64 streams every 20 ms. Ways, by turns in one run, same client for all:
   bare     uvicorn alone; its application sends, at the same pace, the very bytes that ingress sent for one stream
   router   the product's HTTP application and Router under uvicorn -> TCP -> replica server
-  serve    the same as Ray Serve runs it: proxy -> ingress deployment -> TCP -> replica server
+  serve    the same as `shoal serve` runs it: Ray Serve's proxy -> ingress deployment -> TCP -> replica server
+  haproxy  the same as `shoal serve --host 0.0.0.0` runs it: HAProxy in the place of Serve's own proxy
 tok/s is over the time from a round's first event to its last; `kept` divides by that of bare, and by nothing ideal.
-`tok/s per core` divides by the CPU time of the processes between engine and client: for serve that is all that Ray
-started, for router the ingress process, for bare its own. The fake engine's process and the client count nowhere.
+`tok/s per core` divides by the CPU time of the processes between engine and client: all that Ray started, or the
+ingress process, or the bare one. The fake engine's process and the client count nowhere.
 
     python -m benchmarks.sse [--streams 64] [--pace-ms 20] [--tokens 250] [--rounds 3] [--no-serve]
 """
@@ -16,23 +17,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.load import cpu_seconds, post, stream, stream_many
+from benchmarks.load import cpu_seconds, descendants, free_port, post, stream, stream_many
 from benchmarks.report import ROOT, Report
 from shoal.cluster.handshake import new_secret
 from shoal.cluster.membership import ReplicaInfo, StaticMembership
 from shoal.cluster.router import Router
+from shoal.deploy.environment import prepare_environment
 from shoal.deploy.http_app import create_http_app
 from shoal.deploy.service import ApiService, ServedModel
 from shoal.replicas.tokenizer import Tokenizer
@@ -41,7 +46,8 @@ from tests.support.fake_replica import FakeReplica
 HOST = "127.0.0.1"
 MODEL_ID = "fake"
 PATH = "/v1/completions"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+STREAM_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,33 +56,65 @@ class Way:
 
     name: str
     port: int
-    pids: Callable[[], Sequence[int]]
-
-
-def listening_socket() -> socket.socket:
-    """Made in the parent, so that the port is known and connections wait until the child accepts them."""
-    sock = socket.socket()
-    sock.bind((HOST, 0))
-    sock.listen(1024)
-    return sock
-
-
-def run_uvicorn(app: Any, sock: socket.socket, lifespan: Any = "off") -> None:
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan=lifespan)
-    uvicorn.Server(config).run(sockets=[sock])
+    pids: Sequence[int]
 
 
 @contextmanager
-def child(target: Callable[..., None], *arguments: Any) -> Iterator[int]:
-    """A spawned process; yields its pid and ends it."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+def child(target: Callable[..., None], *arguments: Any, stop: int = signal.SIGTERM) -> Iterator[BaseProcess]:
+    """A spawned process, ended with the signal `stop`."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
-    assert process.pid is not None
     try:
-        yield process.pid
+        yield process
     finally:
-        process.terminate()
-        process.join(10)
+        if process.is_alive():
+            os.kill(pid_of(process), stop)
+        process.join(60)
+        process.kill()
+
+
+def pid_of(process: BaseProcess) -> int:
+    assert process.pid is not None, "it was started"
+    return process.pid
+
+
+@contextmanager
+def way(name: str, probe: bytes, target: Callable[..., None], *arguments: Any) -> Iterator[Way]:
+    """`target(port, *arguments)` in a process of its own, once it has answered `probe` with a whole stream."""
+    port = free_port()
+    # SIGINT ends it as Ctrl-C does, so that a Ray that it started is stopped.
+    with child(target, port, *arguments, stop=signal.SIGINT) as process:
+        wait_until_streaming(process, port, probe)
+        pid = pid_of(process)
+        # A process that starts others only drives them; what it does beside is the fake engine's work.
+        yield Way(name, port, descendants(pid) or [pid])
+
+
+def wait_until_streaming(process: BaseProcess, port: int, probe: bytes) -> None:
+    """Return after the first whole stream; raise what stands in its way, if it still does when the time is over."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            asyncio.run(asyncio.wait_for(stream(HOST, port, probe), STREAM_TIMEOUT_S))
+        except (OSError, RuntimeError, TimeoutError):
+            if time.monotonic() > deadline or not process.is_alive():
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
+def run_uvicorn(app: Any, port: int, start: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Serve `app`; `start` runs before, in the same event loop, which is of the kind that uvicorn itself would take."""
+    config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", access_log=False, lifespan="off")
+
+    async def run() -> None:
+        if start is not None:
+            await start()
+        await uvicorn.Server(config).serve()
+
+    with suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(run())
 
 
 # The engine's side
@@ -137,17 +175,50 @@ class BareApp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def serve_bare(events: list[bytes], pace: float, sock: socket.socket) -> None:
-    run_uvicorn(BareApp(events, pace), sock)
+def serve_bare(port: int, events: list[bytes], pace: float) -> None:
+    run_uvicorn(BareApp(events, pace), port)
 
 
-# Way 2: ingress and router under uvicorn
+# Way 2: HTTP application and router under uvicorn
 
 
-def serve_ingress(info: ReplicaInfo, secret: bytes, tokenizer: Path, sock: socket.socket) -> None:
+def serve_ingress(port: int, info: ReplicaInfo, secret: bytes, tokenizer: Path) -> None:
     router = Router(StaticMembership([info]), secret)
     model = ServedModel(MODEL_ID, Tokenizer.from_folder(tokenizer), str(tokenizer))
-    run_uvicorn(create_http_app(ApiService(router, [model]), on_start=router.start), sock, lifespan="on")
+    run_uvicorn(create_http_app(ApiService(router, [model])), port, router.start)
+
+
+# Ways 3 and 4: the ingress deployment under Ray Serve
+
+
+def serve_application(port: int, host: str, tokenizer: Path, pace: float, num_streams: int) -> None:
+    """Ray, Serve with the product's Ingress, and a fake replica in this process, which registers with the directory."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    prepare_environment(host)
+    # Ray reads its environment while it is imported.
+    from ray import serve
+
+    from shoal.cluster.directory import REGISTER_INTERVAL, DirectoryClient
+    from shoal.deploy.app import INGRESS, Ingress, IngressSettings
+    from shoal.deploy.launcher import ray_cluster
+    from shoal.deploy.openai_auth import KeyRing
+
+    async def run_replica() -> None:
+        directory = DirectoryClient()
+        replica = FakeReplica(await directory.secret(), model_id=MODEL_ID, interval=pace, max_num_seqs=num_streams)
+        await replica.start()
+        while True:
+            await directory.register(replica.info)
+            await asyncio.sleep(REGISTER_INTERVAL)
+
+    with ray_cluster(None):
+        serve.start(http_options={"host": host, "port": port})
+        settings = IngressSettings(((MODEL_ID, str(tokenizer), tokenizer),), KeyRing.of([], [], local=True))
+        options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
+        deployment: Any = serve.deployment(cast("Any", Ingress), name=INGRESS, **options)
+        serve.run(deployment.bind(settings), name="sse", route_prefix="/")
+        with suppress(KeyboardInterrupt):  # the parent has seen enough
+            asyncio.run(run_replica())
 
 
 def main() -> None:
@@ -166,16 +237,18 @@ def main() -> None:
     with ExitStack() as stack:
         secret = new_secret()
         info = stack.enter_context(fake_replica(secret, pace, arguments.streams))
-        sock = listening_socket()
-        ingress = stack.enter_context(child(serve_ingress, info, secret, arguments.tokenizer, sock))
-        ways = [Way("router", sock.getsockname()[1], lambda: [ingress])]
-        events = asyncio.run(stream(HOST, ways[0].port, requests[0])).events()
+        router = stack.enter_context(way("router", requests[0], serve_ingress, info, secret, arguments.tokenizer))
+        events = asyncio.run(stream(HOST, router.port, requests[0])).events()
         # What follows the last token (the end mark) goes with it, as nothing paces it.
         events = [*events[: arguments.tokens - 1], b"".join(events[arguments.tokens - 1 :])]
-        sock = listening_socket()
-        bare = stack.enter_context(child(serve_bare, events, pace, sock))
-        ways.insert(0, Way("bare", sock.getsockname()[1], lambda: [bare]))
-        rounds = [[run_round(way, requests, arguments.tokens) for way in ways] for _ in range(arguments.rounds + 1)][1:]
+        ways = [stack.enter_context(way("bare", requests[0], serve_bare, events, pace)), router]
+        if arguments.serve:
+            for name, host in (("serve", HOST), ("haproxy", "0.0.0.0")):
+                settings = (host, arguments.tokenizer, pace, arguments.streams)
+                ways.append(stack.enter_context(way(name, requests[0], serve_application, *settings)))
+        rounds = [
+            [run_round(server, requests, arguments.tokens) for server in ways] for _ in range(arguments.rounds + 1)
+        ][1:]
 
     report = Report("sse", settings=vars(arguments) | {"tokenizer": str(arguments.tokenizer)})
     for row in rows(ways, rounds):
@@ -191,12 +264,11 @@ class Round:
     num_events: int
 
 
-def run_round(way: Way, requests: list[bytes], num_tokens: int) -> Round:
+def run_round(server: Way, requests: list[bytes], num_tokens: int) -> Round:
     """All streams at once, from the first event of any to the last of any."""
-    pids = way.pids()
-    before = cpu_seconds(pids)
-    times = asyncio.run(stream_many(HOST, way.port, requests))
-    used = cpu_seconds(pids) - before
+    before = cpu_seconds(server.pids)
+    times = asyncio.run(stream_many(HOST, server.port, requests))
+    used = cpu_seconds(server.pids) - before
     elapsed = max(t.last for t in times) - min(t.first for t in times)
     return Round(
         (num_tokens - 1) * len(requests) / elapsed, num_tokens * len(requests) / used, sum(t.num_events for t in times)
@@ -204,10 +276,10 @@ def run_round(way: Way, requests: list[bytes], num_tokens: int) -> Round:
 
 
 def rows(ways: list[Way], rounds: list[list[Round]]) -> Iterator[dict[str, Any]]:
-    for column, way in enumerate(ways):
+    for column, server in enumerate(ways):
         results = [row[column] for row in rounds]
         yield {
-            "way": way.name,
+            "way": server.name,
             "tok/s": median(r.tokens_per_second for r in results),
             "kept": median(
                 r.tokens_per_second / row[0].tokens_per_second for r, row in zip(results, rounds, strict=True)

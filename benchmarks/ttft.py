@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 
-from benchmarks.load import post, stream
+from benchmarks.load import free_port, post, stream
 from benchmarks.report import ROOT, Report
 from shoal.cluster.handshake import new_secret
 from shoal.cluster.membership import ReplicaInfo, StaticMembership
@@ -111,12 +110,6 @@ def replica_process(model: Path, secret: bytes) -> Iterator[ReplicaInfo]:
         ours.close()
         process.join(20)
         process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @contextmanager
