@@ -43,14 +43,17 @@ WITHOUT_TORCH = (
     "replicas.errors",
     "replicas.plan",
     "replicas.tokenizer",
+    "replicas.checkpoint",
     "cluster.wire",
     "cluster.directory",
     "cluster.policies",
     "cluster.router",
+    "cluster.replica",
     "deploy.config",
     "deploy.schema",
-    "deploy.ingress",
+    "deploy.http_app",
     "deploy.app",
+    "deploy.launcher",
     "deploy.cli",
 )
 
