@@ -132,7 +132,8 @@ class EngineConfig:
         if num_blocks is not None and num_blocks * block_size < max_model_len:
             raise ConfigError(
                 f"the KV cache holds {num_blocks} blocks of {block_size} tokens, less than one sequence of "
-                f"max_model_len {max_model_len}; give it more memory or lower max_model_len to {num_blocks * block_size}"
+                f"max_model_len {max_model_len}; give it more memory, or lower max_model_len to "
+                f"{num_blocks * block_size}"
             )
         return replace(
             self,

@@ -7,13 +7,13 @@ the wire as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 SEED_BITS = 64
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended. STOP: end-of-sequence, stop token or stop string. LENGTH: max_tokens or the context."""
 
     STOP = "stop"
