@@ -115,9 +115,6 @@ def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
 def _serve(settings: dict[str, Any]) -> None:
     from .cli_config import plan, serve_config
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     host, address = settings["host"], settings.get("address")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -134,10 +131,28 @@ def _serve(settings: dict[str, Any]) -> None:
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
-    with ray_cluster(address), application(config, plans, endpoint):
-        print(banner(endpoint, config, replicas_of(plans)), flush=True)
-        stop.wait()
+    _interrupt_on_signals()
+    try:
+        with ray_cluster(address):
+            _interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
+            with application(config, plans, endpoint):
+                print(banner(endpoint, config, replicas_of(plans)), flush=True)
+                threading.Event().wait()
+    except KeyboardInterrupt:
+        print("shoal: stopped", flush=True)
+
+
+def _interrupt_on_signals() -> None:
+    """Ctrl-C and SIGTERM both unwind what was started, at any time; once, for the unwinding takes a while."""
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         print("shoal: stopping", flush=True)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def free_port(host: str, port: int) -> int:

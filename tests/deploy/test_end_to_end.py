@@ -229,13 +229,26 @@ def test_the_example_runs(served: Served) -> None:
     assert "tokens]" in result.stdout
 
 
-def test_sigint_leaves_nothing_behind(served: Served) -> None:
-    """Last of the module: it stops the server while a stream runs."""
-    session = served.process.pid
-    assert len(processes_of(session)) > 3
+def stop_and_look(server: Served, number: signal.Signals) -> None:
+    """Stop the server while a stream runs, and see that no process and no folder of it is left."""
+    session = server.process.pid
+    running = " ".join(processes_of(session))
+    folder = re.search(r"/tmp/shoal-ray-\w+", running)
+    assert folder is not None
     body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with served.http.stream("POST", "/v1/completions", json=body) as response:
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_bytes())
-        served.process.send_signal(signal.SIGINT)
-        assert served.process.wait(120) == 0
+        server.process.send_signal(number)
+        assert server.process.wait(120) == 0
     assert wait_until(lambda: processes_of(session) == []), processes_of(session)
+    assert not Path(folder[0]).exists()
+
+
+def test_sigint_leaves_nothing_behind(served: Served) -> None:
+    """Last of those that use the server."""
+    stop_and_look(served, signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_nothing_behind() -> None:
+    stop_and_look(start(), signal.SIGTERM)
