@@ -77,7 +77,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"  # cpu, cuda; auto: cuda where there is one
-    num_threads: int | None = None  # torch threads of a CPU shard; auto: the cores this process may use
+    num_threads: int | None = None  # torch threads of a CPU shard; auto: all usable cores but one
 
     def resolve(self, model: ModelFacts, device: str) -> EngineConfig:
         """A copy with every automatic value set, for `device` "cpu" or "cuda".

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ...kernels.kv_store import kv_store, store_rows
 from ...kernels.paged_decode import DecodeIndex, decode_index, paged_decode
@@ -20,7 +19,7 @@ from ..kv_cache import KVCache
 from ..models.spec import DecoderSpec, LayerSpec, QKNorm
 from .linear import QKVLinear, RowParallelLinear
 from .norm import RMSNorm
-from .weights import WeightSlot
+from .weights import Layer, WeightSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ class AttentionStep:
         return cls(single, len(metadata.slot_mapping), store, decode, prefill, ropes)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """x [T, hidden] -> [T, hidden]; writes the step's keys and values to layer `index` of the rank's cache first."""
 
     def __init__(

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
-from .weights import Source, WeightSlot, empty_parameter
+from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer):
     """input_ids int64 [T] -> [T, hidden], times `scale` rounded to the model's dtype (Gemma: sqrt(hidden))."""
 
     def __init__(
@@ -56,7 +55,7 @@ class VocabParallelEmbedding(nn.Module):
             yield WeightSlot(self.weight[: self.num_filled], (source,))
 
 
-class OutputHead(nn.Module):
+class OutputHead(Layer):
     """hidden [K, hidden] -> logits float32 [K, vocab].
 
     It has rows of its own, or multiplies by an embedding's (tied); on CPU a tied head keeps a packed copy of them.

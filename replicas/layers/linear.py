@@ -17,7 +17,7 @@ from torch import nn
 from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
 from ..errors import ConfigError
-from .weights import Source, WeightSlot, empty_parameter
+from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def kv_head_range(num_kv_heads: int, comm: ParallelContext) -> slice:
     return slice(head, head + 1)
 
 
-class ParallelLinear(nn.Module):
+class ParallelLinear(Layer):
     """x [..., local inputs] -> [..., sum of the parts' local outputs], with no communication of its own.
 
     `fused_name` is the checkpoint's name for all parts stacked in one tensor.

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from ...kernels.silu_mul import silu_mul
 from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
 from ..models.spec import DecoderSpec
 from .linear import ColumnParallelLinear, RowParallelLinear
-from .weights import WeightSlot
+from .weights import Layer, WeightSlot
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """x [T, hidden] -> [T, hidden]."""
 
     def __init__(

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...kernels.moe import moe_mlp, route
 from ..comm import ParallelContext
 from ..models.spec import DecoderSpec, ExpertsSpec
 from .linear import shard_range
-from .weights import Index, Source, WeightSlot, empty_parameter
+from .weights import Index, Layer, Source, WeightSlot, empty_parameter
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """x [T, hidden] -> [T, hidden].
 
     Checkpoints store experts in three ways, told apart by their tensor names: Mixtral's (`w1`, `w3`, `w2` of

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from ...kernels.rms_norm import add_rms_norm, rms_norm
-from .weights import Source, WeightSlot, empty_parameter
+from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Normalises the last axis of x [..., size]; with a residual, adds x to it in place first.
 
     `offset` 1 is Gemma's 1 + w: folded into the weight as it is loaded, and kept in fp32.

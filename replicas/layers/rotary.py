@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...kernels.rope import RopeRows, rope_rows
 from ..errors import ModelError
+from .weights import Layer
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Layer):
     """The cache [max_model_len, R] of one rope dictionary; `rows` picks those of a step's positions.
 
     `layer_type` selects the dictionary of a model that has one per kind of layer (Gemma 3). longrope has one set of

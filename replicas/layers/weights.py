@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,6 +43,17 @@ class HasWeights(Protocol):
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """The slots of this layer; `prefix` is its name in the checkpoint, without a final dot."""
         ...
+
+
+class Layer(nn.Module):
+    """A module whose call is its `forward` and nothing else.
+
+    nn.Module looks for hooks at every call, and nothing here has any: 1.3 us x 76 calls, 7 % of a decode step of the
+    shipped model on CPU.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -24,11 +24,11 @@ from ..layers.mlp import GatedMLP
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
 from ..layers.rotary import RotaryEmbedding
-from ..layers.weights import WeightSlot
+from ..layers.weights import Layer, WeightSlot
 from .spec import DecoderSpec, LayerSpec
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and MLP, each with a norm before it, after it, or both."""
 
     def __init__(
@@ -85,7 +85,7 @@ def _enter(norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.T
     return residual if pending is None else residual.add_(pending)
 
 
-class DecoderModel(nn.Module):
+class DecoderModel(Layer):
     """One rank's part of a model. `num_local_layers` and `num_local_kv_heads` size its KV cache."""
 
     def __init__(

@@ -30,7 +30,7 @@ def test_threads_are_set_whatever_the_environment_says():
     before = torch.get_num_threads()
     try:
         assert set_cpu_threads(2) == torch.get_num_threads() == 2
-        assert set_cpu_threads(None) == torch.get_num_threads() == usable_cores()
+        assert set_cpu_threads(None) == torch.get_num_threads() == max(1, usable_cores() - 1)
         with pytest.raises(ConfigError, match="num_threads is 0"):
             set_cpu_threads(0)
     finally:
