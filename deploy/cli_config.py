@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..replicas.device import automatic_threads
 from ..replicas.errors import ConfigError
 from .config import ModelPlan, ServeConfig, from_dict, plan_model
 from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
@@ -47,8 +47,8 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
     engine = {key: value for key, value in settings.items() if key not in _SERVER_OPTIONS}
     num_replicas = settings.get("num_replicas", 1)
     if settings.get("address") is None and "num_threads" not in engine and isinstance(num_replicas, int):
-        # All replicas share this machine; each would take every core otherwise.
-        engine["num_threads"] = max(1, len(os.sched_getaffinity(0)) // max(1, num_replicas))
+        # All replicas share this machine; each would take its cores for its own otherwise.
+        engine["num_threads"] = automatic_threads(max(1, num_replicas))
     return from_dict(
         ServeConfig,
         {

@@ -1,10 +1,11 @@
-"""The device a shard computes on, and how many CPU threads it may take."""
+"""The device a shard computes on, and how many CPU threads it may take.
+
+torch is imported only where it is asked: the command line shares out the cores without it.
+"""
 
 from __future__ import annotations
 
 import os
-
-import torch
 
 from .errors import ConfigError
 
@@ -17,6 +18,8 @@ def choose_device(device: str) -> str:
         raise ConfigError(f"device {device!r} is not supported; use one of {', '.join(DEVICES)}")
     if device == "cpu":
         return "cpu"
+    import torch
+
     if torch.cuda.is_available():
         return "cuda"
     if device == "cuda":
@@ -47,5 +50,7 @@ def set_cpu_threads(num_threads: int | None) -> int:
     threads = automatic_threads() if num_threads is None else num_threads
     if threads < 1:
         raise ConfigError(f"num_threads is {threads}; it must be at least 1")
+    import torch
+
     torch.set_num_threads(threads)
     return threads
