@@ -18,13 +18,15 @@ def local_ray() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")  # short: it holds UNIX sockets
+    # Workers inherit it and find tests.support. A runtime_env would say it too, but Ray starts such workers through a
+    # shell that splits the interpreter's path at spaces.
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 << 20,
         _temp_dir=folder,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},  # so that workers find tests.support
         log_to_driver=False,
     )
     yield
