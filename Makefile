@@ -14,7 +14,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode
+.PHONY: help setup serve test test-slow test-thorough test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -38,6 +38,9 @@ test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/pytest -q -m 'slow and not gpu' $(ARGS)
+
+test-thorough: $(STAMP) ## the state machines of block pool and engine, 3000 runs each (two minutes)
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q --timeout=3600 tests/replicas/test_block_pool.py tests/replicas/test_engine_machine.py $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu $(ARGS)

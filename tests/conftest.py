@@ -20,8 +20,10 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
 
 torch.set_num_threads(1)
 
-# Shared machines make any deadline a coin toss. CI is the same on every run; at a desk, examples vary.
+# Shared machines make any deadline a coin toss. CI is the same on every run; at a desk, examples vary;
+# `make test-thorough` takes its time.
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, **_COMMON)
 settings.register_profile("desk", **_COMMON)
-settings.load_profile("ci" if os.environ.get("CI") else "desk")
+settings.register_profile("thorough", max_examples=3000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "desk"))
