@@ -79,7 +79,7 @@ class _Session:
 
 @dataclass(slots=True)
 class _Stream:
-    session: _Session
+    session: _Session | None  # None: aborted; the engine's terminal deltas are awaited, and its id is in use until then
     stream: int
     num_open: int  # samples without a terminal delta
 
@@ -136,6 +136,8 @@ class ReplicaServer:
         Idempotent. Nobody is let in any more.
         """
         self._failed = True
+        for engine_id in [engine_id for engine_id, entry in self._streams.items() if entry.session is None]:
+            self._forget(engine_id)
         if self._server is not None:
             self._server.close()
         self.cut_all(EngineError(f"the engine failed: {error}"))
@@ -218,6 +220,8 @@ class ReplicaServer:
                 session.connection.send(Pong(number))
 
     def _submit(self, session: _Session, items: list[SubmitItem]) -> None:
+        # The router has counted these as load; a report, be it equal to the last one, puts right what never ran.
+        session.told = None
         rejections: list[Rejection] = []
         for item in items:
             if item.stream in session.engine_ids:
@@ -248,7 +252,7 @@ class ReplicaServer:
         self._idle.clear()
 
     def _engine_id(self, request_id: str) -> str:
-        """`request_id`, numbered where two routers or two replays use it at once."""
+        """`request_id`, numbered where it is in use: by another router, or by an earlier life that is being aborted."""
         engine_id, number = request_id, 1
         while engine_id in self._streams:
             number += 1
@@ -257,9 +261,13 @@ class ReplicaServer:
 
     def _abort(self, session: _Session, stream: int) -> None:
         engine_id = session.engine_ids.pop(stream, None)
-        if engine_id is not None:
+        if engine_id is None:
+            return
+        if self._failed:  # no word will come of it
             self._forget(engine_id)
-            self.engine.abort(engine_id)
+            return
+        self._streams[engine_id].session = None
+        self.engine.abort(engine_id)
 
     def _forget(self, engine_id: str) -> None:
         del self._streams[engine_id]
@@ -298,13 +306,15 @@ class ReplicaServer:
         by_session: dict[_Session, list[StreamDelta]] = {}
         for delta in deltas:
             entry = self._streams.get(delta.request_id)
-            if entry is None:  # aborted in between
+            if entry is None:
                 continue
-            by_session.setdefault(entry.session, []).append(to_stream_delta(entry.stream, delta))
+            if entry.session is not None:
+                by_session.setdefault(entry.session, []).append(to_stream_delta(entry.stream, delta))
             if delta.finish_reason is not None:
                 entry.num_open -= 1
                 if not entry.num_open:
-                    del entry.session.engine_ids[entry.stream]
+                    if entry.session is not None:
+                        del entry.session.engine_ids[entry.stream]
                     self._forget(delta.request_id)
         now = self._loop.time()
         for session, stream_deltas in by_session.items():

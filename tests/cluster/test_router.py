@@ -67,7 +67,8 @@ async def test_closing_a_stream_aborts_it_on_the_replica() -> None:
             await first
         await eventually(lambda: c.replicas[0].engine.aborted == ["gone"])
         assert c.running() == [0]
-        assert c.replicas[0].server.num_streams == 0
+        c.step()
+        await eventually(lambda: c.replicas[0].server.num_streams == 0)
 
 
 @in_loop

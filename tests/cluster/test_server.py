@@ -14,8 +14,8 @@ from shoal.cluster.options import RouterOptions
 from shoal.cluster.router import Router
 from shoal.cluster.server import ServerOptions
 from shoal.cluster.wire import VERSION, Challenge, Connection, Hello, Proof, Submit, SubmitItem, decode
-from shoal.replicas.errors import EngineError
-from shoal.replicas.protocol import Request, TokenDelta
+from shoal.replicas.errors import EngineError, PromptTooLong
+from shoal.replicas.protocol import FinishReason, Request, TokenDelta
 from tests.support.cluster import cluster, collect, eventually, in_loop, request, tokens
 from tests.support.fake_replica import FakeReplica, fake_output
 
@@ -193,6 +193,41 @@ async def test_a_failed_engine_cuts_its_routers_off_and_they_go_elsewhere() -> N
         (deltas,) = await c.run(task)
         assert tokens(deltas) == fake_output(request(max_tokens=20))
         assert all(delta.error is None for delta in deltas)
+
+
+@in_loop
+async def test_a_request_comes_back_while_its_first_life_is_being_aborted() -> None:
+    async with cluster(options=RouterOptions(reconnect_delay=0.01)) as c:
+        (replica,) = c.replicas
+        stream = c.router.generate("fake", request())
+        first = asyncio.ensure_future(anext(stream))
+        await eventually(lambda: c.running() == [1])
+        c.step()
+        seen = await first
+        (session,) = replica.server._sessions
+        session.connection.cut()  # the replica lives, but the router cannot know
+        await eventually(lambda: len(replica.engine.requests) == 2)  # no step since: the abort is not through
+
+        async def rest() -> list[TokenDelta]:
+            return seen + [delta async for deltas in stream for delta in deltas]
+
+        (deltas,) = await c.run(asyncio.ensure_future(rest()))
+        assert tokens(deltas) == fake_output(request())
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.LENGTH]
+        await replica.server.drained()
+
+
+@in_loop
+async def test_room_reserved_for_a_refused_request_is_given_back() -> None:
+    options = ServerOptions(load_interval=0.01)
+    async with cluster(server_options=options, num_blocks=4, max_model_len=64) as c:
+        (session,) = c.replicas[0].server._sessions
+        await eventually(lambda: session.told is not None)
+        await c.router.block_reports("fake")  # the load has arrived before this answer, and no other is due
+        with pytest.raises(PromptTooLong):
+            await c.generate(request("large", prompt=(1,) * 60))
+        (deltas,) = await c.run(c.generate(request("small")))
+        assert tokens(deltas) == fake_output(request("small"))
 
 
 @in_loop

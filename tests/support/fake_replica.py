@@ -14,7 +14,7 @@ from typing import Any
 
 from shoal.cluster.membership import ReplicaInfo
 from shoal.cluster.server import ReplicaServer, ServerOptions
-from shoal.replicas.errors import PromptTooLong
+from shoal.replicas.errors import PromptTooLong, RequestError
 from shoal.replicas.protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
 
 VOCAB_SIZE = 1000
@@ -31,7 +31,11 @@ def fake_output(request: Request, sample: int = 0) -> tuple[int, ...]:
 
 
 class FakeEngine:
-    """Runs up to `max_num_seqs` samples, one token of each a step; the others wait in order of arrival."""
+    """Runs up to `max_num_seqs` samples, one token of each a step; the others wait in order of arrival.
+
+    As of the real engine, the terminal deltas of an aborted request come with the next step, and its id is in use
+    until then.
+    """
 
     def __init__(
         self,
@@ -52,12 +56,15 @@ class FakeEngine:
         self._block_size = block_size
         self._output: dict[tuple[str, int], list[int]] = {}
         self._open: dict[tuple[str, int], Request] = {}
+        self._undelivered: list[TokenDelta] = []  # terminal deltas of aborted samples
         self._num_steps = 0
 
     def submit(self, request: Request) -> None:
         length = len(request.prompt_token_ids) + request.sampling.max_tokens
         if length > self._max_model_len:
             raise PromptTooLong(f"{length} tokens are above the context of {self._max_model_len}")
+        if any(delta.request_id == request.request_id for delta in self._undelivered):
+            raise RequestError(f"request id {request.request_id!r} is in use")
         self.requests.append(request)
         for sample in range(request.first_sample, request.first_sample + request.num_samples):
             self._open[request.request_id, sample] = request
@@ -67,16 +74,18 @@ class FakeEngine:
         self.aborted.append(request_id)
         for key in [key for key in self._open if key[0] == request_id]:
             del self._open[key]
+            self._undelivered.append(TokenDelta(*key, finish_reason=FinishReason.ABORT))
 
     def step(self) -> int:
         """One token for every running sample; returns their number."""
         running = list(self._open.items())[: self._max_num_seqs]
-        deltas = [self._advance(request_id, sample, request) for (request_id, sample), request in running]
+        deltas, self._undelivered = self._undelivered, []
+        deltas += [self._advance(request_id, sample, request) for (request_id, sample), request in running]
         self._num_steps += 1
-        self.batches.append(len(deltas))
+        self.batches.append(len(running))
         if deltas:
             self._publish(deltas)
-        return len(deltas)
+        return len(running)
 
     def _advance(self, request_id: str, sample: int, request: Request) -> TokenDelta:
         output = self._output[request_id, sample]
