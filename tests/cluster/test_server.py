@@ -226,7 +226,9 @@ async def test_room_reserved_for_a_refused_request_is_given_back() -> None:
         await c.router.block_reports("fake")  # the load has arrived before this answer, and no other is due
         with pytest.raises(PromptTooLong):
             await c.generate(request("large", prompt=(1,) * 60))
-        (deltas,) = await c.run(c.generate(request("small")))
+        task = c.generate(request("small"))
+        await eventually(lambda: c.running() == [1])
+        (deltas,) = await c.run(task)
         assert tokens(deltas) == fake_output(request("small"))
 
 
