@@ -146,7 +146,8 @@ class EngineThread:
                 if self._stopping:
                     return
                 if self._idle:
-                    self._idle, self._progress = False, time.monotonic()
+                    self._progress = time.monotonic()
+                    self._idle = False  # in this order: whoever looks in between must not see the old time
                 commands = list(self._commands)
                 self._commands.clear()
             for command in commands:

@@ -129,11 +129,17 @@ class BlockPool:
                 self._digest_of[block] = digest
                 self._hashed[block] = True
 
-    def forget(self, blocks: Ints) -> None:
-        """Make held blocks unknown, so that nobody reuses what they hold."""
-        for block in blocks[self._hashed[blocks]].tolist():
-            del self._block_of[self._digest_of.pop(block)]
-        self._hashed[blocks] = False
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Make the blocks of these digests unknown, held or cached, so that nobody reuses what they hold."""
+        for digest in digests:
+            block = self._block_of.pop(digest, None)
+            if block is None:
+                continue
+            del self._digest_of[block]
+            self._hashed[block] = False
+            if not self.ref_counts[block]:
+                del self._cached[block]
+                self._push(np.array([block], np.int32))
 
     def reset_prefix_cache(self) -> bool:
         """Forget every hash. Refused (False, nothing changed) while a sequence holds a block."""

@@ -57,6 +57,7 @@ class RequestLimits:
             ("min_p", sampling.min_p, 0.0, 1.0),
             ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+            ("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0),  # beyond, logits overflow in float32
             ("seed", sampling.seed, 0, (1 << SEED_BITS) - 1),
             ("logprobs", sampling.logprobs or 0, 0, self.vocab_size),
             ("prompt_logprobs", sampling.prompt_logprobs or 0, 0, self.vocab_size),
@@ -64,11 +65,12 @@ class RequestLimits:
         for param, value, low, high in ranges:
             if not low <= value <= high:  # also refuses NaN
                 raise RequestError(f"{param} is {value}; it must be from {low} to {high}", param=param)
-        for param, value in (("repetition_penalty", sampling.repetition_penalty), ("top_p", sampling.top_p)):
-            if not 0.0 < value < math.inf:
-                raise RequestError(f"{param} is {value}; it must be above 0 and finite", param=param)
+        if sampling.top_p == 0.0:
+            raise RequestError("top_p is 0.0; it must be above 0", param="top_p")
         if not math.isfinite(sampling.temperature):
             raise RequestError(f"temperature is {sampling.temperature}; it must be finite", param="temperature")
+        if not all(sampling.bad_words):
+            raise RequestError("bad_words has a word without tokens; leave it out", param="bad_words")
         if any(not math.isfinite(bias) for _, bias in sampling.logit_bias):
             raise RequestError("logit_bias has a value that is not finite", param="logit_bias")
 

@@ -347,10 +347,9 @@ class Scheduler:
         return endings
 
     def _distrust(self, sequence: Sequence) -> None:
-        """Keep the blocks of a failed sequence out of the prefix cache: what spoilt it may lie in them."""
-        blocks = self.table.block_table(sequence.row)
-        self.pool.forget(blocks)
-        sequence.num_registered = len(blocks)
+        """Keep what a failed sequence computed out of the prefix cache, be it preempted since: it may be spoilt."""
+        self.pool.forget(sequence.digests)
+        sequence.num_registered = len(self.table.block_table(sequence.row))
 
     # -- leaving -------------------------------------------------------------------------------------------------
 

@@ -158,6 +158,17 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tables and self.pool.num_free)
     @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.tables) - 1))
+        self.tables[index] = np.concatenate([self.tables[index], self.pool.allocate(1)])
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=12))
+    def forget(self, tokens: list[int]) -> None:
+        self.pool.forget(digests_of(tokens))
+        assert self.pool.lookup(digests_of(tokens)).size == 0
+
+    @precondition(lambda self: self.tables and self.pool.num_free)
+    @rule(data=st.data())
     def write_last(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.tables) - 1))
         table = self.tables[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -9,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal.replicas.errors import RequestError
 from shoal.replicas.protocol import FinishReason, Request, SamplingParams
 from tests.support.engines import Transcript, make_engine, naive
+from tests.support.fake_executor import logprob_of
 
 STEMS = ((5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 7, 8, 20, 21, 22, 23, 24), (30, 31))
 
@@ -45,6 +48,7 @@ class EngineMachine(RuleBasedStateMachine):
         stem_len=st.integers(1, 9),
         tail=st.lists(st.integers(0, 39), max_size=4),
         n=st.integers(1, 4),
+        first_sample=st.integers(0, 2),
         max_tokens=st.integers(1, 14),
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
@@ -52,20 +56,25 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "tenant"]),
         seed=st.integers(0, 3),
-        scored=st.booleans(),
+        logprobs=st.sampled_from([None, 0, 2]),
+        prompt_logprobs=st.sampled_from([None, 0, 2]),
     )
-    def add(self, stem, stem_len, tail, n, max_tokens, min_tokens, ignore_eos, stops, priority, salt, seed, scored):
+    def add(
+        self, stem, stem_len, tail, n, first_sample, max_tokens, min_tokens, ignore_eos, stops, priority, salt, seed,
+        logprobs, prompt_logprobs,
+    ):  # fmt: skip
         sampling = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens),
             ignore_eos=ignore_eos,
             stop_token_ids=tuple(stops),
             seed=seed,
-            prompt_logprobs=0 if scored else None,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
         prompt = (*stem[:stem_len], *tail)
         name = str(len(self.accepted))
-        request = Request(name, prompt, sampling, num_samples=n, priority=priority, cache_salt=salt)
+        request = Request(name, prompt, sampling, n, first_sample, priority=priority, cache_salt=salt)
         self._accept(request)
 
     @precondition(lambda self: self.accepted)
@@ -76,11 +85,8 @@ class EngineMachine(RuleBasedStateMachine):
         emitted = naive(earlier)[0][0][:num_emitted]
         if earlier.emitted_token_ids or naive(earlier)[0][0] == emitted:
             return
-        self._accept(
-            Request(
-                str(len(self.accepted)), earlier.prompt_token_ids, earlier.sampling, emitted_token_ids=tuple(emitted)
-            )
-        )
+        name, prompt = str(len(self.accepted)), earlier.prompt_token_ids
+        self._accept(Request(name, prompt, earlier.sampling, 1, earlier.first_sample, tuple(emitted)))
 
     @rule(count=st.integers(1, 5))
     def step(self, count: int) -> None:
@@ -132,9 +138,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.load().num_free_blocks == self.engine.load().num_blocks
         for request in self.accepted:
             self._compare(request)
+            self._compare_scores(request)
 
     def _compare(self, request: Request) -> None:
-        for sample, (tokens, reason, stop_reason) in enumerate(naive(request)):
+        for sample, (tokens, reason, stop_reason) in enumerate(naive(request), request.first_sample):
             end = self.transcript.end(request.request_id, sample)
             got = self.transcript.tokens(request.request_id, sample)
             if end.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
@@ -143,6 +150,38 @@ class EngineMachine(RuleBasedStateMachine):
                 assert got == tokens[: len(got)]
             else:
                 assert (got, end.finish_reason, end.stop_reason) == (tokens, reason, stop_reason)
+
+    def _compare_scores(self, request: Request) -> None:
+        """What is told once is told with the first token; log-probabilities are those of the whole context."""
+        num_top, prompt = request.sampling.logprobs, request.prompt_token_ids
+        told = []
+        for sample in range(request.first_sample, request.first_sample + request.num_samples):
+            context = [*prompt, *request.emitted_token_ids]
+            deltas = [delta for delta in self.transcript.deltas[request.request_id, sample] if delta.token_ids]
+            assert all(delta.num_cached_tokens == 0 for delta in deltas[1:])
+            assert all(delta.num_cached_tokens < len(context) for delta in deltas[:1])
+            told += [(sample, i, d.prompt_logprobs) for i, d in enumerate(deltas) if d.prompt_logprobs is not None]
+            for delta in deltas:
+                self._compare_score(delta.logprobs, context, delta.token_ids[0], num_top)
+                context += delta.token_ids
+        asked = request.sampling.prompt_logprobs is not None and not request.emitted_token_ids
+        if not asked or not self.transcript.tokens(request.request_id, request.first_sample):
+            assert told == []
+            return
+        ((sample, index, entries),) = told
+        assert (sample, index, entries[0], len(entries)) == (request.first_sample, 0, None, len(prompt))
+        for position, token in enumerate(prompt[1:], 1):
+            entry = entries[position : position + 1]
+            self._compare_score(entry, list(prompt[:position]), token, request.sampling.prompt_logprobs)
+
+    @staticmethod
+    def _compare_score(entries, context: list[int], token: int, num_top: int | None) -> None:
+        if num_top is None:
+            assert entries is None
+            return
+        (entry,) = entries
+        assert (entry.token_id, len(entry.top)) == (token, num_top)
+        assert math.isclose(entry.logprob, logprob_of(context, token), rel_tol=1e-6)
 
 
 TestEngineMachine = EngineMachine.TestCase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,24 @@ def test_the_last_arrived_is_preempted_and_resumes_over_prompt_and_output():
     assert not resumed.row_starts
     assert spans(resumed) == [(0, num_known + 1)]
     assert resumed.token_ids.tolist() == [*PROMPT[8:16], *[7] * (num_known + 1 - 8)]
+
+
+def test_what_a_failed_row_computed_is_forgotten_though_it_was_preempted_in_between():
+    scheduler = make_scheduler(num_blocks=8, max_num_batched_tokens=32, max_model_len=32)
+    scheduler.add(request("old", PROMPT[:8], max_tokens=16))
+    scheduler.add(request("young", PROMPT[8:16], max_tokens=20))
+    plans = [plan_of(scheduler)]
+    while not scheduler.load().num_preemptions:
+        scheduler.update(answer(plans.pop(0)))
+        while len(plans) < 2:
+            plans.append(plan_of(scheduler))
+    young = scheduler.requests["young"].leader
+    assert scheduler.pool.lookup(young.digests).size > 0
+    failed = answer(plans[0])
+    outcome = scheduler.update(replace(failed, failed_rows=((young.row, "no finite logit"),)))
+    assert [ending.error for ending in outcome.failures] == ["no finite logit"]
+    assert scheduler.pool.lookup(young.digests).size == 0
+    scheduler.check()
 
 
 def test_a_request_that_waits_for_rows_does_not_hold_up_who_has_them():
