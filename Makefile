@@ -14,7 +14,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode
+.PHONY: help setup serve test test-slow test-thorough test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -67,6 +67,9 @@ bench-ttft: $(STAMP) ## time to first token that router and replica add to the b
 
 bench-decode: $(STAMP) ## tokens/s on the CPU, against transformers generate
 	@$(BIN)/python -m benchmarks.decode_cpu $(ARGS)
+
+bench-table: $(STAMP) ## benchmarks/results as tables, into docs/performance.md
+	@$(BIN)/python -m benchmarks.table --write
 
 clean: ## remove what make and the tools wrote (.venv too)
 	@rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache *.egg-info

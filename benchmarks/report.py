@@ -64,18 +64,28 @@ class Report:
         for column in columns:
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
+            table.add_row(*(cell(row.get(column)) for column in columns))
         console.print(table)
 
     def write(self, path: Path | None = None) -> Path:
         """Write the report as JSON, by default to benchmarks/results/<benchmark>.json; returns the path."""
         path = path or RESULTS / f"{self.benchmark}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        settings = {key: _portable(value) for key, value in self.settings.items()}
+        path.write_text(json.dumps(asdict(self) | {"settings": settings}, indent=2) + "\n", encoding="utf-8")
         return path
 
 
-def _cell(value: Any) -> str:
+def _portable(value: Any) -> Any:
+    """A setting as another machine can read it: a path within the repository relative to it, of others the name."""
+    if not isinstance(value, Path | str) or not Path(value).is_absolute():
+        return str(value) if isinstance(value, Path) else value
+    path = Path(value)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def cell(value: Any) -> str:
+    """A value of a row as a table shows it: floats to three figures or more, nothing for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
     return "" if value is None else str(value)

@@ -1,0 +1,59 @@
+"""The figures of benchmarks/results/*.json as Markdown tables: on the screen, or into docs/performance.md.
+
+python -m benchmarks.table [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT, cell
+
+PAGE = ROOT / "docs" / "performance.md"
+MARK = "<!-- What follows is written by `python -m benchmarks.table --write`. -->"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One report under a heading: where it was measured, with what settings, and its rows."""
+    columns = list(dict.fromkeys(key for row in report["rows"] for key in row))
+    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
+    lines = [
+        f"## {report['benchmark']}",
+        "",
+        f"{report['device']}; commit {report['commit'] or 'none'}; {report['date'][:10]}; {settings}",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    lines += [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in report["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def tables(folder: Path) -> str:
+    """Every report of a folder, in order of name."""
+    return "\n".join(markdown(json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json")))
+
+
+def with_tables(page: str, written: str) -> str:
+    """The page with everything after its mark replaced. Raises ValueError where it has none."""
+    head, mark, _ = page.partition(MARK)
+    if not mark:
+        raise ValueError(f"the page has no line {MARK!r}")
+    return f"{head}{mark}\n\n{written}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.relative_to(ROOT)}")
+    written = tables(RESULTS)
+    if parser.parse_args().write:
+        PAGE.write_text(with_tables(PAGE.read_text("utf-8"), written), "utf-8")
+    else:
+        print(written)
+
+
+if __name__ == "__main__":
+    main()
