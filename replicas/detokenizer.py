@@ -18,7 +18,10 @@ _MAX_PENDING_TOKENS = 8
 
 
 class Detokenizer(Protocol):
-    """Turns tokens into text as they come. The pieces joined are what decoding all tokens at once gives."""
+    """Turns tokens into text as they come. The pieces joined are what decoding all tokens at once gives.
+
+    Of bytes that are no UTF-8 it may show more or fewer replacement characters.
+    """
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that is certain now; characters whose last bytes are missing are kept back."""
@@ -80,7 +83,9 @@ class WindowDetokenizer:
         if text.endswith(REPLACEMENT) and pending < _MAX_PENDING_TOKENS:
             return ""
         new = text[len(self._emitted) :]
-        if not new:  # a special token that is skipped: the window keeps the text before it as context
+        if not new:
+            if self._emitted and text == self._emitted:  # a special token that is skipped: the window need not grow
+                self._ids.pop()
             return ""
         del self._ids[: self._read]
         self._read = len(self._ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,12 +72,27 @@ def test_windows_in_pieces_are_the_whole(byte_fallback: Tokenizer, data: st.Data
     """Words, and characters spelled in bytes; wrong bytes apart, of which a window may show one more or less."""
     byte = 1
     spelled = [[byte + b for b in character.encode()] for character in "é🐟ñ"]
-    units = st.one_of(st.integers(257, 263).map(lambda i: [i]), st.sampled_from(spelled))
+    [special] = byte_fallback._special_ids
+    words = st.sampled_from([*range(257, 263), special]).map(lambda i: [i])
+    units = st.one_of(words, st.sampled_from(spelled))
     tokens = [token for unit in data.draw(st.lists(units, max_size=30)) for token in unit]
     detokenizer = byte_fallback.detokenizer()
     assert isinstance(detokenizer, WindowDetokenizer)
     assert in_pieces(detokenizer, tokens, []) == byte_fallback.decode(tokens)
     assert in_pieces(byte_fallback.detokenizer(), tokens, [1, 2, 3]) == byte_fallback.decode(tokens)
+
+
+def test_skipped_tokens_do_not_make_each_step_dearer(byte_fallback: Tokenizer) -> None:
+    windows: list[int] = []
+
+    def decode(token_ids: Sequence[int]) -> str:
+        windows.append(len(token_ids))
+        return byte_fallback.decode(token_ids)
+
+    detokenizer = WindowDetokenizer(decode)
+    [special] = byte_fallback._special_ids
+    assert detokenizer.feed([257, *[special] * 200, 258]) + detokenizer.finish() == "hello fish"
+    assert max(windows) < 5
 
 
 def test_nothing_is_shown_of_half_a_character(tokenizer: Tokenizer) -> None:
