@@ -1,4 +1,4 @@
-"""The same engine on a CUDA device gives the tokens that it gives on the CPU."""
+"""The same engine on a CUDA device gives the tokens that it gives on the CPU, for every family."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import shoal
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.llm import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
+from tests.support.checkpoints import FAMILIES
 
 TINY = Path(shoal.__file__).parent / "deploy" / "models" / "tiny"
 
@@ -18,16 +19,16 @@ pytestmark = [
 ]
 
 
-def run(device: str, sampling: SamplingParams, **cache) -> list[list[int]]:
+def run(folder: Path, device: str, sampling: SamplingParams, *, vocab_size: int, max_model_len: int) -> list[list[int]]:
     """Tokens of four prompts, two samples each, batched and prefilled in chunks."""
     config = EngineConfig(
-        ModelConfig(str(TINY), dtype="float32"),
-        CacheConfig(block_size=16, **cache),
-        SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=64),
+        ModelConfig(str(folder), dtype="float32", max_model_len=max_model_len),
+        CacheConfig(block_size=16, num_blocks=512),
+        SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=32),
         device=device,
     )
     engine = build_engine(config)
-    prompts = [tuple((37 * i + 11 * p) % 4000 + 5 for i in range(10 + 40 * p)) for p in range(4)]
+    prompts = [tuple((37 * i + 11 * p) % (vocab_size - 8) + 5 for i in range(7 + 15 * p)) for p in range(4)]
     try:
         completions = generate(engine, [Request(str(p), prompt, sampling, 2) for p, prompt in enumerate(prompts)])
     finally:
@@ -36,8 +37,17 @@ def run(device: str, sampling: SamplingParams, **cache) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_tokens_equal_those_of_the_cpu(temperature):
+def test_tokens_of_the_shipped_model_equal_those_of_the_cpu(temperature):
     sampling = SamplingParams(
-        max_tokens=100, temperature=temperature, top_p=0.95, frequency_penalty=0.1, seed=7, ignore_eos=True
+        max_tokens=200, temperature=temperature, top_p=0.95, frequency_penalty=0.1, seed=7, ignore_eos=True
     )
-    assert run("cuda", sampling) == run("cpu", sampling, num_blocks=512)
+    shape = {"vocab_size": 4096, "max_model_len": 512}
+    assert run(TINY, "cuda", sampling, **shape) == run(TINY, "cpu", sampling, **shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_of_every_family_equal_those_of_the_cpu(family, tmp_path):
+    folder = FAMILIES[family](tmp_path)
+    sampling = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    shape = {"vocab_size": 100, "max_model_len": 128}
+    assert run(folder, "cuda", sampling, **shape) == run(folder, "cpu", sampling, **shape)
