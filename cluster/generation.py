@@ -53,7 +53,7 @@ class Generation:
     def push(self, delta: TokenDelta) -> None:
         self._delivered = True
         self._pending.append(delta)
-        self._wake()
+        self.wake()
 
     @property
     def overflown(self) -> bool:
@@ -69,7 +69,7 @@ class Generation:
         if not self._delivered and isinstance(error, RequestError | CapacityError):
             self._error = error
             self.log.finish(samples, FinishReason.ERROR)
-            self._wake()
+            self.wake()
             return []
         deltas = self.log.finish(samples, FinishReason.ERROR, error.message)
         for delta in deltas:
@@ -88,7 +88,8 @@ class Generation:
         pending, self._pending = self._pending, []
         return pending
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Lets the reader look again."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

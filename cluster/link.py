@@ -18,6 +18,7 @@ from .policies import Candidate, PrefixIndex
 from .wire import (
     CALL_RESULTS,
     Abort,
+    AbortItem,
     Call,
     CallName,
     Connection,
@@ -135,9 +136,14 @@ class ReplicaLink:
 
     def abort(self, flights: Sequence[Flight]) -> None:
         """Forgets the flights and tells the replica to end them."""
-        streams = [flight.stream for flight in flights if self._flights.pop(flight.stream, None) is not None]
-        if streams and self._connection is not None:
-            self._connection.send(Abort(streams))
+        known = [flight for flight in flights if self._flights.pop(flight.stream, None) is not None]
+        if known and self._connection is not None:
+            self._connection.send(Abort([AbortItem(flight.stream) for flight in known]))
+
+    def abort_sample(self, flight: Flight, sample: int) -> None:
+        """Tells the replica to end one sample; its terminal delta comes as any other does."""
+        if flight.stream in self._flights and self._connection is not None:
+            self._connection.send(Abort([AbortItem(flight.stream, sample)]))
 
     async def call(self, name: CallName) -> Any:
         """The replica's answer, of the type CALL_RESULTS gives; raises its ServingError, or ReplicaLost."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from ..replicas.errors import CapacityError, EngineError, ServingError
-from ..replicas.protocol import Request
+from ..replicas.protocol import FinishReason, Request
 from .errors import NoReplica, ReplicaLost
 from .generation import Flight, Generation, Ticket
 from .link import ReplicaLink
@@ -94,6 +94,21 @@ class ModelPool:
         generation.flights.clear()
         for link, flights in by_link.items():
             link.abort(flights)
+
+    def end_sample(self, generation: Generation, sample: int) -> None:
+        """The reader wants no more of one sample, of which it has had tokens; the others go on."""
+        generation.log.finish([sample], FinishReason.ABORT)
+        if not generation.log.num_open:
+            generation.times.finished = self._loop.time()
+            self.release(generation)
+            generation.wake()
+            return
+        # A sample that has had tokens goes on alone after the loss of its replica: a ticket of it has no other.
+        for ticket in [ticket for ticket in generation.tickets if sample in ticket.samples]:
+            self._leave_queue(ticket)
+        for flight, link in generation.flights.items():
+            if sample in flight.samples:
+                link.abort_sample(flight, sample)
 
     def _set_deadline(self, ticket: Ticket, seconds: float) -> None:
         ticket.deadline = self._loop.call_later(seconds, self._expire, ticket, seconds)
@@ -181,19 +196,18 @@ class ModelPool:
 
     def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None:
         generation = flight.generation
+        if not flight.num_open:
+            generation.flights.pop(flight, None)
         token_delta = generation.log.record(delta)
-        if token_delta is None:
+        if token_delta is None:  # its reader has ended the sample
             return
         times = generation.times
         if times.first_token is None and delta.token_ids:
             times.first_token = now
             if times.dispatched is not None:
                 self.metrics.prefill_time.observe(now - times.dispatched)
-        if delta.finish_reason is not None:
-            if not flight.num_open:
-                generation.flights.pop(flight, None)
-            if not generation.log.num_open:
-                times.finished = now
+        if not generation.log.num_open:
+            times.finished = now
         generation.push(token_delta)
         if generation.overflown:
             self._cut_slow_reader(generation)

@@ -39,6 +39,7 @@ class Router:
         self._source = source
         self._secret = secret
         self._pools: dict[str, ModelPool] = {}
+        self._running: dict[str, tuple[ModelPool, Generation]] = {}  # by request id
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -71,17 +72,29 @@ class Router:
         Raises RequestError or CapacityError, but only before the first item; later errors are terminal deltas with
         FinishReason.ERROR. A reader that leaves early must `aclose()` the generator: that aborts the request. The
         request's seed is part of what a replay needs, so it must be drawn before. `times`, when given, is filled in.
+        The request's id is unique among those that run here.
         """
         pool = self._pool(model)
         times = times if times is not None else RequestTimes()
         times.arrived = asyncio.get_running_loop().time()
         generation = Generation(request, times, self.options.max_pending_deltas)
         pool.admit(generation)
+        self._running[request.request_id] = pool, generation
         try:
             while deltas := await generation.next():
                 yield deltas
         finally:
+            self._running.pop(request.request_id, None)
             pool.release(generation)
+
+    def end_sample(self, request_id: str, sample: int) -> None:
+        """The reader of a request has had tokens of a sample and wants no more: it stops to cost, and no delta comes.
+
+        Nothing happens where the sample or the request has ended.
+        """
+        if request_id in self._running:
+            pool, generation = self._running[request_id]
+            pool.end_sample(generation, sample)
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]:
         """For every replica: its id, its whole pool's report, and one per running request. Raises UnknownModel."""

@@ -49,7 +49,9 @@ class AsyncEngine(Protocol):
         """Takes the request, or raises RequestError or CapacityError."""
         ...
 
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        """Ends all samples of the request, or one that has had a token."""
+        ...
 
     def load(self) -> ReplicaLoad: ...
 
@@ -209,9 +211,9 @@ class ReplicaServer:
         match checked(router_message_decoder, payload):
             case Submit(items):
                 self._submit(session, items)
-            case Abort(streams):
-                for stream in streams:
-                    self._abort(session, stream)
+            case Abort(items):
+                for item in items:
+                    self._abort(session, item.stream, item.sample)
             case Call() as call:
                 task = asyncio.create_task(self._call(session, call))
                 self._calls.add(task)
@@ -259,10 +261,15 @@ class ReplicaServer:
             engine_id = f"{request_id}#{number}"
         return engine_id
 
-    def _abort(self, session: _Session, stream: int) -> None:
-        engine_id = session.engine_ids.pop(stream, None)
+    def _abort(self, session: _Session, stream: int, sample: int | None = None) -> None:
+        """Ends a stream, of which nothing more is sent, or one sample of it, whose terminal delta is."""
+        engine_id = session.engine_ids.get(stream)
         if engine_id is None:
             return
+        if sample is not None:
+            self.engine.abort(engine_id, sample)
+            return
+        del session.engine_ids[stream]
         if self._failed:  # no word will come of it
             self._forget(engine_id)
             return

@@ -74,8 +74,13 @@ class Submit(Message, frozen=True, tag=5):
     items: list[SubmitItem]
 
 
+class AbortItem(msgspec.Struct, frozen=True, array_like=True):
+    stream: int
+    sample: int | None = None  # None: all of the stream's
+
+
 class Abort(Message, frozen=True, tag=6):
-    streams: list[int]
+    items: list[AbortItem]
 
 
 CallName = Literal["load", "block_reports", "reset_prefix_cache", "drain"]

@@ -24,6 +24,8 @@ from ..replicas.tokenizer import Tokenizer
 class TokenSource(Protocol):
     """The part of cluster.router.Router that generates."""
 
+    def end_sample(self, request_id: str, sample: int) -> None: ...
+
     def generate(
         self, model: str, request: Request, *, times: RequestTimes | None = None
     ) -> AsyncGenerator[list[TokenDelta], None]: ...
@@ -150,6 +152,7 @@ class Generation:
         intervals: Histogram,
     ) -> None:
         self.requests = requests
+        self._source = source
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[tuple[Logprob | None, ...] | None] = [None] * len(requests)
         self.times = [RequestTimes() for _ in requests]
@@ -201,7 +204,7 @@ class Generation:
 
     def _advance(self, prompt: int, delta: TokenDelta, now: float) -> Piece | None:
         choice = self.choices[prompt * self._samples + delta.sample]
-        if choice.finish_reason is not None:  # it ended at a stop string, and its siblings still run
+        if choice.finish_reason is not None:  # it ended at a stop string, and this was on its way
             return None
         if delta.num_cached_tokens and delta.sample == 0:
             self.num_cached_tokens += delta.num_cached_tokens
@@ -211,7 +214,10 @@ class Generation:
             self._intervals.observe(now - choice.last_token_at)
         choice.last_token_at = now
         piece = choice.advance(delta)
-        self._num_open -= choice.finish_reason is not None
+        if choice.finish_reason is not None:
+            self._num_open -= 1
+            if delta.finish_reason is None:  # at a stop string, of which the engine does not know
+                self._source.end_sample(self.requests[prompt].request_id, delta.sample)
         return piece
 
     async def _single(self) -> AsyncGenerator[tuple[int, list[TokenDelta]], None]:

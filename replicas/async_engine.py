@@ -61,11 +61,11 @@ class EngineThread:
             self._post(lambda: self._add(request))
             self._num_open[request.request_id] = request.num_samples
 
-    def abort(self, request_id: str) -> None:
-        """Abort before the next step; idempotent, and no error after a stop."""
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        """Abort a request, or one sample of it, before the next step; idempotent, and no error after a stop."""
         with self._wake:
             if self._accepting:
-                self._commands.append(lambda: self._engine.abort(request_id))
+                self._commands.append(lambda: self._engine.abort(request_id, sample))
                 self._wake.notify()
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:

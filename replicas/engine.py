@@ -54,9 +54,12 @@ class Engine:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.scheduler.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """Free the request's blocks at once; its terminal deltas come with the next step. Idempotent."""
-        self._undelivered += [_terminal(ending) for ending in self.scheduler.abort(request_id)]
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        """Free the request's blocks at once, or those of one sample that has had a token; the others go on.
+
+        The terminal deltas come with the next step. Idempotent.
+        """
+        self._undelivered += [_terminal(ending) for ending in self.scheduler.abort(request_id, sample)]
 
     def step(self) -> list[TokenDelta]:
         """Keep the shards supplied with plans, take in the oldest result, and return what it brought."""

@@ -89,10 +89,10 @@ class Scheduler:
         self._num_open += request.num_samples
         self._line.add(state)
 
-    def abort(self, request_id: str) -> list[Ending]:
-        """End the request's unfinished sequences and free their blocks at once. Unknown ids are no error."""
+    def abort(self, request_id: str, sample: int | None = None) -> list[Ending]:
+        """End the request's unfinished sequences, or one, and free their blocks at once. Unknown ids are no error."""
         state = self._requests.get(request_id)
-        return self._end_request(state, FinishReason.ABORT) if state else []
+        return self._end_request(state, FinishReason.ABORT, sample) if state else []
 
     def end_all(self, reason: FinishReason) -> list[Ending]:
         """End every unfinished sequence and free its blocks."""
@@ -366,9 +366,10 @@ class Scheduler:
         self._line.add_preempted(sequence)
         self.counters.preemptions += 1
 
-    def _end_request(self, state: RequestState, reason: FinishReason) -> list[Ending]:
-        unfinished = [sequence for sequence in state.sequences if sequence.phase is not Phase.ENDED]
-        return [self._end(sequence, reason) for sequence in unfinished]
+    def _end_request(self, state: RequestState, reason: FinishReason, sample: int | None = None) -> list[Ending]:
+        """A sample alone must have had a token to be ended: before, others may wait for the prompt that it runs."""
+        named = [entry for entry in state.sequences if sample is None or (entry.sample == sample and entry.delivered)]
+        return [self._end(sequence, reason) for sequence in named if sequence.phase is not Phase.ENDED]
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None, error: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
@@ -11,9 +12,13 @@ from shoal.cluster.errors import NoReplica, QueueFull
 from shoal.cluster.generation import RequestTimes
 from shoal.cluster.options import RouterOptions
 from shoal.replicas.errors import PromptTooLong, UnknownModel
-from shoal.replicas.protocol import FinishReason
+from shoal.replicas.protocol import FinishReason, TokenDelta
 from tests.support.cluster import cluster, collect, eventually, in_loop, request, tokens
 from tests.support.fake_replica import fake_output
+
+
+async def rest(stream: AsyncIterator[list[TokenDelta]]) -> list[TokenDelta]:
+    return [delta async for deltas in stream for delta in deltas]
 
 
 @in_loop
@@ -69,6 +74,59 @@ async def test_closing_a_stream_aborts_it_on_the_replica() -> None:
         assert c.running() == [0]
         c.step()
         await eventually(lambda: c.replicas[0].server.num_streams == 0)
+
+
+@in_loop
+async def test_one_sample_ends_and_the_others_go_on() -> None:
+    async with cluster() as made:
+        asked = request(max_tokens=8, samples=3)
+        stream = made.router.generate("fake", asked)
+        first = asyncio.ensure_future(anext(stream))
+        await eventually(lambda: made.running() == [3])
+        made.step()
+        deltas = list(await first)
+        made.router.end_sample("r", 1)
+        await eventually(lambda: made.running() == [2])
+        [more] = await made.run(rest(stream))
+        deltas += more
+        assert [tokens(deltas, i) for i in (0, 2)] == [fake_output(asked, 0), fake_output(asked, 2)]
+        assert tokens(deltas, 1) == fake_output(asked, 1)[:1]
+        assert [delta.sample for delta in deltas if delta.finish_reason is not None] == [0, 2]
+        assert made.replicas[0].server.num_streams == 0
+        made.router.end_sample("r", 0)  # it has ended: nothing happens
+
+
+@in_loop
+async def test_a_request_ends_with_its_last_sample() -> None:
+    async with cluster() as made:
+        stream = made.router.generate("fake", request(max_tokens=8, samples=2), times=(times := RequestTimes()))
+        first = asyncio.ensure_future(anext(stream))
+        await eventually(lambda: made.running() == [2])
+        made.step()
+        await first
+        made.router.end_sample("r", 0)
+        made.router.end_sample("r", 1)
+        assert [delta async for delta in stream] == []
+        assert times.finished is not None
+        await eventually(lambda: made.running() == [0])
+
+
+@in_loop
+async def test_a_sample_that_its_reader_ended_is_not_replayed() -> None:
+    async with cluster(2) as made:
+        asked = request(max_tokens=8, samples=2)
+        stream = made.router.generate("fake", asked)
+        first = asyncio.ensure_future(anext(stream))
+        await eventually(lambda: sum(made.running()) == 2)
+        made.step()
+        deltas = list(await first)
+        made.router.end_sample("r", 1)
+        [lost] = [replica for replica in made.replicas if replica.engine.requests]
+        await lost.close()
+        [more] = await made.run(rest(stream))
+        [other] = [replica for replica in made.replicas if replica is not lost]
+        assert [replayed.first_sample for replayed in other.engine.requests] == [0]
+        assert tokens(deltas + more, 0) == fake_output(asked, 0)
 
 
 @in_loop

@@ -14,6 +14,7 @@ from shoal.cluster import errors as cluster_errors
 from shoal.cluster.errors import WireError
 from shoal.cluster.wire import (
     Abort,
+    AbortItem,
     Call,
     Draining,
     FrameSplitter,
@@ -114,7 +115,7 @@ def test_a_token_takes_a_dozen_bytes() -> None:
     assert len(encode(Step(deltas))) / 64 <= 14
 
 
-@pytest.mark.parametrize("message", [Abort([1, 2]), Call(7, "block_reports"), Ping(3)])
+@pytest.mark.parametrize("message", [Abort([AbortItem(1), AbortItem(2, 5)]), Call(7, "block_reports"), Ping(3)])
 def test_router_messages(message: object) -> None:
     assert checked(router_message_decoder, encode(message)) == message
 

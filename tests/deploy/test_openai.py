@@ -212,6 +212,7 @@ def test_stop_strings_end_each_choice_alone(api: Api) -> None:
     body = {"prompt": "x", "n": 2, "max_tokens": 30, "stop": "the"}
     first, second = api.post("/v1/completions", body).json()["choices"]
     assert (first["text"], first["finish_reason"]) == ("", "stop")
+    assert (api.router.requests[-1].request_id, 0) in api.router.ended
     assert second["text"].startswith("quick brown")
 
 

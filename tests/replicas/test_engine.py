@@ -189,6 +189,28 @@ def test_abort_at_any_step_frees_blocks_at_once_and_ends_each_sample_once():
         assert_idle(engine)
 
 
+@pytest.mark.parametrize("sample", [0, 1])
+def test_one_sample_is_aborted_alone(sample: int):
+    engine, _ = make_engine()
+    asked = request("one", n=3, max_tokens=12, ignore_eos=True)
+    engine.add_request(asked)
+    engine.abort("one", sample)  # without a token yet: nothing happens, for all wait for one prompt
+    transcript = Transcript()
+    while len(transcript.tokens("one", sample)) < 5:
+        transcript.add(engine.step())
+    num_free = engine.load().num_free_blocks
+    engine.abort("one", sample)
+    engine.abort("one", sample)
+    assert engine.load().num_free_blocks > num_free
+    engine.scheduler.check()
+    transcript.run(engine)
+    assert transcript.end("one", sample).finish_reason is FinishReason.ABORT
+    expected = [tokens for tokens, *_ in naive(asked)]
+    expected[sample] = expected[sample][:5]
+    assert [transcript.tokens("one", i) for i in range(3)] == expected
+    assert_idle(engine)
+
+
 def test_a_failed_row_ends_alone():
     engine, executor = make_engine()
     bad, good = request("bad", ignore_eos=True), request("good", PROMPT[::-1], ignore_eos=True)

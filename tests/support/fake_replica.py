@@ -70,9 +70,9 @@ class FakeEngine:
             self._open[request.request_id, sample] = request
             self._output[request.request_id, sample] = list(request.emitted_token_ids)
 
-    def abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
-        for key in [key for key in self._open if key[0] == request_id]:
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        self.aborted.append(request_id if sample is None else f"{request_id}/{sample}")
+        for key in [key for key in self._open if key[0] == request_id and sample in (None, key[1])]:
             del self._open[key]
             self._undelivered.append(TokenDelta(*key, finish_reason=FinishReason.ABORT))
 

@@ -28,6 +28,7 @@ class FakeRouter:
         self.model = model
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.ended: list[tuple[str, int]] = []  # samples of which the reader wanted no more
         self.num_streams = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -43,6 +44,9 @@ class FakeRouter:
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
         assert model == self.model
         return [(self.info, self.load)] if self.up else []
+
+    def end_sample(self, request_id: str, sample: int) -> None:
+        self.ended.append((request_id, sample))
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]:
         return [{"replica_id": "fake-0", "blocks": {"shared": 0, "private": 0, "copied": 0}, "requests": {}}]
