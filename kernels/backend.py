@@ -1,0 +1,54 @@
+"""Which implementation of an operator runs: plain torch, Triton on the device, or Triton's interpreter.
+
+Operators ask `backend_of(tensor)` when they are called: Triton for a CUDA tensor, torch for any other. Only a `with
+use_backend(...)` changes that, for the code inside it and the thread it runs in: tests send CPU tensors through the
+interpreter, benchmarks compare Triton with torch on one device.
+
+Triton kernels stand in files of their own, `<operator>_triton.py`, which the operator imports inside the branch that
+needs them. So a CPU process never loads Triton, and Shoal imports where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import Enum
+
+import torch
+
+
+class Backend(Enum):
+    TORCH = "torch"
+    TRITON = "triton"
+    INTERPRET = "interpret"  # the Triton kernels as Python on CPU tensors, 100 to 1000 times slower than torch
+
+
+_FORCED: ContextVar[Backend | None] = ContextVar("shoal_kernel_backend", default=None)
+
+
+def backend_of(tensor: torch.Tensor) -> Backend:
+    """The backend of an operator whose data is `tensor`."""
+    forced = _FORCED.get()
+    if forced is not None:
+        return forced
+    return Backend.TRITON if tensor.is_cuda else Backend.TORCH
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Operators called inside run on `backend`, whatever their tensors' device.
+
+    Raises RuntimeError for INTERPRET where Triton was imported without TRITON_INTERPRET=1: the variable decides what
+    `triton.jit` makes of a kernel, so it must be set before.
+    """
+    if backend is Backend.INTERPRET:
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise RuntimeError("Triton does not interpret here; set TRITON_INTERPRET=1 before the process starts")
+    token = _FORCED.set(backend)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
