@@ -16,6 +16,10 @@ from tests.support.fake_executor import logprob_of
 STEMS = ((5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 7, 8, 20, 21, 22, 23, 24), (30, 31))
 
 
+def samples_of(request: Request) -> range:
+    return range(request.first_sample, request.first_sample + request.num_samples)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Add, step, abort and fail in any order; outputs are those of the naive loop, blocks are conserved."""
 
@@ -40,8 +44,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.transcript = Transcript()
         self.accepted: list[Request] = []
-        self.aborted: set[str] = set()
-        self.failed: set[str] = set()
+        self.aborted: set[tuple[str, int]] = set()
 
     @rule(
         stem=st.sampled_from(STEMS),
@@ -96,11 +99,20 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.accepted)).request_id
-        if name in self.engine.scheduler.requests:
-            self.aborted.add(name)
-        self.engine.abort(name)
-        assert name not in self.engine.scheduler.requests
+        request = data.draw(st.sampled_from(self.accepted))
+        if request.request_id in self.engine.scheduler.requests:
+            self.aborted |= {(request.request_id, sample) for sample in samples_of(request)}
+        self.engine.abort(request.request_id)
+        assert request.request_id not in self.engine.scheduler.requests
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def abort_sample(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.accepted))
+        sample = data.draw(st.sampled_from(samples_of(request)))
+        if self.transcript.tokens(request.request_id, sample):
+            self.aborted.add((request.request_id, sample))
+        self.engine.abort(request.request_id, sample)
 
     @precondition(lambda self: self.engine.scheduler.requests)
     @rule(data=st.data())
@@ -146,7 +158,7 @@ class EngineMachine(RuleBasedStateMachine):
             got = self.transcript.tokens(request.request_id, sample)
             if end.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                 assert (end.finish_reason is FinishReason.ERROR) == (end.error == "no token can be chosen")
-                assert end.finish_reason is FinishReason.ERROR or request.request_id in self.aborted
+                assert end.finish_reason is FinishReason.ERROR or (request.request_id, sample) in self.aborted
                 assert got == tokens[: len(got)]
             else:
                 assert (got, end.finish_reason, end.stop_reason) == (tokens, reason, stop_reason)
@@ -155,7 +167,7 @@ class EngineMachine(RuleBasedStateMachine):
         """What is told once is told with the first token; log-probabilities are those of the whole context."""
         num_top, prompt = request.sampling.logprobs, request.prompt_token_ids
         told = []
-        for sample in range(request.first_sample, request.first_sample + request.num_samples):
+        for sample in samples_of(request):
             context = [*prompt, *request.emitted_token_ids]
             deltas = [delta for delta in self.transcript.deltas[request.request_id, sample] if delta.token_ids]
             assert all(delta.num_cached_tokens == 0 for delta in deltas[1:])
