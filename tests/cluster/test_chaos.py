@@ -1,0 +1,109 @@
+"""The real engine, its thread, server and router together, while connections break and readers leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+
+import pytest
+
+from shoal.cluster.handshake import new_secret
+from shoal.cluster.membership import ReplicaInfo, StaticMembership
+from shoal.cluster.options import RouterOptions
+from shoal.cluster.router import Router
+from shoal.cluster.server import ReplicaServer
+from shoal.replicas.async_engine import EngineThread
+from shoal.replicas.protocol import Request, SamplingParams
+from tests.support.cluster import in_loop
+from tests.support.engines import Transcript, make_engine, naive
+
+NUM_BLOCKS = 64
+
+
+class EngineReplica:
+    """One engine over shards without a model, served as a replica serves it."""
+
+    def __init__(self, secret: bytes, index: int) -> None:
+        self.engine, _ = make_engine(num_blocks=NUM_BLOCKS)
+        info = ReplicaInfo(f"replica-{index}", "fake", "127.0.0.1", 0, epoch=index, block_size=4, max_num_seqs=8)
+        self.server = ReplicaServer(info, secret)
+        self.failures: list[BaseException] = []
+        self.thread = EngineThread(self.engine, self.server.publish, self.failures.append)
+
+    async def __aenter__(self) -> EngineReplica:
+        await self.server.start(self.thread)
+        self.thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.close()
+        await asyncio.to_thread(self.thread.stop)
+
+    def cut(self) -> None:
+        """Every router loses its connection, and this replica lives on."""
+        self.server.cut_all()
+
+    async def idle(self) -> bool:
+        """Whether nothing is left of any request."""
+        load = await asyncio.wrap_future(self.thread.call(lambda engine: engine.load()))
+        return self.server.num_streams == 0 and load.num_free_blocks == NUM_BLOCKS and not self.engine.has_work
+
+
+@asynccontextmanager
+async def replicas_and_router(num_replicas: int) -> AsyncIterator[tuple[list[EngineReplica], Router]]:
+    secret = new_secret()
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(EngineReplica(secret, i)) for i in range(num_replicas)]
+        options = RouterOptions(replay_limit=1000, reconnect_delay=0.001, max_reconnect_delay=0.002)
+        router = Router(StaticMembership([replica.server.info for replica in replicas]), secret, options)
+        await router.start()
+        stack.push_async_callback(router.close)
+        yield replicas, router
+
+
+def make_request(draw: random.Random, index: int) -> Request:
+    prompt = tuple(draw.randrange(4, 40) for _ in range(draw.randrange(1, 30)))
+    sampling = SamplingParams(
+        max_tokens=draw.randrange(1, 40),
+        seed=index,
+        ignore_eos=draw.random() < 0.8,
+        min_tokens=draw.choice((0, 0, 1)),
+        stop_token_ids=draw.choice(((), (7, 8))),
+    )
+    return Request(str(index), prompt, sampling, num_samples=draw.randrange(1, 4), priority=draw.randrange(2))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+@in_loop
+async def test_every_reader_gets_its_tokens_once_and_nothing_is_left(seed: int, num_replicas: int) -> None:
+    draw = random.Random(seed)
+    requests = [make_request(draw, i) for i in range(24)]
+    leavers = {request.request_id: draw.randrange(1, 8) for request in requests[::5]}
+    transcript = Transcript()
+    num_arrivals = 0
+    async with replicas_and_router(num_replicas) as (replicas, router):
+
+        async def read(request: Request) -> None:
+            nonlocal num_arrivals
+            patience = leavers.get(request.request_id)
+            async with aclosing(router.generate("fake", request)) as stream:
+                async for deltas in stream:
+                    transcript.add(deltas)
+                    num_arrivals += 1
+                    if num_arrivals % 29 == 0:
+                        draw.choice(replicas).cut()
+                    if patience is not None and (patience := patience - 1) == 0:
+                        return
+
+        await asyncio.gather(*(read(request) for request in requests))
+        for request in requests:
+            if request.request_id not in leavers:
+                assert transcript.outcome(request) == naive(request)
+        for replica in replicas:
+            while not await replica.idle():
+                await asyncio.sleep(0)
+            assert replica.failures == []
+    assert num_arrivals > 29
