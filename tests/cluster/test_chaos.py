@@ -15,7 +15,7 @@ from shoal.cluster.options import RouterOptions
 from shoal.cluster.router import Router
 from shoal.cluster.server import ReplicaServer
 from shoal.replicas.async_engine import EngineThread
-from shoal.replicas.protocol import Request, SamplingParams
+from shoal.replicas.protocol import Request, SamplingParams, TokenDelta
 from tests.support.cluster import in_loop
 from tests.support.engines import Transcript, make_engine, naive
 
@@ -23,14 +23,24 @@ NUM_BLOCKS = 64
 
 
 class EngineReplica:
-    """One engine over shards without a model, served as a replica serves it."""
+    """One engine over shards without a model, served as a replica serves it. `fail_step` is its last step."""
 
-    def __init__(self, secret: bytes, index: int) -> None:
-        self.engine, _ = make_engine(num_blocks=NUM_BLOCKS)
+    def __init__(self, secret: bytes, index: int, fail_step: int | None = None) -> None:
+        self.engine, executor = make_engine(num_blocks=NUM_BLOCKS)
+        executor.fail_step = fail_step
         info = ReplicaInfo(f"replica-{index}", "fake", "127.0.0.1", 0, epoch=index, block_size=4, max_num_seqs=8)
         self.server = ReplicaServer(info, secret)
         self.failures: list[BaseException] = []
-        self.thread = EngineThread(self.engine, self.server.publish, self.failures.append)
+        self.thread = EngineThread(self.engine, self._on_deltas, self._on_failure)
+        self._loop = asyncio.get_running_loop()
+
+    def _on_deltas(self, deltas: list[TokenDelta]) -> None:
+        if self.engine.failure is None:
+            self.server.publish(deltas)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self._loop.call_soon_threadsafe(self.server.fail, error)
 
     async def __aenter__(self) -> EngineReplica:
         await self.server.start(self.thread)
@@ -52,10 +62,14 @@ class EngineReplica:
 
 
 @asynccontextmanager
-async def replicas_and_router(num_replicas: int) -> AsyncIterator[tuple[list[EngineReplica], Router]]:
+async def replicas_and_router(
+    num_replicas: int, fail_step: int | None = None
+) -> AsyncIterator[tuple[list[EngineReplica], Router]]:
+    """The first replica's engine fails in `fail_step`."""
     secret = new_secret()
     async with AsyncExitStack() as stack:
-        replicas = [await stack.enter_async_context(EngineReplica(secret, i)) for i in range(num_replicas)]
+        made = [EngineReplica(secret, i, None if i else fail_step) for i in range(num_replicas)]
+        replicas = [await stack.enter_async_context(replica) for replica in made]
         options = RouterOptions(replay_limit=1000, reconnect_delay=0.001, max_reconnect_delay=0.002)
         router = Router(StaticMembership([replica.server.info for replica in replicas]), secret, options)
         await router.start()
@@ -107,3 +121,22 @@ async def test_every_reader_gets_its_tokens_once_and_nothing_is_left(seed: int, 
                 await asyncio.sleep(0)
             assert replica.failures == []
     assert num_arrivals > 29
+
+
+@pytest.mark.parametrize("fail_step", [0, 1, 5, 20])
+@in_loop
+async def test_a_failed_engine_is_not_noticed_by_readers(fail_step: int) -> None:
+    draw = random.Random(fail_step)
+    requests = [make_request(draw, i) for i in range(24)]
+    transcript = Transcript()
+    async with replicas_and_router(2, fail_step) as (replicas, router):
+
+        async def read(request: Request) -> None:
+            async for deltas in router.generate("fake", request):
+                transcript.add(deltas)
+
+        await asyncio.gather(*(read(request) for request in requests))
+        assert [transcript.outcome(request) for request in requests] == [naive(request) for request in requests]
+        assert [str(failure) for failure in replicas[0].failures] == ["the fake step failed"]
+        assert replicas[0].server.num_streams == 0
+        assert replicas[1].failures == []
