@@ -6,6 +6,7 @@ field. Types are strict: the string "5" is no number. Unknown fields are errors,
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -98,9 +99,9 @@ class GenerationBody(Body):
         return self
 
     @property
+    @abstractmethod
     def limit(self) -> int | None:
         """The tokens asked for; None: as many as the context has room for."""
-        raise NotImplementedError
 
     @property
     def num_samples(self) -> int:
@@ -108,9 +109,9 @@ class GenerationBody(Body):
         return self.n
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives wanted for each generated token; None: no log-probabilities at all."""
-        raise NotImplementedError
 
 
 class CompletionBody(GenerationBody):
