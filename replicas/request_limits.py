@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .errors import PromptTooLong, RequestError
@@ -35,11 +35,13 @@ class RequestLimits:
         self._check_ids(request.emitted_token_ids, "emitted_token_ids")
         self._check_ids(sampling.stop_token_ids, "stop_token_ids")
         self._check_ids(sampling.allowed_token_ids, "allowed_token_ids")
-        self._check_ids((token for token, _ in sampling.logit_bias), "logit_bias")
-        self._check_ids((token for word in sampling.bad_words for token in word), "bad_words")
+        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
+        self._check_ids([token for word in sampling.bad_words for token in word], "bad_words")
 
-    def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
-        for token in token_ids:
+    def _check_ids(self, token_ids: Collection[int], param: str) -> None:
+        if not token_ids:
+            return
+        for token in (min(token_ids), max(token_ids)):
             if not 0 <= token < self.vocab_size:
                 raise RequestError(
                     f"{param} has token id {token}, outside the vocabulary 0..{self.vocab_size - 1}",
