@@ -111,6 +111,14 @@ class BlockPool:
             blocks.append(block)
         return np.array(blocks, np.int32)
 
+    def num_copies(self, blocks: Ints) -> int:
+        """Copies that must be made if the holder of each of `blocks`, some named more than once, is to write it.
+
+        The last of all holders of a block writes in place.
+        """
+        distinct, num_writers = np.unique(blocks, return_counts=True)
+        return len(blocks) - int(np.count_nonzero(self.ref_counts[distinct] == num_writers))
+
     def num_idle(self, blocks: Ints) -> int:
         """How many of `blocks` nobody holds: acquiring them takes as many from `num_free`."""
         return int(np.count_nonzero(self.ref_counts[blocks] == 0))

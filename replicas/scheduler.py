@@ -145,14 +145,15 @@ class Scheduler:
             indices = starts >> self._shift
             lacking = indices >= table.num_blocks[rows]
             shared = (pool.ref_counts[table.last_block[rows]] > 1) & ~lacking
-            num_lacking, num_shared = np.count_nonzero(lacking), np.count_nonzero(shared)
-            if num_lacking + num_shared <= pool.num_free:
+            num_lacking = int(np.count_nonzero(lacking))
+            num_copies = pool.num_copies(table.last_block[rows[shared]]) if shared.any() else 0
+            if num_lacking + num_copies <= pool.num_free:
                 break
             self._preempt_last()
-        if num_shared:
+        if num_copies:
             self._copy_on_write(draft, rows[shared], indices[shared])
         if num_lacking:
-            growing, blocks = rows[lacking], pool.allocate(int(num_lacking))
+            growing, blocks = rows[lacking], pool.allocate(num_lacking)
             self._write_tables(draft, growing, indices[lacking], blocks)
             table.num_blocks[growing] += 1
         in_flight = table.in_flight[rows]

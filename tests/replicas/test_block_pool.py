@@ -113,6 +113,15 @@ def test_report_counts_blocks_by_their_holders():
     assert pool.report() == BlockReport(shared=2, private=1, copied=0)
 
 
+def test_the_last_holder_of_a_block_needs_no_copy():
+    pool = BlockPool(4, 2)
+    first, second, third = (int(block) for block in pool.allocate(3))
+    pool.share(np.array([first, second], np.int32), 2)  # three holders each
+    assert pool.num_copies(np.array([first] * 3, np.int32)) == 2
+    assert pool.num_copies(np.array([first] * 3 + [second] * 2 + [third], np.int32)) == 4
+    assert pool.num_copies(np.array([], np.int32)) == 0
+
+
 def test_releasing_twice_is_caught():
     pool = BlockPool(4, 2)
     blocks = pool.allocate(1)

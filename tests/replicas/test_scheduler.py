@@ -137,6 +137,15 @@ def test_only_the_written_block_of_a_fork_is_copied_and_the_last_holder_keeps_it
     scheduler.check()
 
 
+def test_samples_that_just_fit_the_pool_are_not_preempted():
+    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=16, max_model_len=24)
+    scheduler.add(request("a", PROMPT[:10], n=4, max_tokens=3))  # two whole blocks shared, and one of its own for each
+    while scheduler.requests:
+        scheduler.update(answer(plan_of(scheduler)))
+    assert scheduler.load().num_preemptions == 0
+    assert scheduler.load().blocks.copied == 3
+
+
 def test_eight_samples_hold_a_prompt_of_512_tokens_once():
     scheduler = make_scheduler(num_blocks=64, block_size=16, max_model_len=640, max_num_batched_tokens=512)
     prompt = tuple(int(token) for token in np.random.default_rng(0).integers(4, 40, 512))
