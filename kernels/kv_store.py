@@ -6,6 +6,8 @@
 Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], a token's keys before its values
 as the fused projection gives them; cache [B, 2, KV, BS, D]; slot_mapping int64 [T]. Slots of one step are distinct.
 
+On a CUDA device (kv_store_triton.py) one kernel rotates queries and keys and stores: `rope_kv_store`.
+
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
@@ -13,9 +15,17 @@ from __future__ import annotations
 
 import torch
 
+from .backend import Backend, backend_of
+from .rope import RopeIndex, RopeRows, check_rope, rope
+
 
 def store_rows(slot_mapping: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:
-    """Row numbers int64 [T * 2 KV] in a cache seen as [B * 2 KV * BS, D]; equal for all layers, made once a step."""
+    """What `kv_store` needs of a step's slots, equal for all layers: made once a step.
+
+    For torch row numbers int64 [T * 2 KV] in a cache seen as [B * 2 KV * BS, D]; Triton takes the slots as they are.
+    """
+    if backend_of(slot_mapping) is not Backend.TORCH:
+        return slot_mapping
     blocks = torch.div(slot_mapping, block_size, rounding_mode="floor")
     heads = torch.arange(2 * num_kv_heads, device=slot_mapping.device)
     offsets = slot_mapping - blocks * block_size
@@ -33,8 +43,47 @@ def kv_store_ref(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tens
 def kv_store(kv: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor) -> None:
     """Writes kv [T, 2 KV, D] into the cache [B, 2, KV, BS, D], in place; `rows` is from `store_rows`."""
     num_tokens, num_heads, head_dim = kv.shape
-    if rows.shape != (num_tokens * num_heads,):
-        raise ValueError(f"{tuple(rows.shape)} rows for {num_tokens} tokens of {num_heads} key and value heads")
     if cache.shape[1] * cache.shape[2] != num_heads or cache.shape[4] != head_dim:
         raise ValueError(f"kv has shape {tuple(kv.shape)}, the cache {tuple(cache.shape)}")
+    if backend_of(cache) is not Backend.TORCH:
+        from .kv_store_triton import kv_store_triton
+
+        kv_store_triton(kv, cache, rows)
+        return
+    if rows.shape != (num_tokens * num_heads,):
+        raise ValueError(f"{tuple(rows.shape)} rows for {num_tokens} tokens of {num_heads} key and value heads")
     cache.view(-1, head_dim).index_copy_(0, rows, kv.reshape(-1, head_dim))
+
+
+def rope_kv_store(
+    qkv: torch.Tensor, num_heads: int, factors: RopeRows, cache: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """`rope` of the queries and keys of qkv [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
+
+    What is left in qkv where the keys were is not defined: they are in the cache.
+    """
+    if not isinstance(factors, RopeIndex):
+        rope(qkv[:, : num_heads + cache.shape[2]], factors)
+        kv_store(qkv[:, num_heads:], cache, rows)
+        return
+    check_rope(qkv, factors)
+    if num_heads + 2 * cache.shape[2] != qkv.shape[1] or cache.shape[4] != qkv.shape[2]:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)} with {num_heads} query heads, the cache {tuple(cache.shape)}"
+        )
+    from .kv_store_triton import rope_kv_store_triton
+
+    rope_kv_store_triton(qkv, num_heads, factors.cache, factors.positions, cache, rows)
+
+
+def kv_store_cost(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops): keys and values are read and written, and the slots read."""
+    return num_tokens * (4 * num_kv_heads * head_dim * dtype.itemsize + 8), 0
+
+
+def rope_kv_store_cost(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, num_rotated: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """(bytes, flops): rotated queries, all of keys and values are read and written; fp32 factors, slots, positions."""
+    moved = 2 * (num_heads * num_rotated + 2 * num_kv_heads * head_dim) * dtype.itemsize
+    return num_tokens * (moved + 4 * num_rotated + 16), 3 * num_tokens * (num_heads + num_kv_heads) * num_rotated

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shoal.kernels.backend import Backend, use_backend
+from shoal.kernels.backend import Backend, backend_of, use_backend
 
 
 @pytest.fixture(params=["torch", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -30,3 +30,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
                 yield torch.device("cpu")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    """Every dtype of a model that is computed rightly on `device`."""
+    if request.param is torch.bfloat16 and backend_of(torch.empty(0, device=device)) is Backend.INTERPRET:
+        pytest.skip("Triton's interpreter is silently wrong in bf16")
+    return request.param

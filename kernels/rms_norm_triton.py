@@ -1,0 +1,88 @@
+"""Triton kernel of rms_norm.py: the norm of each row, with the residual addition before it where there is one.
+
+Legend: N features. Row r of x begins at `r // num_inner * stride_outer + r % num_inner * stride_inner`, so that the
+heads of a fused projection, [T, H, D] with gaps, are read where they are. Residual and result have no gaps.
+
+How a row is summed depends on N alone, never on how many rows there are: a token's result does not depend on its
+batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_FEATURES = 32768  # a row is held in registers: 64 values a thread
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    stride_outer,
+    stride_inner,
+    num_rows,
+    num_inner,
+    num_features,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_N)
+    in_row = columns < num_features
+    mask = (rows < num_rows)[:, None] & in_row[None, :]
+    packed = rows[:, None] * num_features + columns[None, :]
+    x_rows = rows // num_inner * stride_outer + rows % num_inner * stride_inner
+    x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + packed, mask=mask, other=0.0)
+        # Rounded before it is squared: what is normed is what the next layer finds in the residual.
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + packed, x, mask=mask)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / num_features + eps)
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    y = x * scale[:, None] * weight[None, :]
+    tl.store(out_ptr + packed, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_parameters(num_features: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_N, num_warps): 8 to 16 values a thread, short rows several to a program."""
+    block_n = int(triton.next_power_of_2(num_features))
+    block_rows = max(1, 1024 // block_n)
+    return block_rows, block_n, min(max(block_rows * block_n // 512, 4), 16)
+
+
+def rms_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The norm of x [..., N], or of `residual` after x was added to it in place. A new tensor of x's dtype.
+
+    Raises ValueError for a row too long for the registers, and for a residual with gaps.
+    """
+    num_features = x.shape[-1]
+    if num_features > MAX_FEATURES:
+        raise ValueError(f"x has {num_features} features; the kernel takes at most {MAX_FEATURES}")
+    if residual is not None and not residual.is_contiguous():
+        raise ValueError(f"the residual has strides {residual.stride()}; it must be contiguous")
+    if residual is None and x.dim() == 3 and x.stride(2) == 1:
+        num_inner, stride_outer, stride_inner = x.shape[1], x.stride(0), x.stride(1)
+    else:
+        x = x.contiguous()
+        num_inner, stride_outer, stride_inner = 1, num_features, 0
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows = x.numel() // num_features
+    if num_rows == 0:
+        return out
+    block_rows, block_n, num_warps = launch_parameters(num_features)
+    _rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
+        x, out if residual is None else residual, weight, out, stride_outer, stride_inner,
+        num_rows, num_inner, num_features, eps,
+        HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_N=block_n, num_warps=num_warps,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out

@@ -1,0 +1,85 @@
+"""Triton kernel of rope.py: a program rotates BLOCK_HEADS heads of one token, in fp32, from the cos/sin cache itself.
+
+Legend: N heads, D head_dim, R = 2 * HALF rotated features. cache [P, R] fp32; positions int64 [T].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TILE, NUM_WARPS = 512, 2  # elements of each half in a program: 8 a thread
+
+
+@triton.jit
+def load_rotated(x_rows, turned, live, cos_sin_row, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Both halves, fp32 [heads, BLOCK_HALF], of the first 2 * HALF features of heads that begin at the pointers x_rows.
+
+    `live` are the heads to load, `turned` those to rotate; the others come as they are. cos_sin_row points at HALF
+    cosines, then HALF sines.
+    """
+    i = tl.arange(0, BLOCK_HALF)
+    inside = i < HALF
+    cos = tl.load(cos_sin_row + i, mask=inside, other=1.0)[None, :]
+    sin = tl.load(cos_sin_row + HALF + i, mask=inside, other=0.0)[None, :]
+    mask = live[:, None] & inside[None, :]
+    x_ptrs = x_rows[:, None] + i[None, :]
+    first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+    turned = turned[:, None]
+    new_first = tl.where(turned, first * cos - second * sin, first)
+    new_second = tl.where(turned, second * cos + first * sin, second)
+    return new_first, new_second
+
+
+@triton.jit
+def store_halves(x_rows, live, first, second, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """The inverse of `load_rotated`'s loading, to heads that begin at the pointers x_rows, in their dtype."""
+    i = tl.arange(0, BLOCK_HALF)
+    mask = live[:, None] & (i < HALF)[None, :]
+    x_ptrs = x_rows[:, None] + i[None, :]
+    tl.store(x_ptrs, first.to(x_rows.dtype.element_ty), mask=mask)
+    tl.store(x_ptrs + HALF, second.to(x_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rope_kernel(
+    x_ptr,
+    cos_sin_ptr,
+    position_ptr,
+    stride_token,
+    stride_head,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    live = heads < NUM_HEADS
+    cos_sin_row = cos_sin_ptr + tl.load(position_ptr + token) * (2 * HALF)
+    x_rows = x_ptr + token * stride_token + heads * stride_head
+    first, second = load_rotated(x_rows, live, live, cos_sin_row, HALF, BLOCK_HALF)  # pyright: ignore[reportGeneralTypeIssues]
+    store_halves(x_rows, live, first, second, HALF, BLOCK_HALF)
+
+
+def launch_parameters(num_heads: int, width: int) -> tuple[int, int]:
+    """(heads, features) of a program's tile of about TILE elements, for rows of `width` features."""
+    block_width = int(triton.next_power_of_2(width))
+    return min(max(1, TILE // block_width), int(triton.next_power_of_2(num_heads))), block_width
+
+
+def rope_triton(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> None:
+    """Rotates x [T, N, D] in place. Raises ValueError where the features of a head do not lie side by side."""
+    num_tokens, num_heads, _ = x.shape
+    if x.stride(2) != 1:
+        raise ValueError(f"x has strides {x.stride()}; a head's features must lie side by side")
+    if x.numel() == 0:
+        return
+    half = cache.shape[1] // 2
+    block_heads, block_half = launch_parameters(num_heads, half)
+    _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
+        x, cache, positions, x.stride(0), x.stride(1),
+        NUM_HEADS=num_heads, HALF=half, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
