@@ -107,6 +107,14 @@ def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
     return cast("Any", ray.remote(Directory)).options(**options).remote(new_secret())
 
 
+def remove_directory(name: str = DEFAULT_NAME) -> None:
+    """Ends the directory, if there is one, when nobody uses the cluster any more."""
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    except ValueError:  # there is none
+        return
+
+
 class DirectoryClient:
     """The directory as seen from an event loop; a MembershipSource. Every method may raise DirectoryUnavailable."""
 

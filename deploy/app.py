@@ -14,7 +14,7 @@ from ray.serve import Application, Deployment
 
 from ..cluster.directory import DirectoryClient
 from ..cluster.placement import bundles, ray_actor_options
-from ..cluster.replica import Replica
+from ..cluster.replica import Replica, ReplicaOptions
 from ..cluster.router import Router
 from ..replicas.tokenizer import Tokenizer
 from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
@@ -81,7 +81,8 @@ def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
         graceful_shutdown_timeout_s=30.0,
         ray_actor_options={"num_cpus": 0},  # it waits more than it computes; a share would keep models off small nodes
     )
-    return ingress.bind(settings, *(_replicas(plan) for plan in plans))
+    host = "127.0.0.1" if config.local and _one_node() else None
+    return ingress.bind(settings, *(_replicas(plan, ReplicaOptions(host=host)) for plan in plans))
 
 
 def replica_deployment_name(model: str) -> str:
@@ -89,7 +90,7 @@ def replica_deployment_name(model: str) -> str:
     return "Replica-" + model.replace("/", "--")
 
 
-def _replicas(plan: ModelPlan) -> Application:
+def _replicas(plan: ModelPlan, options: ReplicaOptions) -> Application:
     settings = plan.llm.deployment_config
     [bundle] = bundles(
         plan.engine.parallel,
@@ -100,11 +101,11 @@ def _replicas(plan: ModelPlan) -> Application:
     actor_options = {**ray_actor_options(bundle), **settings.ray_actor_options}
     if plan.llm.runtime_env is not None:
         actor_options["runtime_env"] = plan.llm.runtime_env
-    options: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
+    scaling: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
     if settings.autoscaling_config is not None:
-        options = {"autoscaling_config": settings.autoscaling_config}
+        scaling = {"autoscaling_config": settings.autoscaling_config}
     if settings.max_constructor_retry_count is not None:
-        options["max_constructor_retry_count"] = settings.max_constructor_retry_count
+        scaling["max_constructor_retry_count"] = settings.max_constructor_retry_count
     deployment = _deployment(
         Replica,
         name=replica_deployment_name(plan.name),
@@ -114,9 +115,9 @@ def _replicas(plan: ModelPlan) -> Application:
         graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=settings.graceful_shutdown_wait_loop_s,
         ray_actor_options=actor_options,
-        **options,
+        **scaling,
     )
-    return deployment.bind(plan.name, plan.engine)
+    return deployment.bind(plan.name, plan.engine, options)
 
 
 def _deployment(kind: type, **options: Any) -> Deployment:
@@ -125,6 +126,11 @@ def _deployment(kind: type, **options: Any) -> Deployment:
 
 def _wants_gpu(plan: ModelPlan) -> bool:
     return plan.engine.device == "cuda" or (plan.engine.device == "auto" and has_gpu())
+
+
+def _one_node() -> bool:
+    """Whether the running Ray has no other node, so that routers find replicas on loopback."""
+    return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def has_gpu() -> bool:

@@ -123,7 +123,7 @@ def _serve(settings: dict[str, Any]) -> None:
     for warning in said:
         print(f"shoal: warning: {warning.message}", file=sys.stderr)
     port = free_port(host, settings["port"])
-    prepare_environment(host)
+    prepare_environment(host, own_ray=address is None)
 
     # Everything that can be wrong with the configuration is known by now: Ray may start.
     from .banner import banner
@@ -135,7 +135,7 @@ def _serve(settings: dict[str, Any]) -> None:
     try:
         with ray_cluster(address):
             _interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
-            with application(config, plans, endpoint):
+            with application(config, plans, endpoint, joined=address is not None):
                 print(banner(endpoint, config, replicas_of(plans)), flush=True)
                 threading.Event().wait()
     except KeyboardInterrupt:

@@ -98,7 +98,8 @@ class LLMServingArgs(_Strict):
 class ServeConfig(_Strict):
     """The whole application: the models and the HTTP edge in front of them.
 
-    `local` says that only this machine can reach the server: the admin routes are then open where no key is set.
+    `local` says that only this machine can reach the server: the admin routes are then open where no key is set, and
+    replicas listen on loopback if their Ray has one node.
     """
 
     models: list[LLMConfig] = Field(min_length=1)

@@ -7,6 +7,7 @@ application with `serve run` sets them in the shell (README). A variable that is
 from __future__ import annotations
 
 import os
+import secrets
 
 _ALWAYS = {
     # Workers would run at nice 15 and lose to everything else on the machine.
@@ -19,10 +20,8 @@ _ALWAYS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
 }
-_LOOPBACK = {
-    # No tokens where nobody else can reach the ports: token mode writes ~/.ray/auth_token, which changes what
-    # `ray start` and `ray job submit` ask for on this machine from then on.
-    "RAY_AUTH_MODE": "disabled",
+# Of a Ray that is started here and has one node.
+_OWN_RAY = {
     # Ray then takes 127.0.0.1 for this node's address, on Linux too, and its own ports stay on loopback. An address
     # given to ray.init does not do it: it is resolved to one that other machines can reach.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -31,6 +30,8 @@ _PUBLIC = {
     # HAProxy carries streams past Serve's Python proxy, but it binds all interfaces: not for loopback.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Serve keeps routers for 30 s after their end, for load balancers outside that have to learn of it.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 
 
@@ -39,7 +40,18 @@ def is_loopback(host: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
-def prepare_environment(host: str) -> None:
-    """Set what Ray should find. Call before ray is imported."""
-    for name, value in {**_ALWAYS, **(_LOOPBACK if is_loopback(host) else _PUBLIC)}.items():
+def prepare_environment(host: str, *, own_ray: bool = True) -> None:
+    """Set what Ray should find: a Ray that is started here, or, without `own_ray`, one that runs already.
+
+    Call before ray is imported.
+    """
+    settings = _ALWAYS | ({} if is_loopback(host) else _PUBLIC)
+    if own_ray:
+        settings |= _OWN_RAY
+        if "RAY_AUTH_MODE" not in os.environ:
+            # Serve's replicas take pickled calls on every interface, whatever the node's address: a secret of this
+            # Ray alone keeps others out. Given here, it is not written to ~/.ray/auth_token, which would change what
+            # `ray start` and `ray job submit` ask for on this machine from then on.
+            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)

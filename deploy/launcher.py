@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError
+from ray.serve.context import _get_global_client  # no public way tells where a running Serve listens
 
-from ..cluster.directory import DirectoryClient
+from ..cluster.directory import DirectoryClient, remove_directory
 from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
@@ -49,7 +51,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     """A Ray of our own, or the one at `address`. What was started here is stopped at the end."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        _join(address)
         try:
             yield
         finally:
@@ -65,12 +67,26 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, AuthenticationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot join a Ray at {address}: {reason}; is it up? If it asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
+
+
 @contextlib.contextmanager
-def application(config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint) -> Iterator[None]:
+def application(
+    config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint, *, joined: bool = False
+) -> Iterator[None]:
     """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up.
 
-    A Serve that was started here is left to the end of its Ray if that is ours too, and else stopped.
+    A Serve that was started here is left to the end of its Ray if that is ours too; on one that was `joined` it is
+    stopped, unless others have begun to use it.
     """
+    running = _serve_that_runs(endpoint) if joined else False
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
     try:
         _run(config, plans)
@@ -79,6 +95,25 @@ def application(config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint)
         yield
     finally:
         serve.delete(APP_NAME)
+        if joined and not running and not serve.status().applications:
+            serve.shutdown()
+            remove_directory()
+
+
+def _serve_that_runs(endpoint: Endpoint) -> bool:
+    """Whether Serve runs on the joined Ray. Raises ConfigError where it has our name or listens elsewhere."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    if APP_NAME in serve.status().applications:
+        raise ConfigError(f"an application {APP_NAME!r} runs on that Ray; end it first")
+    options = client.http_config
+    if (options.host, options.port) != (endpoint.host, endpoint.port):
+        raise ConfigError(
+            f"Serve runs on that Ray and listens on {options.host}:{options.port}; "
+            f"give --host {options.host} --port {options.port}"
+        )
+    return True
 
 
 def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -37,8 +38,16 @@ def start() -> Served:
     # A session of its own: everything that it starts can be found by the session's id.
     options = ["--port", "0", "--max-model-len", "1024", "--num-gpu-blocks-override", "2048"]
     command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", *options]
+    # Ray's tokens as users have them, not off as for the other tests.
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd="/tmp"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd="/tmp",
+        env=env,
     )
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -70,6 +79,28 @@ def processes_of(session: int) -> list[str]:
                 found.append((folder / "cmdline").read_text().replace("\0", " "))
         except OSError:  # it has just ended
             continue
+    return found
+
+
+def listeners_of(session: int) -> dict[int, bool]:
+    """The ports on which a session's processes listen, and whether only this machine can reach them."""
+    ports: dict[str, tuple[int, bool]] = {}  # by the socket's inode
+    for table, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"))):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            host, port = local.split(":")
+            if state == "0A":
+                ports[inode] = int(port, 16), host in loopback
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if not folder.name.isdecimal() or int(fields[3]) != session:
+                continue
+            links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+        except OSError:  # it has just ended
+            continue
+        found.update(ports[link[8:-1]] for link in links if link.startswith("socket:") and link[8:-1] in ports)
     return found
 
 
@@ -199,6 +230,18 @@ def test_metrics_count(served: Served) -> None:
     finished = re.findall(r'^vllm:request_success_total{.*finished_reason="length".*} (\S+)', text, re.M)
     assert sum(map(float, finished)) >= 10
     assert re.search(r"^vllm:generation_tokens_total{.*} [1-9]", text, re.M)
+
+
+def test_what_listens(served: Served) -> None:
+    """Nothing answers other machines: what Serve opens to all of them asks for the token of this Ray."""
+    listeners = listeners_of(served.process.pid)
+    assert listeners[served.http.base_url.port or 0]
+    for port in [port for port, loopback in listeners.items() if not loopback]:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refusal:
+                call(b"", timeout=30)
+        assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_errors_come_through_the_proxy(served: Served) -> None:
