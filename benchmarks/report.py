@@ -27,7 +27,8 @@ def cpu_name() -> str:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         )
         model = next(names, model)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    num_cores = len(os.sched_getaffinity(0))
+    return f"{model}, {num_cores} core{'s' if num_cores > 1 else ''}"
 
 
 def commit() -> str:

@@ -78,7 +78,7 @@ class ReplayLog:
     def remaining(self, samples: range) -> list[Request]:
         """Requests that produce what is missing of `samples`.
 
-        Samples of which nothing was seen go on together and share their prefill; the others go one by one.
+        Where nothing was seen of any of them they go on together and share their prefill; else they go one by one.
         """
         request = self.request
         if all(self._samples[i].open and not self._samples[i].started for i in samples):
