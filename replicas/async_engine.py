@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -35,7 +35,7 @@ class EngineThread:
         self._on_failure = on_failure
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._num_open: dict[str, int] = {}  # accepted sequences without a terminal delta, by request id
+        self._open: dict[str, set[int]] = {}  # accepted samples without a terminal delta, by request id
         self._refused: list[TokenDelta] = []  # touched by the engine's thread alone
         self._accepting = True
         self._stopping = False
@@ -56,10 +56,10 @@ class EngineThread:
         """Check the request in the caller's thread and hand it over. Raises RequestError or EngineError."""
         self._engine.limits.check(request)
         with self._wake:
-            if request.request_id in self._num_open:
+            if request.request_id in self._open:
                 raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
             self._post(lambda: self._add(request))
-            self._num_open[request.request_id] = request.num_samples
+            self._open[request.request_id] = set(_samples(request))
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
         """Abort a request, or one sample of it, before the next step; idempotent, and no error after a stop."""
@@ -111,7 +111,7 @@ class EngineThread:
         try:
             self._engine.add_request(request)
         except Exception as error:  # the engine has failed since, or holds the id from a caller of its own
-            self._refused += _errors(request, str(error))
+            self._refused += _errors(request.request_id, _samples(request), str(error))
 
     def _run(self) -> None:
         failures: list[BaseException] = []
@@ -136,6 +136,10 @@ class EngineThread:
         for command in commands:
             command()
         self._deliver(self._engine.end_all())
+        # What the step that failed had ended already is known to nobody else.
+        message = f"the engine failed: {self._engine.failure}"
+        lost = [delta for request_id, samples in self._open.items() for delta in _errors(request_id, samples, message)]
+        self._deliver(lost)
 
     def _loop(self) -> None:
         while True:
@@ -161,21 +165,23 @@ class EngineThread:
         deltas, self._refused = self._refused + deltas, []
         if not deltas:
             return
-        ended = [delta.request_id for delta in deltas if delta.finish_reason is not None]
+        ended = [(delta.request_id, delta.sample) for delta in deltas if delta.finish_reason is not None]
         if ended:
             with self._wake:
-                for request_id in ended:
-                    self._close_one(request_id)
+                for request_id, sample in ended:
+                    self._close_sample(request_id, sample)
         self._on_deltas(deltas)
 
-    def _close_one(self, request_id: str) -> None:
-        num_open = self._num_open.pop(request_id, 0)
-        if num_open > 1:
-            self._num_open[request_id] = num_open - 1
+    def _close_sample(self, request_id: str, sample: int) -> None:
+        samples = self._open.get(request_id, set())
+        samples.discard(sample)
+        if not samples:
+            self._open.pop(request_id, None)
 
 
-def _errors(request: Request, message: str) -> list[TokenDelta]:
-    samples = range(request.first_sample, request.first_sample + request.num_samples)
-    return [
-        TokenDelta(request.request_id, sample, finish_reason=FinishReason.ERROR, error=message) for sample in samples
-    ]
+def _samples(request: Request) -> range:
+    return range(request.first_sample, request.first_sample + request.num_samples)
+
+
+def _errors(request_id: str, samples: Iterable[int], message: str) -> list[TokenDelta]:
+    return [TokenDelta(request_id, sample, finish_reason=FinishReason.ERROR, error=message) for sample in samples]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -168,6 +169,17 @@ def test_a_failure_ends_every_sequence_with_an_error(client: Client):
     assert [str(failure) for failure in client.failures] == ["the fake step failed"]
     with pytest.raises(EngineError):
         client.thread.submit(request("late"))
+
+
+def test_a_sequence_that_ended_in_the_step_that_failed_is_told_so(client: Client):
+    answer = client.executor.result
+    client.executor.result = lambda: replace(answer(), prompt_logprobs=())  # the scores that were asked for are lost
+    whole = replace(request("a", n=2, max_tokens=1, prompt_logprobs=0), prompt_token_ids=PROMPT[:8])  # in one step
+    client.thread.submit(whole)
+    assert client.failed.wait(PATIENCE)
+    for sample in range(2):
+        assert client.transcript.end("a", sample).finish_reason is FinishReason.ERROR
+        assert "the engine failed" in (client.transcript.end("a", sample).error or "")
 
 
 def test_a_callback_that_raises_is_a_failure():
