@@ -12,7 +12,7 @@ from tests.support.aot import Compiled, Variant, compile_variants
 
 def _norm(num_features: int, dtype: str, weight: str | None = None, *, residual: bool = False, heads: bool = False):
     block_rows, block_n, num_warps = rms_norm_triton.launch_parameters(num_features)
-    types = {name: f"*{dtype}" for name in ("x_ptr", "residual_ptr", "out_ptr")}
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
     types |= {"weight_ptr": f"*{weight or dtype}", "eps": "fp32", "num_features": "i32/16"}
     constants = {"HAS_RESIDUAL": residual, "BLOCK_ROWS": block_rows, "BLOCK_N": block_n}
     if not heads:
