@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..replicas.checkpoint import list_tensors, read_model_facts, resolve_model_path
 from ..replicas.config import EngineConfig, ModelFacts
 from ..replicas.errors import ConfigError
+from ..replicas.tokenizer import Tokenizer
 from .engine_args import EngineArgs, without_known
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"
@@ -145,12 +146,14 @@ def plan_model(llm: LLMConfig, *, device: str) -> ModelPlan:
     root = loading.model_source or loading.model_id
     folder = model_folder(root, args.revision)
     tokenizer = loading.tokenizer_source or args.tokenizer
+    tokenizer_folder = model_folder(tokenizer) if tokenizer else folder
     facts = read_model_facts(folder)
     if args.load_format != "dummy":
         list_tensors(folder)  # a missing or truncated file is found here, in a moment
+    Tokenizer.from_folder(tokenizer_folder)  # and so is a tokenizer that no router could load
     engine = args.engine_config(folder)
     engine.resolve(facts, device)
-    return ModelPlan(llm.name, root, folder, model_folder(tokenizer) if tokenizer else folder, facts, engine, llm)
+    return ModelPlan(llm.name, root, folder, tokenizer_folder, facts, engine, llm)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:

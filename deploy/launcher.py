@@ -122,7 +122,8 @@ def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
     except RuntimeError as error:
         deployments = serve.status().applications[APP_NAME].deployments.values()
         reasons = [reason for deployment in deployments if (reason := reason_of(deployment.message)) is not None]
-        raise reasons[0] if reasons else EngineError(str(error)) from error
+        last_words = [line for deployment in deployments for line in deployment.message.splitlines() if line.strip()]
+        raise reasons[0] if reasons else EngineError(f"{error} {' '.join(last_words[-1:])}") from error
 
 
 def reason_of(traceback: str) -> ServingError | None:

@@ -54,6 +54,13 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "olmo2": {"eos_token_id": 50_279},
 }
 
+# Bytes of an element of every dtype that safetensors has in whole bytes.
+_ELEMENT_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -172,7 +179,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint, by name, from the files' headers.
 
     Follows the index of a sharded checkpoint. Raises ModelError, naming file and tensor, for a missing, truncated or
-    overlapping file, and for a tensor that the index promises and its file lacks.
+    overlapping file, for a tensor that the index promises and its file lacks, and for one of an unknown dtype.
     """
     index = folder / INDEX_FILE
     if not index.exists():
@@ -212,10 +219,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise ModelError(f"{file} is missing; its tensors are part of the model") from None
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"{file} is no whole safetensors file: {error}; fetch it again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{file} is no safetensors file: its header is a {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
+    entries = {name: _header_entry(file, name, entry) for name, entry in header.items()}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
+    for name, (_, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
         if start != end:
             kind = "overlaps the one before it" if start < end else f"leaves a gap of {start - end} bytes before it"
             raise ModelError(f"{file}: tensor {name} {kind} (bytes {start}..{stop}); the file is damaged")
@@ -224,4 +233,23 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"{file} is truncated: tensor {name} ends at byte {stop} of the data, the file has {size - 8 - length}"
             )
         end = stop
-    return {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return {name: info for name, (info, _, _) in entries.items()}
+
+
+def _header_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """A tensor and where its bytes are. Raises ModelError where dtype, shape and number of bytes do not agree."""
+    where = f"{file}: tensor {name}"
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        elements = math.prod(shape)
+        num_bytes = stop - start
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{where} is not described as safetensors does it: {entry!r}; fetch the file again") from error
+    if dtype not in _ELEMENT_BYTES:
+        raise ModelError(f"{where} has dtype {dtype!r}, which is not known; known are {', '.join(_ELEMENT_BYTES)}")
+    if elements * _ELEMENT_BYTES[dtype] != num_bytes:
+        raise ModelError(
+            f"{where} has {num_bytes} bytes; its shape {list(shape)} and dtype {dtype} make it "
+            f"{elements * _ELEMENT_BYTES[dtype]}; the file is damaged"
+        )
+    return TensorInfo(file, dtype, shape), start, stop

@@ -83,6 +83,17 @@ def test_truncated_weights(tmp_path: Path) -> None:
     assert "tensor model." in result.stderr
 
 
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
+    from shoal.deploy.config import TINY_MODEL
+
+    for path in TINY_MODEL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{")
+    result = shoal("serve", str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'tokenizer.json'} is not a tokenizer" in result.stderr
+
+
 def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])

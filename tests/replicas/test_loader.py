@@ -297,16 +297,40 @@ def test_a_truncated_file(kept, llama):
         assert "truncated: tensor " in caught.value.message
 
 
-@pytest.mark.parametrize(("shift", "word"), [(-4, "overlaps"), (4, "gap")])
-def test_byte_ranges_that_do_not_join(shift, word, llama):
-    path = llama / WEIGHTS
+def edit_last_entry(path, edit) -> str:
+    """Rewrites the header's entry of the tensor whose bytes come last; its name."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     name = max((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
-    header[name]["data_offsets"] = [offset + shift for offset in header[name]["data_offsets"]]
+    edit(header[name])
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    return name
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-4, "overlaps"), (4, "gap")])
+def test_byte_ranges_that_do_not_join(shift, word, llama):
+    name = edit_last_entry(
+        llama / WEIGHTS, lambda entry: entry.update(data_offsets=[offset + shift for offset in entry["data_offsets"]])
+    )
+    with pytest.raises(ModelError, match=f"{WEIGHTS}: tensor {name} .*{word}"):
+        list_tensors(llama)
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda entry: entry.update(dtype="Q7"), "dtype 'Q7'"),
+        (lambda entry: entry.update(dtype="F64"), "make it"),
+        (lambda entry: entry.update(shape=[1, 2]), "make it 8"),
+        (lambda entry: entry.update(shape="wide"), "not described"),
+        (lambda entry: entry.pop("shape"), "not described"),
+        (lambda entry: entry.update(data_offsets=[0]), "not described"),
+    ],
+)
+def test_headers_that_contradict_themselves(edit, word, llama):
+    name = edit_last_entry(llama / WEIGHTS, edit)
     with pytest.raises(ModelError, match=f"{WEIGHTS}: tensor {name} .*{word}"):
         list_tensors(llama)
 
