@@ -3,114 +3,20 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import httpx
-import openai
 import pytest
 
-START_SECONDS = 180
+from tests.support.served import Served, listeners_of, processes_of, start, wait_until
+
 REPOSITORY = Path(__file__).parents[2]
-
-
-@dataclass
-class Served:
-    """A running `shoal serve`, and what it printed up to its readiness."""
-
-    process: subprocess.Popen[str]
-    output: str
-    http: httpx.Client
-    openai: openai.OpenAI
-
-
-def start() -> Served:
-    # A session of its own: everything that it starts can be found by the session's id.
-    options = ["--port", "0", "--max-model-len", "1024", "--num-gpu-blocks-override", "2048"]
-    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", *options]
-    # Ray's tokens as users have them, not off as for the other tests.
-    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd="/tmp",
-        env=env,
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    output, deadline = "", time.monotonic() + START_SECONDS
-    while "Ctrl-C" not in output:
-        line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-        assert line is not None, f"it ended before it was ready:\n{output}"
-        output += line
-    found = re.search(r"http://127\.0\.0\.1:\d+", output)
-    assert found is not None
-    client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0, timeout=120)
-    return Served(process, output, httpx.Client(base_url=found[0], timeout=120), client)
-
-
-def processes_of(session: int) -> list[str]:
-    """The command lines of a session's processes that still run."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if folder.name.isdecimal() and int(fields[3]) == session and fields[0] != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # it has just ended
-            continue
-    return found
-
-
-def listeners_of(session: int) -> dict[int, bool]:
-    """The ports on which a session's processes listen, and whether only this machine can reach them."""
-    ports: dict[str, tuple[int, bool]] = {}  # by the socket's inode
-    for table, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"))):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_, inode = line.split()[:10]
-            host, port = local.split(":")
-            if state == "0A":
-                ports[inode] = int(port, 16), host in loopback
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if not folder.name.isdecimal() or int(fields[3]) != session:
-                continue
-            links = [os.readlink(link) for link in (folder / "fd").iterdir()]
-        except OSError:  # it has just ended
-            continue
-        found.update(ports[link[8:-1]] for link in links if link.startswith("socket:") and link[8:-1] in ports)
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture(scope="module")
