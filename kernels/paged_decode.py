@@ -9,21 +9,29 @@ block_tables int32 [S, M].
 
 The torch path gathers keys and values of each head with one index_select into [2, S * KV, L, D] and packs the G heads
 that share a kv head as rows of one product. What it gathers, where to, and what it masks is equal for all layers of
-one window: `decode_index`, once a step. Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention,
-2023, arXiv:2309.06180.
+one window: `decode_index`, once a step. The kernels of paged_decode_triton.py read the block tables themselves:
+`decode_tables`. Which of the two a step is given decides what runs.
+
+Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+# Programs that keep a GPU busy: four for each of the 132 multiprocessors of an H200, two of them resident at a time.
+_PROGRAMS = 528
+# Tokens of a split: fewer are not worth a program; more than the largest keep one program at work after all others.
+_SHORT_SPLIT, _MEDIUM_SPLIT, _LONG_SPLIT = 256, 2048, 8192
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeIndex:
-    """Which cache rows the sequences of one step read, for one window. L is the longest (windowed) context."""
+    """What torch reads: the cache rows of one step's sequences for one window. L is the longest (windowed) context."""
 
     rows: torch.Tensor  # int64 [2 * S * KV * M], blocks of a cache seen as [B * 2 * KV, BS, D]
     length: int  # L, at most M * BS
@@ -32,6 +40,33 @@ class DecodeIndex:
     # [2 * S * KV * M, BS, D], where each layer gathers in turn. New memory for each would cost more than the copy:
     # 68 us against 20 for 512 KiB on CPU, page faults and a cold cache.
     workspace: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTables:
+    """What Triton reads: the step's own tensors, and how many programs may share a sequence."""
+
+    context_lens: torch.Tensor  # int32 [S]
+    block_tables: torch.Tensor  # int32 [S, M]
+    window: int | None
+    num_splits: int  # programs launched for each kv head of a sequence
+    min_blocks: int  # blocks of a split, at least
+
+
+def decode_tables(
+    context_lens: torch.Tensor, block_tables: torch.Tensor, *, num_kv_heads: int, block_size: int, window: int | None
+) -> DecodeTables:
+    """The tables of one step, from shapes alone: no value is read from the device.
+
+    The longest context is taken to fill its table. A small batch is split until every multiprocessor has work, a large
+    one only where a context is much longer than the others may be.
+    """
+    num_seqs, num_columns = block_tables.shape
+    longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
+    wanted = -(-_PROGRAMS // (num_seqs * num_kv_heads))
+    shortest = _SHORT_SPLIT if wanted > 1 else _MEDIUM_SPLIT
+    num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))
+    return DecodeTables(context_lens, block_tables, window, num_splits, max(1, shortest // block_size))
 
 
 def decode_index(
@@ -104,13 +139,25 @@ def paged_decode_ref(
 
 
 def paged_decode(
-    q: torch.Tensor, cache: torch.Tensor, index: DecodeIndex, *, scale: float, softcap: float | None = None
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    index: DecodeIndex | DecodeTables,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Decode attention of q [S, H, D] over the cache [B, 2, KV, BS, D]; returns [S, H, D]."""
+    """Decode attention of q [S, H, D] over the cache [B, 2, KV, BS, D]; returns [S, H, D].
+
+    Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
+    """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[2]
     if num_heads % num_kv_heads or cache.shape[4] != head_dim:
         raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
+    if isinstance(index, DecodeTables):
+        from .paged_decode_triton import paged_decode_triton
+
+        return paged_decode_triton(q, cache, index, scale=scale, softcap=softcap)
     k, v = _gather(cache, index, num_seqs * num_kv_heads)
     # Two batched products and a softmax: half the time of scaled_dot_product_attention for one query per sequence
     # (8 sequences of 128 tokens, 8 heads on 4, two cores: 31 us against 68).
@@ -134,3 +181,18 @@ def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[to
         gathered.view(-1, head_dim).index_fill_(0, index.hidden, 0.0)
     k, v = gathered.view(2, num_pairs, -1, head_dim)[:, :, : index.length].unbind()
     return k, v
+
+
+def paged_decode_cost(
+    context_lens: Sequence[int],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> tuple[int, int]:
+    """(bytes, flops): keys and values that are seen, read once; queries and results; two products."""
+    num_seen = sum(context_lens) if window is None else sum(min(length, window) for length in context_lens)
+    num_elements = 2 * num_seen * num_kv_heads + 2 * len(context_lens) * num_heads
+    return num_elements * head_dim * dtype.itemsize, 4 * num_seen * num_heads * head_dim

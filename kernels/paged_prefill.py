@@ -7,8 +7,12 @@ Legend: S slices, T tokens of all slices, Q tokens of one slice, H query heads, 
 BS block_size, D head_dim, M blocks of a table. q [T, H, D], slice after slice; cache [B, 2, KV, BS, D], keys at 0 and
 values at 1; block_tables int32 [S, M]. A slice's own keys and values are in the cache already.
 
-Called by replicas/layers/attention.py with what `prefill_index` made once a step for each window.
-Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+The torch path goes through the slices one by one, with what `prefill_index` made once a step for each window. The
+kernel of paged_prefill_triton.py takes the step's own tensors, `PrefillTables`, and all slices at once. Which of the
+two a step is given decides what runs.
+
+Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023,
+arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -22,13 +26,23 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
-    """What one slice reads. L keys, from the first that its first query sees."""
+    """What torch reads for one slice. L keys, from the first that its first query sees."""
 
     rows: torch.Tensor  # int64 [2 * KV * M'], blocks of a cache seen as [B * 2 * KV, BS, D]
     skipped: int  # keys of the first block that lie before all windows
     length: int  # L
     query_len: int  # Q
     mask: torch.Tensor | None  # [Q, L], 0 or -inf; None: plain causal, Q = L
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTables:
+    """What Triton reads: the step's own tensors, of S slices."""
+
+    cu_seqlens_q: torch.Tensor  # int32 [S+1], from any number on
+    context_lens: torch.Tensor  # int32 [S]
+    block_tables: torch.Tensor  # int32 [S, M]
+    window: int | None
 
 
 def prefill_index(
@@ -104,16 +118,23 @@ def paged_prefill_ref(
 def paged_prefill(
     q: torch.Tensor,
     cache: torch.Tensor,
-    slices: Sequence[PrefillSlice],
+    slices: Sequence[PrefillSlice] | PrefillTables,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of q [T, H, D] over the cache [B, 2, KV, BS, D]; returns [T, H, D]."""
-    if q.shape[0] != sum(entry.query_len for entry in slices):
-        raise ValueError(f"q has {q.shape[0]} tokens, the slices {sum(entry.query_len for entry in slices)}")
+    """Attention of q [T, H, D] over the cache [B, 2, KV, BS, D]; returns [T, H, D].
+
+    Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
+    """
     if q.shape[1] % cache.shape[2] or cache.shape[4] != q.shape[2]:
         raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
+    if isinstance(slices, PrefillTables):
+        from .paged_prefill_triton import paged_prefill_triton
+
+        return paged_prefill_triton(q, cache, slices, scale=scale, softcap=softcap)
+    if q.shape[0] != sum(entry.query_len for entry in slices):
+        raise ValueError(f"q has {q.shape[0]} tokens, the slices {sum(entry.query_len for entry in slices)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     first = 0
     for entry in slices:
@@ -149,3 +170,24 @@ def _attend(
     grouped = q.view(num_tokens, k.shape[1], -1, head_dim).permute(1, 2, 0, 3)  # [KV, G, Q, D]
     scores = (grouped @ k[0, :, None].transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap).add_(mask)
     return (scores.softmax(-1) @ v[0, :, None]).permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def paged_prefill_cost(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> tuple[int, int]:
+    """(bytes, flops): keys and values that any query sees, read once; queries and results; two products per pair."""
+    num_read = num_pairs = 0
+    for query_len, context_len in zip(query_lens, context_lens, strict=True):
+        reach = context_len if window is None else window
+        num_read += min(context_len, query_len - 1 + reach)
+        positions = range(context_len - query_len, context_len)
+        num_pairs += sum(min(position + 1, reach) for position in positions)
+    num_elements = 2 * num_read * num_kv_heads + 2 * sum(query_lens) * num_heads
+    return num_elements * head_dim * dtype.itemsize, 4 * num_pairs * num_heads * head_dim

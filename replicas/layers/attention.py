@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ...kernels.kv_store import kv_store, store_rows
-from ...kernels.paged_decode import DecodeIndex, decode_index, paged_decode
-from ...kernels.paged_prefill import PrefillSlice, paged_prefill, prefill_index
-from ...kernels.rope import RopeRows, rope
+from ...kernels.backend import Backend, backend_of
+from ...kernels.kv_store import rope_kv_store, store_rows
+from ...kernels.paged_decode import DecodeIndex, DecodeTables, decode_index, decode_tables, paged_decode
+from ...kernels.paged_prefill import PrefillSlice, PrefillTables, paged_prefill, prefill_index
+from ...kernels.rope import RopeRows
 from ...quant.methods import LinearMethod
 from ..batch import AttentionMetadata
 from ..comm import ParallelContext
@@ -26,14 +27,16 @@ from .weights import Layer, WeightSlot
 class AttentionStep:
     """What a step's layers share: made once per forward, so that a layer does nothing but its own work.
 
-    Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` the layers' rope names.
+    Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` the layers' rope names. What the
+    attention operators read depends on their backend: torch needs indices that the host works out, Triton the tensors
+    of the metadata as they are.
     """
 
     num_single: int  # leading tokens that are slices of their own
     num_tokens: int
-    store: torch.Tensor  # rows of the cache that the step writes
-    decode: Mapping[int | None, DecodeIndex]
-    prefill: Mapping[int | None, tuple[PrefillSlice, ...]]
+    store: torch.Tensor  # from store_rows: where in the cache the step writes
+    decode: Mapping[int | None, DecodeIndex | DecodeTables]
+    prefill: Mapping[int | None, tuple[PrefillSlice, ...] | PrefillTables]
     ropes: Mapping[str | None, RopeRows]
 
     @classmethod
@@ -41,7 +44,7 @@ class AttentionStep:
         cls,
         metadata: AttentionMetadata,
         ropes: Mapping[str | None, RopeRows],
-        windows: Iterable[int | None],
+        windows: Sequence[int | None],
         *,
         num_kv_heads: int,
         block_size: int,
@@ -50,29 +53,26 @@ class AttentionStep:
     ) -> AttentionStep:
         """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
         single = metadata.num_single
-        decode: dict[int | None, DecodeIndex] = {}
-        prefill: dict[int | None, tuple[PrefillSlice, ...]] = {}
-        for window in windows:
-            if single:
-                decode[window] = decode_index(
-                    metadata.context_lens[:single],
-                    metadata.block_tables[:single],
-                    num_kv_heads=num_kv_heads,
-                    block_size=block_size,
-                    head_dim=head_dim,
-                    window=window,
-                    dtype=dtype,
-                )
-            if metadata.query_lens_host:
-                prefill[window] = prefill_index(
-                    metadata.query_lens_host,
-                    metadata.context_lens_host,
-                    metadata.block_tables[single:],
-                    num_kv_heads=num_kv_heads,
-                    block_size=block_size,
-                    window=window,
-                    dtype=dtype,
-                )
+        shape = {"num_kv_heads": num_kv_heads, "block_size": block_size}
+        decode: dict[int | None, DecodeIndex | DecodeTables] = {}
+        prefill: dict[int | None, tuple[PrefillSlice, ...] | PrefillTables] = {}
+        on_torch = backend_of(metadata.context_lens) is Backend.TORCH
+        if single:
+            lens, tables = metadata.context_lens[:single], metadata.block_tables[:single]
+            for window in windows:
+                if on_torch:
+                    decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
+                else:
+                    decode[window] = decode_tables(lens, tables, window=window, **shape)
+        if metadata.query_lens_host:
+            lens, tables = metadata.context_lens_host, metadata.block_tables[single:]
+            for window in windows:
+                if on_torch:
+                    queries = metadata.query_lens_host
+                    prefill[window] = prefill_index(queries, lens, tables, window=window, dtype=dtype, **shape)
+                else:
+                    device_lens = metadata.context_lens[single:]
+                    prefill[window] = PrefillTables(metadata.cu_seqlens_q[single:], device_lens, tables, window)
         store = store_rows(metadata.slot_mapping, num_kv_heads, block_size)
         return cls(single, len(metadata.slot_mapping), store, decode, prefill, ropes)
 
@@ -123,9 +123,8 @@ class Attention(Layer):
         qkv = self.qkv_proj(x).view(num_tokens, -1, self.head_dim)
         if self.q_norm is not None:
             self._normalize(qkv)
-        rope(qkv[:, : num_heads + self.num_kv_heads], step.ropes[self.layer.rope])
         kv_cache = cache.layers[self.index]
-        kv_store(qkv[:, num_heads:], kv_cache, step.store)
+        rope_kv_store(qkv, num_heads, step.ropes[self.layer.rope], kv_cache, step.store)
         return self.o_proj(self._attend(qkv[:, :num_heads], kv_cache, step).view(num_tokens, -1))
 
     def _attend(self, q: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> torch.Tensor:

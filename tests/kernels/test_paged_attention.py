@@ -1,4 +1,4 @@
-"""Paged attention and KV writes against the formulas, on caches that are NaN wherever nothing was written."""
+"""Paged attention by torch and KV writes against the formulas, on caches that are NaN wherever nothing was written."""
 
 from __future__ import annotations
 
@@ -9,33 +9,17 @@ import torch.nn.functional as F
 from shoal.kernels.kv_store import kv_store, kv_store_ref, store_rows
 from shoal.kernels.paged_decode import decode_index, paged_decode, paged_decode_ref
 from shoal.kernels.paged_prefill import paged_prefill, paged_prefill_ref, prefill_index
+from tests.support.paged_cache import paged_cache
 
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query heads, kv heads
 SETTINGS = [(None, None), (None, 2.0), (5, None), (1, None), (9, 3.0), (100, None)]  # window, softcap
-
-
-def _paged(context_lens, num_kv_heads, block_size, head_dim, dtype=torch.float32):
-    """A cache with shuffled blocks and NaN in every slot beyond the contexts, block 0 included; and its tables."""
-    torch.manual_seed(1)
-    counts = [-(-length // block_size) for length in context_lens]
-    num_blocks = sum(counts) + 3
-    free = (torch.randperm(num_blocks - 1) + 1).tolist()
-    cache = torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
-    tables = torch.zeros(len(context_lens), max(counts) + 1, dtype=torch.int32)  # one column more than needed
-    for s, (length, count) in enumerate(zip(context_lens, counts, strict=True)):
-        for i in range(count):
-            block = free.pop()
-            tables[s, i] = block
-            filled = min(block_size, length - i * block_size)
-            cache[block, :, :, :filled] = torch.randn(2, num_kv_heads, filled, head_dim).to(dtype)
-    return cache, tables
 
 
 @pytest.mark.parametrize(("window", "softcap"), SETTINGS)
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("context_lens", [[1], [16], [37], [8, 8, 8], [3, 41, 16, 1]])
 def test_decode(context_lens, heads, kv_heads, window, softcap):
-    cache, tables = _paged(context_lens, kv_heads, 8, 12)
+    cache, tables = paged_cache(context_lens, kv_heads, 8, 12)
     lens = torch.tensor(context_lens, dtype=torch.int32)
     fused = torch.randn(len(context_lens), heads + 2, 12)
     q = fused[:, :heads]  # a view, as the fused projection gives it
@@ -48,7 +32,7 @@ def test_decode(context_lens, heads, kv_heads, window, softcap):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decode_in_half_precision(dtype):
-    cache, tables = _paged([5, 30], 2, 16, 16, dtype)
+    cache, tables = paged_cache([5, 30], 2, 16, 16, dtype)
     lens, q = torch.tensor([5, 30], dtype=torch.int32), torch.randn(2, 4, 16, dtype=dtype)
     index = decode_index(lens, tables, num_kv_heads=2, block_size=16, head_dim=16, window=None, dtype=dtype)
     got = paged_decode(q, cache, index, scale=0.25)
@@ -57,7 +41,7 @@ def test_decode_in_half_precision(dtype):
 
 
 def test_decode_reads_no_more_blocks_than_its_window_spans():
-    _, tables = _paged([100], 1, 4, 8)
+    _, tables = paged_cache([100], 1, 4, 8)
     index = decode_index(
         torch.tensor([100]), tables, num_kv_heads=1, block_size=4, head_dim=8, window=6, dtype=torch.float32
     )
@@ -79,7 +63,7 @@ def test_decode_refuses_a_table_that_is_too_short():
     ("query_lens", "context_lens"), [([2], [2]), ([17], [17]), ([3], [40]), ([9, 2, 30], [33, 18, 30])]
 )
 def test_prefill(query_lens, context_lens, heads, kv_heads, window, softcap):
-    cache, tables = _paged(context_lens, kv_heads, 8, 12)
+    cache, tables = paged_cache(context_lens, kv_heads, 8, 12)
     q = torch.randn(sum(query_lens), heads + 2, 12)[:, :heads]
     settings = {"scale": 0.3, "softcap": softcap}
     slices = prefill_index(
@@ -92,7 +76,7 @@ def test_prefill(query_lens, context_lens, heads, kv_heads, window, softcap):
 
 def test_prefill_of_a_whole_prompt_is_causal_attention():
     """Against torch's own attention on dense tensors, which knows nothing of blocks."""
-    cache, tables = _paged([21], 2, 4, 16)
+    cache, tables = paged_cache([21], 2, 4, 16)
     dense = torch.cat([cache[block] for block in tables[0, :6]], dim=2)[:, :, :21].repeat_interleave(2, 1)
     q = torch.randn(21, 4, 16)
     slices = prefill_index([21], [21], tables, num_kv_heads=2, block_size=4, window=None, dtype=q.dtype)

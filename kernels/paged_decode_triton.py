@@ -1,0 +1,245 @@
+"""Decode attention on a GPU: the keys of a sequence are split over programs, a second kernel joins their results.
+
+    part[s, h, i] = softmax over the keys of split i . V         lse[s, h, i] = log2 of the sum of 2^score
+    out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i
+
+Legend as in paged_decode.py. Scores are in base 2 (log2 e is part of the scale), sums in fp32. A program reads one kv
+head of a split, block by block, for all G query heads of it: they are the rows of one `tl.dot`, 16 at least.
+
+How many splits are launched depends on host integers alone; how many of them a sequence uses, and how long they are,
+follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host.
+A context of 0, the padding of such a graph, gives zeros.
+
+Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .paged_decode import DecodeTables
+
+_LOG2_E = 1 / math.log(2)
+SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
+_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 products hold as much again
+
+
+@triton.jit
+def cap_scores(dots, inner, CAPPED: tl.constexpr):
+    """tanh(scale * dots / softcap) as 1 - 2 / (e^2x + 1), with `inner` 2 log2(e) scale / softcap; else the dots."""
+    if CAPPED:
+        return 1.0 - 2.0 / (tl.exp2(dots * inner) + 1.0)
+    else:
+        return dots
+
+
+@triton.jit
+def _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr):
+    """First block that is seen, the end of the blocks, and how many of them a split takes."""
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(context_len - window, 0) // BLOCK_SIZE
+    end = tl.cdiv(context_len, BLOCK_SIZE)
+    return first, end, tl.maximum(tl.cdiv(end - first, num_splits), min_blocks)
+
+
+@triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
+def _paged_decode_kernel(
+    out_ptr,  # [S, H, D], or with SPLIT the parts, float32 [S, H, num_splits, D]
+    lse_ptr,  # float32 [S, H, num_splits], written with SPLIT
+    q_ptr,
+    cache_ptr,
+    context_lens_ptr,
+    block_tables_ptr,
+    stride_q_token,
+    stride_q_head,
+    stride_table,
+    num_splits,
+    min_blocks,
+    window,
+    inner,
+    unit,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One program per (kv head, sequence, split)."""
+    kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    context_len = tl.load(context_lens_ptr + seq)
+    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)
+    begin = first + split * per_split
+    stop = tl.minimum(begin + per_split, end)
+    if SPLIT and begin >= stop:
+        return
+
+    rows, dims, slots = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_SIZE)
+    heads = kv_head * GROUP + rows
+    in_dim = dims[None, :] < HEAD_DIM
+    in_group = (rows < GROUP)[:, None] & in_dim
+    q_rows = q_ptr + seq * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
+    q = tl.load(q_rows, mask=in_group, other=0.0)
+    table_ptr = block_tables_ptr + seq * stride_table
+    tile_ptrs = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM) + slots[:, None] * HEAD_DIM + dims[None, :]
+
+    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    highest = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
+    block = tl.load(table_ptr + begin, mask=begin < stop, other=0).to(tl.int64)
+    for index in range(begin, stop):
+        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
+        k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+        positions = index * BLOCK_SIZE + slots
+        seen = positions < context_len
+        if WINDOWED:
+            seen &= positions >= context_len - window
+        k = tl.load(k_ptrs, mask=in_dim, other=0.0)
+        # A slot that is not seen may hold another sequence's NaN, and 0 * NaN is NaN.
+        v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
+        scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
+        shrink = tl.exp2(highest - higher)
+        p = tl.exp2(scores * unit - higher[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        highest = higher
+        block = next_block
+
+    total = tl.where(total == 0.0, 1.0, total)
+    out_rows = seq * (NUM_KV_HEADS * GROUP) + heads
+    if SPLIT:
+        out_rows = out_rows * num_splits + split
+        tl.store(lse_ptr + out_rows, highest + tl.log2(total), mask=rows < GROUP)
+    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_group)
+
+
+@triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
+def _join_splits_kernel(
+    out_ptr,
+    parts_ptr,
+    lse_ptr,
+    context_lens_ptr,
+    num_splits,
+    min_blocks,
+    window,
+    NUM_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program per (query head, sequence); CHUNK splits at a time."""
+    head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    context_len = tl.load(context_lens_ptr + seq)
+    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)
+    num_used = tl.cdiv(end - first, per_split)
+    dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
+    in_dim = dims < HEAD_DIM
+    first_row = (seq * NUM_HEADS + head) * num_splits
+
+    highest = tl.full([], -1.0e30, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([PADDED_DIM], tl.float32)
+    for begin in range(0, num_used, CHUNK):
+        splits = begin + offsets
+        used = splits < num_used
+        lse = tl.load(lse_ptr + first_row + splits, mask=used, other=float("-inf"))
+        part_ptrs = parts_ptr + (first_row + splits)[:, None] * HEAD_DIM + dims[None, :]
+        parts = tl.load(part_ptrs, mask=used[:, None] & in_dim[None, :], other=0.0)
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        shrink = tl.exp2(highest - higher)
+        weights = tl.exp2(lse - higher)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * parts, 0)
+        highest = higher
+    total = tl.where(total == 0.0, 1.0, total)
+    out_ptrs = out_ptr + (seq * NUM_HEADS + head) * HEAD_DIM + dims
+    tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=in_dim)
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """`inner` of `cap_scores`, and what its results are multiplied by to be scores in base 2."""
+    if softcap is None:
+        return 0.0, scale * _LOG2_E
+    return 2 * _LOG2_E * scale / softcap, softcap * _LOG2_E
+
+
+def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
+    """Raises ValueError for what the attention kernels do not read."""
+    block_size = cache.shape[3]
+    if not 16 <= block_size <= 128 or block_size & (block_size - 1):
+        raise ValueError(f"block_size {block_size}: attention on a GPU needs 16, 32, 64 or 128")
+    block_bytes = 2 * block_size * padded_dim(cache.shape[4]) * cache.element_size()
+    if block_bytes > _MAX_BLOCK_BYTES:
+        raise ValueError(
+            f"a block of {block_size} tokens with head_dim {cache.shape[4]} in {cache.dtype} takes {block_bytes} bytes "
+            f"of shared memory; a multiprocessor has room for {_MAX_BLOCK_BYTES}: use a smaller block_size"
+        )
+    if q.dtype != cache.dtype:
+        raise ValueError(f"q is {q.dtype}, the cache {cache.dtype}; they must be equal")
+    if q.stride(-1) != 1 or not cache.is_contiguous():
+        raise ValueError("the features of q must be adjacent in memory, and the cache contiguous")
+
+
+def padded_dim(head_dim: int) -> int:
+    """Features of a tile: a power of two, at least the 16 that `tl.dot` needs."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
+    """Warps and pipeline stages, which keep one block less in flight: as many as let three programs share a
+    multiprocessor, one at least."""
+    block_bytes = 2 * block_size * padded_dim(head_dim) * element_size
+    in_flight = min(3, max(1, SHARED_BYTES // 3 // block_bytes))
+    return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}
+
+
+def paged_decode_triton(
+    q: torch.Tensor, cache: torch.Tensor, tables: DecodeTables, *, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """As `paged_decode`, by the kernels of this file; shapes are checked there."""
+    check_operands(q, cache)
+    num_seqs, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = cache.shape
+    group, num_splits = num_heads // num_kv_heads, tables.num_splits
+    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    parts, lse = out, out
+    if num_splits > 1:
+        parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    inner, unit = score_factors(scale, softcap)
+    window = tables.window or 0
+    shape = {
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim),
+        "WINDOWED": tables.window is not None,
+    }
+    _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
+        parts, lse, q, cache, tables.context_lens, tables.block_tables,
+        q.stride(0), q.stride(1), tables.block_tables.stride(0),
+        num_splits, tables.min_blocks, window, inner, unit,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        CAPPED=softcap is not None, SPLIT=num_splits > 1, **shape,
+        **decode_launch(block_size, head_dim, q.element_size()),
+    )  # fmt: skip
+    if num_splits > 1:
+        _join_splits_kernel[(num_heads, num_seqs)](
+            out, parts, lse, tables.context_lens, num_splits, tables.min_blocks, window,
+            NUM_HEADS=num_heads, CHUNK=16, **shape, num_warps=2,
+        )  # fmt: skip
+    return out

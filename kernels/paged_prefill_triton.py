@@ -1,0 +1,196 @@
+"""Prefill attention on a GPU: all slices of a step in one launch.
+
+Legend as in paged_prefill.py. The rows of a tile are tokens times the G query heads of one kv head: BLOCK_ROWS // G
+tokens, so that a block of keys is read once for all of them and the diagonal is short. The step's tiles are numbered
+slice after slice; a program finds its slice by bisection over cu_seqlens_q, and the last tile of a slice, which sees
+the most keys, starts first. Blocks that every row sees whole come without a mask, between those at the left edge of
+a window and those at the diagonal.
+
+No value comes back to the host. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .paged_decode_triton import SHARED_BYTES, cap_scores, check_operands, padded_dim, score_factors
+from .paged_prefill import PrefillTables
+
+
+@triton.jit
+def _find_slice(cu_seqlens_ptr, first_token, num_slices, tile, TOKENS: tl.constexpr):
+    """The slice of a tile. Slice s has tiles from (its first token // TOKENS) + s on: enough for its last tokens."""
+    low, high = num_slices * 0, num_slices
+    while low < high:
+        middle = (low + high) // 2
+        if (tl.load(cu_seqlens_ptr + middle) - first_token) // TOKENS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _attend_blocks(
+    acc,
+    total,
+    highest,
+    q,
+    tile_ptrs,
+    table_ptr,
+    begin,
+    stop,
+    positions,
+    first_position,
+    last_position,
+    window,
+    inner,
+    unit,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over blocks begin .. stop - 1 of the table."""
+    in_dim = tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
+    for index in range(begin, stop):
+        block = tl.load(table_ptr + index).to(tl.int64)
+        k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+        v_ptrs = k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+        k = tl.load(k_ptrs, mask=in_dim, other=0.0)
+        scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
+        if MASKED:
+            keys = index * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+            # A slot that no row sees may hold another sequence's NaN, and 0 * NaN is NaN.
+            read = keys <= last_position
+            seen = keys[None, :] <= positions[:, None]
+            if WINDOWED:
+                read &= keys > first_position - window
+                seen &= keys[None, :] > positions[:, None] - window
+            v = tl.load(v_ptrs, mask=read[:, None] & in_dim, other=0.0)
+            scores = tl.where(seen, scores, float("-inf"))
+        else:
+            v = tl.load(v_ptrs, mask=in_dim, other=0.0)
+        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
+        shrink = tl.exp2(highest - higher)
+        p = tl.exp2(scores * unit - higher[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        highest = higher
+    return acc, total, highest
+
+
+@triton.jit(do_not_specialize=["num_slices", "window"])
+def _paged_prefill_kernel(
+    out_ptr,
+    q_ptr,
+    cache_ptr,
+    cu_seqlens_ptr,
+    context_lens_ptr,
+    block_tables_ptr,
+    stride_q_token,
+    stride_q_head,
+    stride_table,
+    num_slices,
+    window,
+    inner,
+    unit,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """One program per (kv head, tile)."""
+    TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
+    kv_head, tile = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
+    step_start = tl.load(cu_seqlens_ptr)
+    index = _find_slice(cu_seqlens_ptr, step_start, num_slices, tile, TOKENS)
+    query_start = tl.load(cu_seqlens_ptr + index) - step_start
+    query_len = tl.load(cu_seqlens_ptr + index + 1) - step_start - query_start
+    first_token = (tile - query_start // TOKENS - index) * TOKENS
+    if first_token >= query_len:
+        return
+    context_len = tl.load(context_lens_ptr + index)
+    first_position = context_len - query_len + first_token
+    last_position = tl.minimum(first_position + TOKENS, context_len) - 1
+
+    rows, dims = tl.arange(0, BLOCK_ROWS), tl.arange(0, PADDED_DIM)
+    tokens = first_token + rows // GROUP
+    positions = context_len - query_len + tokens
+    in_tile = ((rows < TOKENS * GROUP) & (tokens < query_len))[:, None] & (dims < HEAD_DIM)[None, :]
+    q_tokens, heads = (query_start + tokens).to(tl.int64), kv_head * GROUP + rows % GROUP
+    q_ptrs = q_ptr + q_tokens[:, None] * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
+    q = tl.load(q_ptrs, mask=in_tile, other=0.0)
+    slots = tl.arange(0, BLOCK_SIZE)[:, None] * HEAD_DIM + dims[None, :]
+    tile_ptrs = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM) + slots
+    table_ptr = block_tables_ptr + index.to(tl.int64) * stride_table
+
+    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
+    left = 0
+    if WINDOWED:
+        edge = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE
+        left = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_SIZE)
+        left = tl.minimum(left, last_position // BLOCK_SIZE + 1)
+        acc, total, highest = _attend_blocks(
+            acc, total, highest, q, tile_ptrs, table_ptr, edge, left, positions, first_position, last_position,
+            window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, WINDOWED, CAPPED, True,
+        )  # fmt: skip
+    right = tl.maximum(left, (first_position + 1) // BLOCK_SIZE)
+    acc, total, highest = _attend_blocks(
+        acc, total, highest, q, tile_ptrs, table_ptr, left, right, positions, first_position, last_position,
+        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, WINDOWED, CAPPED, False,
+    )  # fmt: skip
+    acc, total, highest = _attend_blocks(
+        acc, total, highest, q, tile_ptrs, table_ptr, right, last_position // BLOCK_SIZE + 1, positions,
+        first_position, last_position,
+        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, WINDOWED, CAPPED, True,
+    )  # fmt: skip
+
+    total = tl.where(total == 0.0, 1.0, total)  # rows beyond the slice may have seen nothing
+    out_ptrs = out_ptr + (q_tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + dims[None, :]
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
+
+
+def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
+    """Rows of a tile, warps, pipeline stages. 128 rows on 8 warps keep wgmma busy without spilling registers.
+
+    Products in fp32 run on the scalar units, unrolled: larger tiles than 16 rows spill and take minutes to compile.
+    """
+    num_rows = 16 if element_size == 4 else 128
+    num_rows = max(num_rows, triton.next_power_of_2(group))
+    tile_bytes = (num_rows + 4 * block_size) * padded_dim(head_dim) * element_size
+    num_stages = 2 if element_size <= 2 and tile_bytes <= SHARED_BYTES else 1
+    return {"BLOCK_ROWS": num_rows, "num_warps": 8, "num_stages": num_stages}
+
+
+def paged_prefill_triton(
+    q: torch.Tensor, cache: torch.Tensor, tables: PrefillTables, *, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """As `paged_prefill`, by the kernel of this file; shapes are checked there."""
+    check_operands(q, cache)
+    num_tokens, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = cache.shape
+    group, num_slices = num_heads // num_kv_heads, len(tables.context_lens)
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    launch = prefill_launch(group, block_size, head_dim, q.element_size())
+    num_tiles = num_tokens // (launch["BLOCK_ROWS"] // group) + num_slices
+    inner, unit = score_factors(scale, softcap)
+    _paged_prefill_kernel[(num_kv_heads, num_tiles)](
+        out, q, cache, tables.cu_seqlens_q, tables.context_lens, tables.block_tables,
+        q.stride(0), q.stride(1), tables.block_tables.stride(0), num_slices, tables.window or 0, inner, unit,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim), WINDOWED=tables.window is not None, CAPPED=softcap is not None, **launch,
+    )  # fmt: skip
+    return out
