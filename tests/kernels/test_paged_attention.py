@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoal.kernels.kv_store import kv_store, kv_store_ref, store_rows
 from shoal.kernels.paged_decode import decode_index, paged_decode, paged_decode_ref
 from shoal.kernels.paged_prefill import paged_prefill, paged_prefill_ref, prefill_index
 from tests.support.paged_cache import paged_cache
@@ -91,23 +90,3 @@ def test_prefill_refuses_slices_that_do_not_fit():
         prefill_index([4], [17], tables, **options)
     with pytest.raises(ValueError, match="a slice of 9 tokens"):
         prefill_index([9], [8], tables, **options)
-
-
-@pytest.mark.parametrize(("kv_heads", "block_size"), [(1, 1), (2, 16), (3, 8)])
-def test_kv_store(kv_heads, block_size):
-    torch.manual_seed(2)
-    slots = torch.randperm(5 * block_size)[: min(11, 5 * block_size)]
-    kv = torch.randn(len(slots), 2 * kv_heads + 1, 6)[:, 1:]  # a view, as the fused projection gives it
-    cache = torch.full((5, 2, kv_heads, block_size, 6), torch.nan)
-    want = cache.clone()
-    kv_store_ref(kv, want, slots)
-    kv_store(kv, cache, store_rows(slots, kv_heads, block_size))
-    torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
-
-
-def test_kv_store_refuses_what_does_not_fit():
-    cache = torch.zeros(2, 2, 2, 4, 6)
-    with pytest.raises(ValueError, match="rows for 3 tokens"):
-        kv_store(torch.zeros(3, 4, 6), cache, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="the cache"):
-        kv_store(torch.zeros(3, 4, 5), cache, torch.zeros(12, dtype=torch.int64))
