@@ -1,4 +1,4 @@
-"""Paged attention by torch and KV writes against the formulas, on caches that are NaN wherever nothing was written."""
+"""Paged attention by torch against the formulas, on caches that are NaN wherever nothing was written."""
 
 from __future__ import annotations
 
