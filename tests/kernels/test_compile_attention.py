@@ -1,0 +1,85 @@
+"""The attention kernels compile for sm_90: no spills, tensor cores, copies to shared memory while others compute."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from shoal.kernels.paged_decode_triton import decode_launch, padded_dim
+from shoal.kernels.paged_prefill_triton import prefill_launch
+from tests.support.aot import Compiled, Variant, compile_variants
+
+ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+SETTINGS = {"context_lens_ptr": "*i32", "block_tables_ptr": "*i32", "inner": "fp32", "unit": "fp32"}
+
+
+def _shape(head_dim: int, block_size: int) -> dict[str, int | bool]:
+    return {"BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim)}
+
+
+def _decode(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False, split=True) -> Variant:
+    types = {**SETTINGS, "out_ptr": "*fp32" if split else f"*{dtype}", "lse_ptr": "*fp32"}
+    types |= {"q_ptr": f"*{dtype}", "cache_ptr": f"*{dtype}"}
+    constants = {"NUM_KV_HEADS": 8, "GROUP": group, "ROWS": 16, "WINDOWED": windowed, "CAPPED": capped, "SPLIT": split}
+    return Variant(
+        "shoal.kernels.paged_decode_triton:_paged_decode_kernel",
+        types,
+        constants | _shape(head_dim, block_size),
+        decode_launch(block_size, head_dim, ELEMENT_SIZE[dtype]),
+    )
+
+
+def _join(dtype: str, head_dim: int) -> Variant:
+    types = {"out_ptr": f"*{dtype}", "parts_ptr": "*fp32", "lse_ptr": "*fp32", "context_lens_ptr": "*i32"}
+    constants = {"NUM_HEADS": 32, "WINDOWED": True, "CHUNK": 16} | _shape(head_dim, 64)
+    return Variant("shoal.kernels.paged_decode_triton:_join_splits_kernel", types, constants, {"num_warps": 2})
+
+
+def _prefill(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False) -> Variant:
+    types = {**SETTINGS, "cu_seqlens_ptr": "*i32"} | dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
+    launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype])
+    constants = {"NUM_KV_HEADS": 8, "GROUP": group, "WINDOWED": windowed, "CAPPED": capped}
+    constants |= {"BLOCK_ROWS": launch.pop("BLOCK_ROWS")} | _shape(head_dim, block_size)
+    return Variant("shoal.kernels.paged_prefill_triton:_paged_prefill_kernel", types, constants, launch)
+
+
+VARIANTS = {
+    "decode": _decode("bf16", 128),
+    "decode in one split": _decode("bf16", 128, split=False),
+    "decode, window and soft cap": _decode("bf16", 128, windowed=True, capped=True),
+    "decode, small heads": _decode("fp16", 64, group=7),
+    "decode, odd heads": _decode("bf16", 96, group=1),
+    "decode, large heads": _decode("bf16", 256, group=2, windowed=True, capped=True),
+    "decode, small blocks": _decode("bf16", 128, block_size=16),
+    "decode in fp32": _decode("fp32", 32, block_size=16),
+    "join": _join("bf16", 128),
+    "join, large heads": _join("bf16", 256),
+    "prefill": _prefill("bf16", 128),
+    "prefill, window and soft cap": _prefill("bf16", 128, windowed=True, capped=True),
+    "prefill, small heads": _prefill("fp16", 64, group=7),
+    "prefill, odd heads": _prefill("bf16", 96, group=1),
+    "prefill, large heads": _prefill("bf16", 256, group=2, windowed=True, capped=True),
+    "prefill, small blocks": _prefill("bf16", 128, block_size=16),
+    "prefill in fp32": _prefill("fp32", 32, block_size=16),
+}
+HALF_PRECISION = [name for name in VARIANTS if "fp32" not in name and not name.startswith("join")]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    return compile_variants(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_spills(name, compiled):
+    kernel = compiled[name]
+    assert kernel.spilled == 0
+    assert kernel.registers <= (255 if name.startswith("prefill") else 128)  # three decode programs on a multiprocessor
+
+
+@pytest.mark.parametrize("name", HALF_PRECISION)
+def test_products_run_on_tensor_cores_while_blocks_are_copied(name, compiled):
+    ptx = compiled[name].ptx
+    assert ("wgmma.mma_async" if name.startswith("prefill") else "mma.sync") in ptx
+    assert "cp.async.cg.shared.global" in ptx  # 16 bytes each, past the registers
