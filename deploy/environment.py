@@ -16,6 +16,8 @@ _ALWAYS = {
     # A hop between event loops less on every request and on every piece of a stream.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # From the proxy to the router by gRPC: 3 ms for a small answer on 2 busy cores, against 7 ms by actor calls.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # A proxy that hangs is noticed in seconds; Serve's own values are 10 s and 10 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
@@ -29,7 +31,6 @@ _OWN_RAY = {
 _PUBLIC = {
     # HAProxy carries streams past Serve's Python proxy, but it binds all interfaces: not for loopback.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # Serve keeps routers for 30 s after their end, for load balancers outside that have to learn of it.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
