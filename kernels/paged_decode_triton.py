@@ -16,6 +16,7 @@ Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanfor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -76,11 +77,12 @@ def _paged_decode_kernel(
     """One program per (kv head, sequence, split)."""
     kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
-    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)
+    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
     begin = first + split * per_split
     stop = tl.minimum(begin + per_split, end)
-    if SPLIT and begin >= stop:
-        return
+    if SPLIT:
+        if begin >= stop:  # noqa: SIM102 - SPLIT is known when the kernel is compiled, the bounds are not
+            return
 
     rows, dims, slots = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_SIZE)
     heads = kv_head * GROUP + rows
@@ -145,7 +147,7 @@ def _join_splits_kernel(
     """One program per (query head, sequence); CHUNK splits at a time."""
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context_len = tl.load(context_lens_ptr + seq)
-    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)
+    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
     num_used = tl.cdiv(end - first, per_split)
     dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
     in_dim = dims < HEAD_DIM
@@ -197,7 +199,7 @@ def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
 
 def padded_dim(head_dim: int) -> int:
     """Features of a tile: a power of two, at least the 16 that `tl.dot` needs."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
@@ -223,23 +225,28 @@ def paged_decode_triton(
         lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
     inner, unit = score_factors(scale, softcap)
     window = tables.window or 0
-    shape = {
+    shape: dict[str, Any] = {
         "BLOCK_SIZE": block_size,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_dim(head_dim),
         "WINDOWED": tables.window is not None,
     }
+    launch: dict[str, Any] = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "ROWS": max(16, triton.next_power_of_2(group)),
+        "CAPPED": softcap is not None,
+        "SPLIT": num_splits > 1,
+        **decode_launch(block_size, head_dim, q.element_size()),
+    }
     _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         parts, lse, q, cache, tables.context_lens, tables.block_tables,
         q.stride(0), q.stride(1), tables.block_tables.stride(0),
-        num_splits, tables.min_blocks, window, inner, unit,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        CAPPED=softcap is not None, SPLIT=num_splits > 1, **shape,
-        **decode_launch(block_size, head_dim, q.element_size()),
+        num_splits, tables.min_blocks, window, inner, unit, **shape, **launch,
     )  # fmt: skip
     if num_splits > 1:
+        launch = {"NUM_HEADS": num_heads, "CHUNK": 16, "num_warps": 2}
         _join_splits_kernel[(num_heads, num_seqs)](
-            out, parts, lse, tables.context_lens, num_splits, tables.min_blocks, window,
-            NUM_HEADS=num_heads, CHUNK=16, **shape, num_warps=2,
-        )  # fmt: skip
+            out, parts, lse, tables.context_lens, num_splits, tables.min_blocks, window, **shape, **launch
+        )
     return out

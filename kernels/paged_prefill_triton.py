@@ -11,6 +11,8 @@ No value comes back to the host. Called by paged_prefill.py. Paper: Dao, FlashAt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -169,7 +171,7 @@ def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int
     Products in fp32 run on the scalar units, unrolled: larger tiles than 16 rows spill and take minutes to compile.
     """
     num_rows = 16 if element_size == 4 else 128
-    num_rows = max(num_rows, triton.next_power_of_2(group))
+    num_rows = max(num_rows, int(triton.next_power_of_2(group)))
     tile_bytes = (num_rows + 4 * block_size) * padded_dim(head_dim) * element_size
     num_stages = 2 if element_size <= 2 and tile_bytes <= SHARED_BYTES else 1
     return {"BLOCK_ROWS": num_rows, "num_warps": 8, "num_stages": num_stages}
@@ -184,13 +186,20 @@ def paged_prefill_triton(
     _, _, num_kv_heads, block_size, _ = cache.shape
     group, num_slices = num_heads // num_kv_heads, len(tables.context_lens)
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    launch = prefill_launch(group, block_size, head_dim, q.element_size())
+    launch: dict[str, Any] = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim),
+        "WINDOWED": tables.window is not None,
+        "CAPPED": softcap is not None,
+        **prefill_launch(group, block_size, head_dim, q.element_size()),
+    }
     num_tiles = num_tokens // (launch["BLOCK_ROWS"] // group) + num_slices
     inner, unit = score_factors(scale, softcap)
     _paged_prefill_kernel[(num_kv_heads, num_tiles)](
         out, q, cache, tables.cu_seqlens_q, tables.context_lens, tables.block_tables,
-        q.stride(0), q.stride(1), tables.block_tables.stride(0), num_slices, tables.window or 0, inner, unit,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim(head_dim), WINDOWED=tables.window is not None, CAPPED=softcap is not None, **launch,
+        q.stride(0), q.stride(1), tables.block_tables.stride(0), num_slices, tables.window or 0, inner, unit, **launch,
     )  # fmt: skip
     return out

@@ -148,6 +148,33 @@ def test_prefill_in_half_precision_over_several_tiles(device, dtype):
     check_prefill(device, [150, 2], [160, 40], heads=2, kv_heads=1, dtype=dtype, window=90)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_follows_its_context_lengths():
+    """Capture fails wherever the host waits for the device; a replay sees lengths that were written after it."""
+    longest, now, device = [90, 130, 40], [17, 130, 1], torch.device("cuda")
+    cache, tables = (tensor.to(device) for tensor in paged_cache(longest, 2, BLOCK_SIZE, 64))
+    query_lens = [1, 20, 1]
+    q, chunks = (torch.randn(n, 4, 64, device=device) for n in (len(longest), sum(query_lens)))
+    lens = torch.tensor(longest, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 1, 21, 22], dtype=torch.int32, device=device)
+    settings = {"scale": 0.3, "softcap": None}
+
+    def attend() -> tuple[torch.Tensor, torch.Tensor]:
+        decoded = paged_decode(q, cache, decode_operand(lens, tables, cache, None, (4, 1)), **settings)
+        return decoded, paged_prefill(chunks, cache, PrefillTables(cu_seqlens, lens, tables, None), **settings)
+
+    attend()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoded, prefilled = attend()
+    lens.copy_(torch.tensor(now, dtype=torch.int32))
+    graph.replay()
+    torch.testing.assert_close(decoded, paged_decode_ref(q, cache, lens, tables, **settings), rtol=2e-5, atol=2e-5)
+    want = paged_prefill_ref(chunks, cache, query_lens, now, tables, **settings)
+    torch.testing.assert_close(prefilled, want, rtol=2e-5, atol=2e-5)
+
+
 def test_kernels_refuse_a_block_size_that_they_cannot_tile(device):
     if backend_of(torch.empty(0, device=device)) is Backend.TORCH:
         pytest.skip("torch takes any block_size")
@@ -155,6 +182,8 @@ def test_kernels_refuse_a_block_size_that_they_cannot_tile(device):
         check_decode(device, [5], block_size=8)
     with pytest.raises(ValueError, match="block_size 8: attention on a GPU needs 16, 32, 64 or 128"):
         check_prefill(device, [5], [5], block_size=8)
+    with pytest.raises(ValueError, match="use a smaller block_size"):
+        check_decode(device, [5], head_dim=256, block_size=128)
 
 
 def test_splits_fill_the_machine_and_no_more():
