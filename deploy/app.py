@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Ingress:
         self.router = Router(directory, await directory.secret())
         models = [ServedModel(name, Tokenizer.from_folder(path), root) for name, root, path in settings.models]
         self.service = ApiService(self.router, models, settings.keys)
+        gc.collect()
+        gc.freeze()  # as a replica does: no collection over what is loaded by now pauses the streams
         await self.router.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
