@@ -80,8 +80,8 @@ def _paged_decode_kernel(
     first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
     begin = first + split * per_split
     stop = tl.minimum(begin + per_split, end)
-    if SPLIT:
-        if begin >= stop:  # noqa: SIM102 - SPLIT is known when the kernel is compiled, the bounds are not
+    if SPLIT:  # noqa: SIM102 - known when the kernel is compiled, which the bounds are not
+        if begin >= stop:
             return
 
     rows, dims, slots = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_SIZE)

@@ -50,7 +50,8 @@ def check_decode(
     device, context_lens, *, heads=4, kv_heads=2, head_dim=32, block_size=BLOCK_SIZE, dtype=torch.float32,
     window=None, softcap=None, splits=None,
 ) -> None:  # fmt: skip
-    cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype)
+    num_unseen = () if window is None else [max(0, length - window) for length in context_lens]
+    cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype, num_unseen=num_unseen)
     fused = torch.randn(len(context_lens), heads + 2, head_dim, dtype=dtype)
     q = fused.to(device)[:, :heads]  # a view, as the fused projection gives it
     cache, tables = cache.to(device), tables.to(device)
@@ -65,7 +66,10 @@ def check_prefill(
     device, query_lens, context_lens, *, heads=4, kv_heads=2, head_dim=32, block_size=BLOCK_SIZE,
     dtype=torch.float32, window=None, softcap=None,
 ) -> None:  # fmt: skip
-    cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype)
+    num_unseen = ()
+    if window is not None:
+        num_unseen = [max(0, m - n - window + 1) for n, m in zip(query_lens, context_lens, strict=True)]
+    cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype, num_unseen=num_unseen)
     fused = torch.randn(sum(query_lens), heads + 2, head_dim, dtype=dtype)
     q, cache, tables = fused.to(device)[:, :heads], cache.to(device), tables.to(device)
     slices: tuple[PrefillSlice, ...] | PrefillTables

@@ -8,10 +8,18 @@ import torch
 
 
 def paged_cache(
-    context_lens: Sequence[int], num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype = torch.float32
+    context_lens: Sequence[int],
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_unseen: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache [B, 2, KV, BS, D] with shuffled blocks and NaN in every slot beyond the contexts, block 0 included; and
-    its tables int32 [S, M], one column wider than needed."""
+    """A cache [B, 2, KV, BS, D] with shuffled blocks, and its tables int32 [S, M], one column wider than needed.
+
+    NaN stands in every slot beyond the contexts, block 0 included, and in the first num_unseen slots of each sequence.
+    """
     torch.manual_seed(1)
     counts = [-(-length // block_size) for length in context_lens]
     num_blocks = sum(counts) + 3
@@ -24,4 +32,7 @@ def paged_cache(
             tables[s, i] = block
             filled = min(block_size, length - i * block_size)
             cache[block, :, :, :filled] = torch.randn(2, num_kv_heads, filled, head_dim).to(dtype)
+    for table, num_positions in zip(tables.tolist(), num_unseen):  # noqa: B905 - none given, none poisoned
+        for position in range(num_positions):
+            cache[table[position // block_size], :, :, position % block_size] = torch.nan
     return cache, tables
