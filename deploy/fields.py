@@ -43,6 +43,7 @@ NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
 # Fields that change nothing about an answer here.
 WITHOUT_EFFECT = frozenset(
     {
+        "include_reasoning",
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",

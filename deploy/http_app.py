@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from .. import __version__
 from . import openai_models as routes
 from .edge import Edge
 from .openai_chat import create_chat_completion
 from .openai_completions import create_completion
-from .openai_docs import request_schema
+from .openai_docs import error_responses, generation_responses, request_schema
 from .openai_errors import HttpError, error_response
 from .schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeTextBody
 from .service import ApiService
@@ -19,7 +19,7 @@ from .service import ApiService
 
 def create_http_app(service: ApiService, *, sends_request_id: bool = True) -> FastAPI:
     """The application over `service`. `sends_request_id` is off behind a proxy that sends the id back itself."""
-    app = FastAPI(title="Shoal", version=__version__)
+    app = FastAPI(title="Shoal", version=__version__, responses=error_responses())
     app.add_middleware(Edge, keys=service.keys, sends_id=sends_request_id)
     app.add_exception_handler(HTTPException, _http_exception)
     _add_generation_routes(app, service)
@@ -36,11 +36,15 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 def _add_generation_routes(app: FastAPI, service: ApiService) -> None:
-    @app.post("/v1/completions", openapi_extra=request_schema(CompletionBody))
+    @app.post("/v1/completions", responses=generation_responses(), openapi_extra=request_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         return await create_completion(service, request)
 
-    @app.post("/v1/chat/completions", openapi_extra=request_schema(ChatCompletionBody))
+    @app.post(
+        "/v1/chat/completions",
+        responses=generation_responses(),
+        openapi_extra=request_schema(ChatCompletionBody),
+    )
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
@@ -77,7 +81,7 @@ def _add_operation_routes(app: FastAPI, service: ApiService) -> None:
     async def version() -> Response:
         return routes.version()
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return routes.metrics(service)
 

@@ -1,4 +1,4 @@
-"""The request bodies in the OpenAPI document; routes read bodies themselves, so FastAPI cannot know them."""
+"""Bodies and errors in the OpenAPI document; routes read and write them themselves, so FastAPI cannot know them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,50 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .fields import WITHOUT_EFFECT
+
+_NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": _NULLABLE_TEXT,
+        "code": _NULLABLE_TEXT,
+    },
+    "required": ["message", "type", "param", "code"],
+    "additionalProperties": False,
+}
+_ERROR_BODY = {"type": "object", "properties": {"error": _ERROR}, "required": ["error"], "additionalProperties": False}
+
+
+def error_responses() -> dict[int | str, dict[str, Any]]:
+    """What every route may answer beside its success."""
+    content = {"application/json": {"schema": _ERROR_BODY}}
+    return {
+        "4XX": {"description": "The request is refused", "content": content},
+        "5XX": {"description": "The server cannot answer", "content": content},
+    }
+
+
+def generation_responses() -> dict[int | str, dict[str, Any]]:
+    """The success of a generation, in its two forms."""
+    return {200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
+
 
 def request_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """What a route adds to its OpenAPI entry for a JSON body of this kind, with all definitions in place."""
+    """What a route adds to its OpenAPI entry for a JSON body of this kind, with all definitions in place.
+
+    Optional fields may be null, and unknown ones are refused; the model itself sees neither.
+    """
     schema = body.model_json_schema(mode="validation")
     definitions = schema.pop("$defs", {})
+    required = schema.get("required", ())
+    schema["properties"] = {key: {} for key in sorted(WITHOUT_EFFECT)} | {
+        key: field if key in required else {"anyOf": [field, {"type": "null"}]}
+        for key, field in schema["properties"].items()
+    }
+    schema["additionalProperties"] = False
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -100,7 +100,7 @@ def _sampling(body: GenerationBody, max_tokens: int, vocab_size: int, tokenizer:
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
         logit_bias=tuple((_in_vocab(int(key), vocab_size, "logit_bias"), v) for key, v in body.logit_bias.items()),
-        allowed_token_ids=_all_in_vocab(body.allowed_token_ids or (), vocab_size, "allowed_token_ids"),
+        allowed_token_ids=_all_in_vocab(body.allowed_token_ids, vocab_size, "allowed_token_ids"),
         bad_words=tuple(ids for word in body.bad_words for ids in _spellings(word, tokenizer)),
         seed=seed % (1 << SEED_BITS),
         stop_token_ids=_all_in_vocab(body.stop_token_ids, vocab_size, "stop_token_ids"),
@@ -116,7 +116,7 @@ def _in_vocab(token_id: int, vocab_size: int, param: str) -> int:
     return token_id
 
 
-def _all_in_vocab(token_ids: list[int] | tuple[()], vocab_size: int, param: str) -> tuple[int, ...]:
+def _all_in_vocab(token_ids: list[int], vocab_size: int, param: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_in_vocab(token_id, vocab_size, param) for token_id in token_ids))
 
 

@@ -1,7 +1,8 @@
 """The bodies that clients send: OpenAI's fields, and vLLM's where OpenAI has none.
 
 Every bound is checked here, before a prompt is tokenised or anything is allocated. A null is the same as an absent
-field. Types are strict: the string "5" is no number. Unknown fields are errors, see `fields.py`.
+field. Types are strict: the string "5" is no number, though 5.0 is an integer, as in JSON Schema. Unknown fields are
+errors, see `fields.py`. Lists fail at their first bad item: an error for each of a million would stop the event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema, field_validator, model_validator
 
 from .fields import field_error
 
@@ -29,7 +30,45 @@ TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenIds = Annotated[list[TokenId], FailFast()]
 Prompts = list[str] | list[list[int]]
+
+
+def _text_or(*others: dict[str, Any]) -> WithJsonSchema:
+    """For the published schema: a string or one of `others`, all of which a validator makes a list of."""
+    return WithJsonSchema({"anyOf": [{"type": "string"}, *others]})
+
+
+_TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_TEXTS_SCHEMA = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string"}}
+_BATCH_SCHEMA = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _TOKENS_SCHEMA}
+_STOPS_SCHEMA = {
+    "type": "array",
+    "maxItems": MAX_STOP_STRINGS,
+    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+}
+
+
+# Fields of the bodies below where 5.0 stands for 5.
+_INTEGERS = (
+    "n",
+    "best_of",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "top_k",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "priority",
+)
+
+
+def without_nulls(value: Any) -> Any:
+    """An object without its null fields; anything else as it is."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 class Body(BaseModel):
@@ -45,6 +84,12 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False  # padding against observers of the traffic: there is none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        return without_nulls(value)
 
 
 class GenerationBody(Body):
@@ -60,12 +105,12 @@ class GenerationBody(Body):
     repetition_penalty: Number = Field(1.0, gt=0.0, le=100.0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     logit_bias: dict[str, Annotated[Number, Field(ge=-100.0, le=100.0)]] = Field({}, max_length=MAX_LOGIT_BIAS)
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    allowed_token_ids: TokenIds = Field([], min_length=1)
     bad_words: list[StopString] = Field([], max_length=MAX_TOKEN_LIST)
     min_tokens: TokenCount = 0
     ignore_eos: bool = False
-    stop: list[StopString] = Field([], max_length=MAX_STOP_STRINGS)
-    stop_token_ids: list[TokenId] = Field([], max_length=MAX_TOKEN_LIST)
+    stop: Annotated[list[StopString], _text_or(_STOPS_SCHEMA)] = Field([], max_length=MAX_STOP_STRINGS)
+    stop_token_ids: TokenIds = Field([], max_length=MAX_TOKEN_LIST)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -84,9 +129,18 @@ class GenerationBody(Body):
     def _one_stop_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("logit_bias")
+    @field_validator(*_INTEGERS, mode="before", check_fields=False)
     @classmethod
-    def _keys_are_token_ids(cls, value: dict[str, float]) -> dict[str, float]:
+    def _whole_floats_are_integers(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _keys_are_token_ids(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"has {len(value)} entries; the limit is {MAX_LOGIT_BIAS}")
         for key in value:
             if not (key.isascii() and key.isdecimal() and len(key) <= 10):
                 raise ValueError(f"key {key[:40]!r} is not a token id")
@@ -117,7 +171,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Prompts
+    prompt: Annotated[Prompts, _text_or(_TOKENS_SCHEMA, _TEXTS_SCHEMA, _BATCH_SCHEMA)]
     max_tokens: TokenCount | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     echo: bool = False
@@ -154,13 +208,20 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+
+
 class Message(BaseModel):
     """One message of a conversation. Content is text, whole or in parts."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str = ""
+    content: Annotated[str, _text_or({"type": "array", "items": _PART_SCHEMA})] = ""
     name: str | None = None
     # A client sends answers back as it got them; these are null or empty there.
     refusal: None = None
@@ -169,11 +230,13 @@ class Message(BaseModel):
     function_call: None = None
     audio: None = None
     reasoning: str | None = None
+    reasoning_content: str | None = None
+    type: Literal["text", "message"] = "text"  # lm-evaluation-harness sends one
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        return without_nulls(value)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -203,13 +266,15 @@ class ChatFields(BaseModel):
     chat_template_kwargs: dict[str, bool | int | str] = {}
     add_special_tokens: bool = False
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("chat_template_kwargs", mode="before")
     @classmethod
-    def _only_listed_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _only_listed_variables(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
         for key in value:
             if key not in TEMPLATE_VARIABLES:
                 raise ValueError(f"{key[:40]!r} is not among {sorted(TEMPLATE_VARIABLES)}")
-        return value
+        return without_nulls(value)
 
     @model_validator(mode="after")
     def _prompt_or_continuation(self) -> ChatFields:
@@ -260,7 +325,7 @@ class TokenizeChatBody(ChatFields, Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: TokenIds = Field(max_length=1 << 20)
     skip_special_tokens: bool = False
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from shoal.cluster.errors import NoReplica, QueueFull
+from shoal.deploy.schema import ChatCompletionBody, CompletionBody, DetokenizeBody
 from shoal.replicas.errors import CapacityError, RequestError
 from tests.deploy.conftest import Api
 
@@ -248,12 +250,40 @@ def test_the_context_is_used_to_the_last_token(api: Api) -> None:
         {"logprobs": 0},
         {"prompt": ["a"] * 128, "max_tokens": 1},
         {"temperature": None, "n": None, "stop": None, "stream": None},
+        {"max_tokens": 5.0, "n": 2.0, "seed": 7.0, "logprobs": 1.0},
+        {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}},
+        {
+            "metadata": {"a": "b"},
+            "store": True,
+            "service_tier": "auto",
+            "user": "u",
+            "suffix": None,
+            "logit_bias": None,
+        },
     ],
     ids=lambda body: str(body)[:24],
 )
 def test_bounds_are_inside(api: Api, body: dict) -> None:
     response = api.post("/v1/completions", {"prompt": "x", **body})
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"prompt": "x", "allowed_token_ids": [""] * 10_000}),
+        (CompletionBody, {"prompt": "x", "logit_bias": {str(i): "" for i in range(10_000)}}),
+        (CompletionBody, {"prompt": "x", "stop_token_ids": [""] * 10_000}),
+        (DetokenizeBody, {"tokens": [""] * 10_000}),
+        (ChatCompletionBody, {"messages": USER, "chat_template_kwargs": {str(i): None for i in range(10_000)}}),
+    ],
+    ids=str,
+)
+def test_a_long_list_of_nonsense_is_refused_at_its_first_item(kind: type[BaseModel], body: dict) -> None:
+    """Millions of findings would hold up every other request of the process."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() == 1
 
 
 def test_detokenize_checks_ids(api: Api) -> None:

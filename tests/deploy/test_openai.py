@@ -347,3 +347,29 @@ def test_tokenize_and_back(api: Api) -> None:
     chat = api.post("/tokenize", {"messages": MESSAGES}).json()
     assert chat["tokens"] == api.tokenizer.encode("<|user|>hello<|end|>\n<|assistant|>")
     assert api.http.get("/tokenizer_info").json()["chat_template"] == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "x", "type": "text"},  # lm-evaluation-harness
+        {"role": "user", "content": "x", "name": "ann"},
+        {"role": "assistant", "content": "x", "reasoning_content": "because"},
+        {"role": "assistant", "content": None, "tool_calls": None, "refusal": None},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    ],
+    ids=str,
+)
+def test_messages_as_clients_send_them(api: Api, message: dict) -> None:
+    response = api.post("/v1/chat/completions", {"messages": [message], "max_tokens": 1})
+    assert response.status_code == 200, response.text
+
+
+def test_nulls_inside_objects_are_absent_fields(api: Api) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {"enable_thinking": None}}
+    assert api.post("/v1/chat/completions", body).status_code == 200
+
+
+def test_the_larger_limit_is_the_older_name(api: Api) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 9999, "max_completion_tokens": 2}
+    assert api.post("/v1/chat/completions", body).json()["usage"]["completion_tokens"] == 2
