@@ -18,6 +18,10 @@ from .config import ModelFacts
 from .errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
+# No model comes near these; a config.json that does would have memory allocated for it before its tensors are seen.
+MAX_SIZE = 1 << 28
+_LIMITS = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "num_attention_heads": 1 << 16, "head_dim": 1 << 16}
 
 # Architecture, as config.json spells it -> family of models/families.py, which is the text config's model_type.
 ARCHITECTURES = {
@@ -104,15 +108,21 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; a model folder needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def family_of(architectures: list[str] | None, model_type: str | None) -> str:
     """The family of the first architecture; a text config without one is named by its model_type."""
+    if architectures and not (isinstance(architectures, list) and isinstance(architectures[0], str)):
+        raise ModelError(f"architectures is {architectures!r}; expected a list of names")
     if not architectures and model_type in ARCHITECTURES.values():
         return str(model_type)
     architecture = architectures[0] if architectures else None
@@ -133,13 +143,17 @@ def read_model_facts(folder: Path) -> ModelFacts:
         family = family_of(config.get("architectures"), config.get("model_type"))
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}") from None
-    text = {**_DEFAULTS.get(family, {}), **(config.get("text_config") or config)}
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise ModelError(f"{path}: text_config is {text!r}; expected an object")
+    text = {**_DEFAULTS.get(family, {}), **text}
 
     def integer(key: str, default: int | None = None) -> int:
         value = text.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{path}: {key} is {value!r}; expected a positive integer")
+        limit = _LIMITS.get(key, MAX_SIZE)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise ModelError(f"{path}: {key} is {value!r}; expected a positive integer, at most {limit}")
         return value
 
     heads = integer("num_attention_heads")
@@ -170,7 +184,7 @@ def _eos_token_ids(folder: Path, config: dict[str, Any], text: dict[str, Any]) -
     if ids is None:
         ids = config.get("eos_token_id", text.get("eos_token_id"))
     ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
-    if not all(isinstance(token, int) for token in ids):
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ModelError(f"{folder}: eos_token_id is {ids!r}; expected an integer or a list of them")
     return tuple(dict.fromkeys(ids))
 
@@ -195,6 +209,8 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors = {}
     for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or file != Path(file).name:
+            raise ModelError(f"{index}: tensor {name!r} is said to be in {file!r}; expected a file of this folder")
         if file not in headers:
             headers[file] = read_header(folder / file)
         if name not in headers[file]:
@@ -214,11 +230,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"its header should take {length} bytes and the file has {size}")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"its header takes {length} bytes; the format allows {MAX_HEADER_BYTES}")
             header = json.loads(stream.read(length))
     except FileNotFoundError:
         raise ModelError(f"{file} is missing; its tensors are part of the model") from None
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{file} is no whole safetensors file: {error}; fetch it again") from error
+    except (OSError, ValueError, RecursionError, struct.error) as error:
+        raise ModelError(f"{file} is no whole safetensors file: {_one_line(error)}; fetch it again") from error
     if not isinstance(header, dict):
         raise ModelError(f"{file} is no safetensors file: its header is a {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
@@ -233,18 +251,22 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"{file} is truncated: tensor {name} ends at byte {stop} of the data, the file has {size - 8 - length}"
             )
         end = stop
+    if end != size - 8 - length:
+        raise ModelError(
+            f"{file} has {size - 8 - length} bytes of data and its tensors end at {end}; the file is damaged"
+        )
     return {name: info for name, (info, _, _) in entries.items()}
 
 
 def _header_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     """A tensor and where its bytes are. Raises ModelError where dtype, shape and number of bytes do not agree."""
-    where = f"{file}: tensor {name}"
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        elements = math.prod(shape)
-        num_bytes = stop - start
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{where} is not described as safetensors does it: {entry!r}; fetch the file again") from error
+    where = f"{file}: tensor {name if name.isprintable() else ascii(name)}"
+    described = _described(entry)
+    if described is None:
+        raise ModelError(f"{where} is not described as safetensors does it: {entry!r:.200}; fetch the file again")
+    dtype, shape, start, stop = described
+    elements = math.prod(shape)
+    num_bytes = stop - start
     if dtype not in _ELEMENT_BYTES:
         raise ModelError(f"{where} has dtype {dtype!r}, which is not known; known are {', '.join(_ELEMENT_BYTES)}")
     if elements * _ELEMENT_BYTES[dtype] != num_bytes:
@@ -253,3 +275,16 @@ def _header_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, i
             f"{elements * _ELEMENT_BYTES[dtype]}; the file is damaged"
         )
     return TensorInfo(file, dtype, shape), start, stop
+
+
+def _described(entry: Any) -> tuple[str, tuple[int, ...], int, int] | None:
+    """dtype, shape and byte range of a header's entry; None where it is of another form."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    numbers = (*shape, start, stop)
+    # 64 bits bound the time that the product of a damaged shape takes, and the length of its message.
+    if isinstance(dtype, str) and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        return dtype, shape, start, stop
+    return None

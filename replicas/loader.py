@@ -20,7 +20,7 @@ from ..quant.methods import LinearMethod, UnquantizedLinear
 from .checkpoint import TensorInfo, list_tensors
 from .comm import ParallelContext
 from .config import EngineConfig
-from .errors import ModelError
+from .errors import ModelError, ServingError
 from .layers.weights import Source, WeightSlot
 from .models.decoder import DecoderModel
 from .models.families import decoder_spec
@@ -42,26 +42,43 @@ def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext
     """
     folder = Path(config.model.path)
     assert config.model.max_model_len is not None, "the configuration must be resolved"
-    text_config = _text_config(folder)
-    spec = decoder_spec(text_config)
-    comm = comm or ParallelContext()
-    model = DecoderModel(
-        spec,
-        text_config,
-        comm,
-        _linear_method(folder, text_config),
-        max_model_len=config.model.max_model_len,
-        dtype=getattr(torch, config.model.dtype),
-        device=device,
-    )
-    if config.model.load_format == "dummy":
-        _fill_randomly(model, config.model.seed)
-    elif config.model.load_format == "safetensors":
-        _fill(model, list_tensors(folder), folder)
-    else:
+    if config.model.load_format not in ("safetensors", "dummy"):
         raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
+    # The headers first: they cost nothing, and a damaged file is found before memory is taken.
+    tensors = list_tensors(folder) if config.model.load_format == "safetensors" else None
+    model = _build(config, folder, comm or ParallelContext(), device)
+    if tensors is None:
+        _fill_randomly(model, config.model.seed)
+    else:
+        _fill(model, tensors, folder)
     model.prepare()
     return model.eval()
+
+
+def _build(config: EngineConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
+    """The model that config.json describes, its weights not yet set."""
+    text_config = _text_config(folder)
+    method = _linear_method(folder, text_config)
+    assert config.model.max_model_len is not None
+    try:
+        return DecoderModel(
+            decoder_spec(text_config),
+            text_config,
+            comm,
+            method,
+            max_model_len=config.model.max_model_len,
+            dtype=getattr(torch, config.model.dtype),
+            device=device,
+        )
+    except ServingError:
+        raise
+    except (
+        Exception
+    ) as error:  # a value that means nothing fails wherever it is first used, transformers' ropes included
+        raise ModelError(
+            f"the model that {folder / 'config.json'} describes cannot be built: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _text_config(folder: Path) -> Any:
@@ -101,9 +118,16 @@ def _fill(model: DecoderModel, tensors: Mapping[str, TensorInfo], folder: Path) 
                 raise ModelError(f"{folder} lacks tensor {names}, which the model needs")
             info = tensors[source.name]
             if info.file not in files:
-                files[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
+                files[info.file] = stack.enter_context(_open(info.file))
             _read(files[info.file], info, source, slot)
     _refuse_unknown(model, tensors, prefix, head)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be opened: {' '.join(str(error).split())}") from error
 
 
 def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None:
