@@ -57,10 +57,10 @@ class Runner:
         prompt_logprobs = self._score_prompts(plan, hidden)
         if len(plan.sample_rows) == 0:
             return StepResult(plan.step, np.empty(0, np.int32), prompt_logprobs=prompt_logprobs)
-        logits = self.model.compute_logits(hidden[batch.sample_indices])
+        logits = self.model.compute_logits(hidden.index_select(0, batch.sample_indices))
         positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
         tokens, logprobs, failed = self._sampler.sample(logits, plan.sample_rows, positions)
-        self._last_tokens[self._to_device(plan.sample_rows)] = tokens
+        self._last_tokens.index_copy_(0, self._to_device(plan.sample_rows.astype(np.int64)), tokens)
         return StepResult(plan.step, tokens.to("cpu", torch.int32).numpy(), logprobs, prompt_logprobs, failed)
 
     def prepare(self, plan: StepPlan) -> InputBatch:
@@ -102,7 +102,7 @@ class Runner:
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
         unknown = np.flatnonzero(plan.token_ids == DEVICE_TOKEN)
         if len(unknown) == len(plan.token_ids):
-            return self._last_tokens[self._to_device(token_rows)]
+            return self._last_tokens.index_select(0, self._to_device(token_rows))
         input_ids = self._to_device(plan.token_ids.astype(np.int64))
         if len(unknown):
             input_ids[self._to_device(unknown)] = self._last_tokens[self._to_device(token_rows[unknown])]

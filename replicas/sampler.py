@@ -99,8 +99,8 @@ def score_arrays(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) ->
 
 def _failures(logits: torch.Tensor, rows: Ints) -> tuple[tuple[int, str], ...]:
     # A maximum is NaN if any logit is, and -inf if every token is forbidden: one reduction finds both.
-    usable = torch.isfinite(logits.amax(dim=1))
-    if bool(usable.all()):
+    usable = np.isfinite(logits.amax(dim=1).cpu().numpy())
+    if usable.all():
         return ()
     message = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
     return tuple((int(row), message) for row, ok in zip(rows, usable.tolist(), strict=True) if not ok)
