@@ -54,10 +54,14 @@ class EventStream(Response):
             else:
                 logger.info("request %s: the client went away (499)", scope.get("state", {}).get("request_id"))
         finally:
-            pump.cancel()
-            watcher.cancel()
-            await asyncio.gather(pump, watcher, return_exceptions=True)
-            await self._close()
+            # Shielded: a task may be cancelled again while it ends, and the engine would go on with the request.
+            await asyncio.shield(self._end(pump, watcher))
+
+    async def _end(self, *tasks: asyncio.Task[None]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._close()
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

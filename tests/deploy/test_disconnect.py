@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 import pytest
 
+from shoal.deploy.http_app import create_http_app
+from shoal.deploy.service import ApiService, ServedModel
+from shoal.replicas.tokenizer import Tokenizer
 from tests.deploy.conftest import Api
+from tests.support.fake_router import FakeRouter
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -17,6 +23,63 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within 20 s"
         time.sleep(0.01)
+
+
+def _posted(router: FakeRouter, body: dict, gone: asyncio.Event) -> asyncio.Task[None]:
+    """The application's task of one completion; the client goes away when `gone` is set."""
+    app = create_http_app(ApiService(router, [ServedModel("fake", router.tokenizer, "/models/fake")]))
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+        return messages.pop()
+
+    async def send(_: MutableMapping[str, Any]) -> None:
+        await asyncio.sleep(0)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    return asyncio.ensure_future(app(scope, receive, send))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+@pytest.mark.parametrize("how", ["disconnects", "is cancelled", "is cancelled again"])
+def test_at_every_turn_of_the_event_loop(tokenizer: Tokenizer, how: str, prompt: object, stream: bool) -> None:
+    """From before the request is read until after its last byte is sent: nothing is left running."""
+
+    async def leave_at(turn: int) -> bool:
+        router, gone = FakeRouter(tokenizer), asyncio.Event()
+        task = _posted(router, {"prompt": prompt, "stream": stream, "max_tokens": 6}, gone)
+        for _ in range(turn):
+            await asyncio.sleep(0)
+        ended = task.done()
+        if how == "disconnects":
+            gone.set()
+        for _ in range({"disconnects": 0, "is cancelled": 1, "is cancelled again": 3}[how]):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.gather(task, return_exceptions=True)
+        for _ in range(10):  # what was cancelled twice ends in the background
+            await asyncio.sleep(0)
+        assert router.num_streams == 0
+        return ended
+
+    async def every_turn() -> int:
+        turn = 0
+        while not await leave_at(turn):
+            turn += 1
+        return turn
+
+    assert asyncio.run(every_turn()) > 10
 
 
 def send(api: Api, body: dict) -> socket.socket:
