@@ -43,6 +43,8 @@ class Ingress:
         directory = DirectoryClient()
         self.router = Router(directory, await directory.secret())
         models = [ServedModel(name, Tokenizer.from_folder(path), root) for name, root, path in settings.models]
+        for model in models:
+            model.tokenizer.prepare_chat()
         self.service = ApiService(self.router, models, settings.keys)
         gc.collect()
         gc.freeze()  # as a replica does: no collection over what is loaded by now pauses the streams

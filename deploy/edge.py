@@ -71,9 +71,10 @@ class Edge:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path below the application's own prefix."""
+    """The path below the application's own prefix, by the router's own rule: a prefix is whole segments."""
     root, path = scope.get("root_path", ""), scope["path"]
-    return path[len(root) :] if root and path.startswith(root) else path
+    below = path[len(root) :]
+    return below if path.startswith(root) and (not below or below[0] == "/") else path
 
 
 async def read_json(request: Request) -> Any:

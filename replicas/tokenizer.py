@@ -7,6 +7,7 @@ does not.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from .errors import ModelError, RequestError
 
 # A template repeats messages but a few times; more than this is a template run wild.
 _MAX_RENDERED_CHARS = 32 << 20
+# What the code inside a template raises, beside jinja's own errors.
+_TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Tokenizer:
@@ -86,6 +89,11 @@ class Tokenizer:
         """The token as the vocabulary spells it."""
         return self._fast.id_to_token(token_id) or ""
 
+    def prepare_chat(self) -> None:
+        """Import what renders templates: it takes a second, which would hold up every stream of the process."""
+        if self.chat_template is not None:
+            importlib.import_module("transformers.utils.chat_template_utils")
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -116,8 +124,9 @@ class Tokenizer:
                 **self._special_token_texts(),
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+        except (*_TEMPLATE_FAILURES, TemplateError) as error:
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, _TEMPLATE_FAILURES) else error
+            raise RequestError(f"the chat template refuses these messages: {reason}", param="messages") from error
         if len(rendered[0]) > _MAX_RENDERED_CHARS:
             raise RequestError(
                 f"the rendered chat has {len(rendered[0])} characters; the limit is {_MAX_RENDERED_CHARS}",

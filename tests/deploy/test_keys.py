@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import openai
 import pytest
@@ -24,6 +26,23 @@ def status(ring: KeyRing, path: str, key: str | None) -> int:
     except HttpError as error:
         return error.status
     return 200
+
+
+@pytest.mark.parametrize("prefix", ["", "/d", "/debug", "/v1"])
+def test_admin_routes_are_known_below_any_prefix(tokenizer: Tokenizer, prefix: str) -> None:
+    """`/debug/blocks` is not `ebug/blocks` below `/d`, to the check of keys as to the routes."""
+    keys = KeyRing.of(["user"], ["boss"])
+    app = create_http_app(ApiService(FakeRouter(tokenizer), [ServedModel("fake", tokenizer, "")], keys))
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(app, root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            paths = ("/debug/blocks", f"{prefix}/debug/blocks")
+            return [(await client.get(path, headers={"authorization": "Bearer user"})).status_code for path in paths]
+
+    first, below = asyncio.run(statuses())
+    assert first in (403, 404)
+    assert below == 403
 
 
 @pytest.mark.parametrize("path", ROUTES)

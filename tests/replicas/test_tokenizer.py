@@ -154,7 +154,8 @@ def test_chat_is_rendered_as_transformers_does(folder: Path, tokenizer: Tokenize
 
 
 def test_template_errors_are_the_requests(tokenizer: Tokenizer) -> None:
-    for template in ("{{ raise_exception('no system') }}", "{{ messages[9].content }}", "{% for %}"):
+    broken = "{{ 1 // (messages|length - messages|length) }}"
+    for template in ("{{ raise_exception('no system') }}", "{{ messages[9].content }}", "{% for %}", broken):
         refusing = Tokenizer(tokenizer._fast, settings={}, chat_template=template)
         with pytest.raises(RequestError, match="refuses"):
             refusing.render_chat(MESSAGES)
