@@ -102,7 +102,7 @@ def _request_error(error: ValidationError) -> RequestError:
     context = first.get("ctx") or {}
     if first["type"] == "field":
         return RequestError(f"{context['param']} {context['message']}", param=context["param"])
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part)[:64] for part in first["loc"])  # keys are the client's own, of any length
     if first["type"] == "missing":
         return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
     if first["type"] == "value_error":

@@ -13,7 +13,7 @@ from .openai_chat import create_chat_completion
 from .openai_completions import create_completion
 from .openai_docs import error_responses, generation_responses, request_schema
 from .openai_errors import HttpError, error_response
-from .schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeTextBody
+from .schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from .service import ApiService
 
 
@@ -58,7 +58,7 @@ def _add_model_routes(app: FastAPI, service: ApiService) -> None:
     async def get_model(name: str) -> Response:
         return routes.get_model(service, name)
 
-    @app.post("/tokenize", openapi_extra=request_schema(TokenizeTextBody))
+    @app.post("/tokenize", openapi_extra=request_schema(TokenizeTextBody, TokenizeChatBody))
     async def tokenize(request: Request) -> Response:
         return await routes.tokenize(service, request)
 

@@ -37,11 +37,15 @@ def generation_responses() -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def request_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """What a route adds to its OpenAPI entry for a JSON body of this kind, with all definitions in place.
+def request_schema(*bodies: type[BaseModel]) -> dict[str, Any]:
+    """What a route adds to its OpenAPI entry for a JSON body of one of these kinds, with all definitions in place."""
+    schemas = [_body_schema(body) for body in bodies]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    Optional fields may be null, and unknown ones are refused; the model itself sees neither.
-    """
+
+def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
+    """Optional fields may be null, and unknown ones are refused; the model itself sees neither."""
     schema = body.model_json_schema(mode="validation")
     definitions = schema.pop("$defs", {})
     required = schema.get("required", ())
@@ -50,8 +54,7 @@ def request_schema(body: type[BaseModel]) -> dict[str, Any]:
         for key, field in schema["properties"].items()
     }
     schema["additionalProperties"] = False
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
+    return _inlined(schema, definitions)
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:

@@ -286,6 +286,24 @@ def test_a_long_list_of_nonsense_is_refused_at_its_first_item(kind: type[BaseMod
     assert refused.value.error_count() == 1
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "x", "k" * 100_000: 1}]},
+        {"messages": USER, "stream": True, "stream_options": {"k" * 100_000: 1}},
+        {"messages": USER, "chat_template_kwargs": {"k" * 100_000: 1}},
+        {"messages": USER, "logit_bias": {"k" * 100_000: 1}},
+        {"messages": USER, "model": "k" * 100_000},
+        {"messages": [{"role": "k" * 100_000, "content": "x"}]},
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_errors_do_not_send_back_what_they_refuse(api: Api, body: dict) -> None:
+    response = api.post("/v1/chat/completions", body)
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 1000
+
+
 def test_detokenize_checks_ids(api: Api) -> None:
     assert "100000" in error_of(api.post("/detokenize", {"tokens": [100_000]}), 400)["message"]
     error_of(api.post("/detokenize", {"tokens": [-1]}), 400)
