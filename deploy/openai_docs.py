@@ -45,23 +45,27 @@ def request_schema(*bodies: type[BaseModel]) -> dict[str, Any]:
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """Optional fields may be null, and unknown ones are refused; the model itself sees neither."""
+    """Unknown fields are refused and some known ones do nothing; the model itself sees neither."""
     schema = body.model_json_schema(mode="validation")
     definitions = schema.pop("$defs", {})
-    required = schema.get("required", ())
-    schema["properties"] = {key: {} for key in sorted(WITHOUT_EFFECT)} | {
-        key: field if key in required else {"anyOf": [field, {"type": "null"}]}
-        for key, field in schema["properties"].items()
-    }
+    schema["properties"] = {key: {} for key in sorted(WITHOUT_EFFECT)} | schema["properties"]
     schema["additionalProperties"] = False
     return _inlined(schema, definitions)
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """The schema without references, and with null for every optional field of every object."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
         return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(value, definitions) for key, value in node.items()}
+    inlined = {key: _inlined(value, definitions) for key, value in node.items() if key != "properties"}
+    if "properties" in node:
+        required = node.get("required", ())
+        fields = {key: _inlined(field, definitions) for key, field in node["properties"].items()}
+        inlined["properties"] = {
+            key: field if key in required else {"anyOf": [field, {"type": "null"}]} for key, field in fields.items()
+        }
+    return inlined

@@ -26,6 +26,8 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "x"}], "name": No
         ("/v1/chat/completions", {"messages": [{"role": "king"}]}, False),
         ("/tokenize", {"prompt": "x"}, True),
         ("/tokenize", {"messages": USER}, True),
+        ("/tokenize", {"messages": [{"role": "user", "content": None, "type": None}], "model": None}, True),
+        ("/tokenize", {"messages": [{"role": None, "content": "x"}]}, False),
         ("/tokenize", {"text": "x"}, False),
         ("/detokenize", {"tokens": [5]}, True),
         ("/detokenize", {"tokens": [-5]}, False),
