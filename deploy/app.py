@@ -19,6 +19,7 @@ from ..cluster.replica import Replica, ReplicaOptions
 from ..cluster.router import Router
 from ..replicas.tokenizer import Tokenizer
 from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
+from .environment import keep_auth_token_private
 from .http_app import create_http_app
 from .openai_auth import KeyRing
 from .service import ApiService, ServedModel
@@ -59,6 +60,7 @@ class Ingress:
 
 def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
     """The application of a ServeConfig. Raises ConfigError or ModelError before anything is started."""
+    keep_auth_token_private()  # `serve run` and `serve deploy` build the application where Ray has just written it
     config = args if isinstance(args, ServeConfig) else from_dict(ServeConfig, args)
     device = "cuda" if has_gpu() else "cpu"
     return assemble(config, [plan_model(model, device=device) for model in config.models])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 _ALWAYS = {
     # Workers would run at nice 15 and lose to everything else on the machine.
@@ -56,3 +57,10 @@ def prepare_environment(host: str, *, own_ray: bool = True) -> None:
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def keep_auth_token_private(folder: Path | None = None) -> None:
+    """Take the token that Ray wrote for this user from everybody else: Ray leaves the file readable to all."""
+    token = (folder or Path.home() / ".ray") / "auth_token"
+    if token.is_file() and token.stat().st_uid == os.getuid() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
-from shoal.deploy.environment import prepare_environment
+from shoal.deploy.environment import keep_auth_token_private, prepare_environment
 
 
 @pytest.fixture
@@ -44,3 +45,14 @@ def test_haproxy_is_for_hosts_that_others_reach(environment: dict[str, str]) -> 
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment
     prepare_environment("0.0.0.0")
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+def test_the_token_that_ray_wrote_is_kept_from_others(tmp_path: Path) -> None:
+    keep_auth_token_private(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing is made where Ray wrote nothing"
+    token = tmp_path / "auth_token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    keep_auth_token_private(tmp_path)
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() == "secret"
