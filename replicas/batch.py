@@ -1,6 +1,6 @@
 """The tensors of one step, as a rank builds them from a plan. Passed as arguments, never global.
 
-Letters: S slices, T tokens, K samples, B blocks a sequence may have.
+Letters: T tokens, D decode slices, P prefill slices, M blocks a table has room for, K samples.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Where each token's keys and values live, and what each query may see. Slices of one token come first."""
+    """Where each token's keys and values live, and what each query may see.
 
-    cu_seqlens_q: torch.Tensor  # int32 [S+1]
-    context_lens: torch.Tensor  # int32 [S], with this step's tokens
-    block_tables: torch.Tensor  # int32 [S, ceil(max_context_len / block_size)], unused entries 0
-    slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset
-    num_single: int  # leading slices of exactly one token
-    max_query_len: int
-    max_context_len: int
-    query_lens_host: tuple[int, ...]  # [S], of the slices after the first num_single
-    context_lens_host: tuple[int, ...]  # [S], likewise
+    Slices of one token ("decode") stand before all others ("prefill"), token i of the step being decode slice i. On
+    the CPU D and P are what the step has. In a CUDA graph they are what the graph has room for: there the values on
+    the device say what the step has, and entries beyond it are padding.
+    """
+
+    slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset; -1 is padding, which nobody writes
+    decode_lens: torch.Tensor  # int32 [D] context lengths, this step's token included; 0 is padding
+    decode_tables: torch.Tensor  # int32 [D, M]
+    prefill_starts: torch.Tensor  # int32 [P + 1], first token of each slice in the step, then the end of the last
+    prefill_lens: torch.Tensor  # int32 [P] context lengths, this step's tokens included
+    prefill_tables: torch.Tensor  # int32 [P, M]
 
 
 @dataclass(frozen=True, slots=True)

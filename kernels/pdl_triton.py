@@ -1,0 +1,42 @@
+"""Programmatic dependent launch: a kernel starts while the one before it on the stream still drains.
+
+A kernel launched with `pdl_launch` may begin before the kernel before it has ended. Everything that an earlier kernel
+wrote, and everything that an earlier kernel may still read, is out of bounds until `wait_for_inputs`; weights and other
+constants may be loaded before it. `release_dependents` lets the next kernel start in the same way: say it as soon as
+this program's own loads are under way, for until all programs have said it, or ended, the next one cannot start.
+What it saves is the launch and the drain of each kernel, 1 to 2 us on an H200, which is most of a small one.
+
+A kernel that waits must be launched after kernels that wait (or ordinary ones): waiting is what makes it follow, not
+only its neighbour, but all before that one. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import Backend, backend_of
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Returns once the kernels before this one have ended and what they wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release_dependents(PDL: tl.constexpr):
+    """The next kernel may start as far as this program is concerned."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def pdl_launch(tensor: torch.Tensor) -> dict[str, Any]:
+    """Launch arguments of a kernel that takes PDL and works on `tensor`: dependent launch from Hopper on."""
+    if backend_of(tensor) is not Backend.TRITON or torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
