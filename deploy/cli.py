@@ -72,6 +72,10 @@ def serve(
     load_format: Annotated[str | None, typer.Option(help="auto, safetensors, or dummy: random weights.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Torch threads of a replica on CPU.")] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        typer.Option("--batch-invariant/--no-batch-invariant", help="The same bits in any batch; slower."),
+    ] = None,
     num_replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
     num_routers: Annotated[int | None, typer.Option(help="HTTP processes in front of them.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray to join; without it one is started.")] = None,

@@ -64,6 +64,7 @@ class EngineArgs(BaseModel):
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # torch threads of an engine on CPU; not vLLM's
+    batch_invariant: bool = False  # bits of a sequence do not depend on its batch; vLLM's VLLM_BATCH_INVARIANT
 
     def engine_config(self, folder: Path) -> EngineConfig:
         """The engine's own configuration, not yet resolved. Raises ConfigError for what is not available."""
@@ -95,6 +96,7 @@ class EngineArgs(BaseModel):
             parallel=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
             device=self.device,
             num_threads=self.num_threads,
+            batch_invariant=self.batch_invariant,
         )
 
 

@@ -78,6 +78,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"  # cpu, cuda; auto: cuda where there is one
     num_threads: int | None = None  # torch threads of a CPU shard; auto: all usable cores but one
+    batch_invariant: bool = False  # a sequence's bits do not depend on its batch: fixed tiles and splits, slower
 
     def resolve(self, model: ModelFacts, device: str) -> EngineConfig:
         """A copy with every automatic value set, for `device` "cpu" or "cuda".

@@ -61,10 +61,12 @@ def test_vllm_spellings_reach_the_engine() -> None:
         gpu_memory_utilization=0.5,
         load_format="dummy",
         num_threads=1,
+        batch_invariant=True,
     ).engine
     assert (engine.cache.block_size, engine.cache.num_blocks, engine.cache.enable_prefix_caching) == (32, 99, False)
     assert (engine.cache.gpu_memory_utilization, engine.model.load_format) == (0.5, "dummy")
     assert (engine.scheduler.max_num_batched_tokens, engine.num_threads) == (512, 1)
+    assert engine.batch_invariant
 
 
 @pytest.mark.parametrize(
