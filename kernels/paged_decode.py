@@ -3,9 +3,10 @@
     o[s, h] = softmax_j( cap(q[s, h] . K[s, h // G, j] * scale) ) . V[s, h // G, :]       j = 0 .. context_len[s] - 1
     cap(x) = softcap * tanh(x / softcap) where a soft cap is set; with a window W only j >= context_len[s] - W count
 
-Legend: S sequences, H query heads, KV kv heads, G = H / KV, B blocks, BS block_size, D head_dim, M blocks of a table.
-q [S, H, D]; cache [B, 2, KV, BS, D], keys at 0 and values at 1; context_lens int32 [S], this token included;
-block_tables int32 [S, M].
+Legend: T tokens of the step, S sequences, H query heads, KV kv heads, G = H / KV, B blocks, BS block_size, D head_dim,
+M blocks of a table. q, out [T, H, D]: token s is that of sequence s, other tokens are not touched; cache
+[B, 2, KV, BS, D], keys at 0 and values at 1; context_lens int32 [S], this token included; block_tables int32 [S, M].
+On a GPU a context_len of 0 is padding: nothing is written for it.
 
 The torch path gathers keys and values of each head with one index_select into [2, S * KV, L, D] and packs the G heads
 that share a kv head as rows of one product. What it gathers, where to, and what it masks is equal for all layers of
@@ -33,6 +34,7 @@ _SHORT_SPLIT, _MEDIUM_SPLIT, _LONG_SPLIT = 256, 2048, 8192
 class DecodeIndex:
     """What torch reads: the cache rows of one step's sequences for one window. L is the longest (windowed) context."""
 
+    num_seqs: int  # S
     rows: torch.Tensor  # int64 [2 * S * KV * M], blocks of a cache seen as [B * 2 * KV, BS, D]
     length: int  # L, at most M * BS
     mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] where every position counts
@@ -51,6 +53,10 @@ class DecodeTables:
     window: int | None
     num_splits: int  # programs launched for each kv head of a sequence
     min_blocks: int  # blocks of a split, at least
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.context_lens)
 
 
 def decode_tables(
@@ -101,12 +107,12 @@ def decode_index(
     skipped = starts - first_blocks * block_size
     unseen = (positions >= spans[:, None]) | (positions < skipped[:, None])  # [S, M * BS]
     if not unseen[:, :span].any():
-        return DecodeIndex(rows, span, torch.zeros(1, 1, 1, dtype=dtype, device=device), None, workspace)
+        return DecodeIndex(len(lens), rows, span, torch.zeros(1, 1, 1, dtype=dtype, device=device), None, workspace)
     per_head = np.repeat(unseen, num_kv_heads, axis=0)
     mask = torch.zeros(len(per_head), 1, span, dtype=dtype, device=device)
     mask.masked_fill_(torch.from_numpy(per_head[:, None, :span]).to(device), float("-inf"))
     hidden = np.flatnonzero(np.broadcast_to(per_head, (2, *per_head.shape)))
-    return DecodeIndex(rows, span, mask, torch.from_numpy(hidden).to(device), workspace)
+    return DecodeIndex(len(lens), rows, span, mask, torch.from_numpy(hidden).to(device), workspace)
 
 
 def _head_offsets(num_kv_heads: int) -> np.ndarray:
@@ -145,29 +151,40 @@ def paged_decode(
     *,
     scale: float,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Decode attention of q [S, H, D] over the cache [B, 2, KV, BS, D]; returns [S, H, D].
+    out: torch.Tensor,
+) -> None:
+    """Decode attention of tokens 0 .. S - 1 of q [T, H, D] over the cache [B, 2, KV, BS, D], into those rows of `out`.
 
     Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
     """
-    num_seqs, num_heads, head_dim = q.shape
-    num_kv_heads = cache.shape[2]
-    if num_heads % num_kv_heads or cache.shape[4] != head_dim:
-        raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, num_seqs = cache.shape[2], index.num_seqs
+    if num_heads % num_kv_heads or cache.shape[4] != head_dim or num_seqs > len(q):
+        raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}, sequences: {num_seqs}")
+    check_out(q, out)
     if isinstance(index, DecodeTables):
         from .paged_decode_triton import paged_decode_triton
 
-        return paged_decode_triton(q, cache, index, scale=scale, softcap=softcap)
+        paged_decode_triton(q, cache, index, scale=scale, softcap=softcap, out=out)
+        return
     k, v = _gather(cache, index, num_seqs * num_kv_heads)
     # Two batched products and a softmax: half the time of scaled_dot_product_attention for one query per sequence
     # (8 sequences of 128 tokens, 8 heads on 4, two cores: 31 us against 68).
-    packed = q.reshape(num_seqs * num_kv_heads, -1, head_dim)
+    packed = q[:num_seqs].reshape(num_seqs * num_kv_heads, -1, head_dim)
     if softcap is None:
         scores = torch.baddbmm(index.mask, packed, k.transpose(1, 2), alpha=scale)
     else:
         scores = torch.bmm(packed, k.transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap).add_(index.mask)
-    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v)
-    return out.view(num_seqs, num_heads, head_dim)
+    probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    torch.bmm(probs, v, out=out[:num_seqs].view(packed.shape))
+
+
+def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
+    """Raises ValueError unless `out` is what attention of q is written to."""
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, of shape {tuple(q.shape)} and {q.dtype}; it is {tuple(out.shape)}, {out.dtype}"
+        )
 
 
 def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ head of a split, block by block, for all G query heads of it: they are the rows 
 
 How many splits are launched depends on host integers alone; how many of them a sequence uses, and how long they are,
 follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host.
-A context of 0, the padding of such a graph, gives zeros.
+For a context of 0, the padding of such a graph, nothing is written.
 
 Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
@@ -80,9 +80,8 @@ def _paged_decode_kernel(
     first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
     begin = first + split * per_split
     stop = tl.minimum(begin + per_split, end)
-    if SPLIT:  # noqa: SIM102 - known when the kernel is compiled, which the bounds are not
-        if begin >= stop:
-            return
+    if begin >= stop:
+        return
 
     rows, dims, slots = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_SIZE)
     heads = kv_head * GROUP + rows
@@ -147,6 +146,8 @@ def _join_splits_kernel(
     """One program per (query head, sequence); CHUNK splits at a time."""
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context_len = tl.load(context_lens_ptr + seq)
+    if context_len == 0:
+        return
     first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
     num_used = tl.cdiv(end - first, per_split)
     dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
@@ -211,14 +212,19 @@ def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str
 
 
 def paged_decode_triton(
-    q: torch.Tensor, cache: torch.Tensor, tables: DecodeTables, *, scale: float, softcap: float | None
-) -> torch.Tensor:
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    tables: DecodeTables,
+    *,
+    scale: float,
+    softcap: float | None,
+    out: torch.Tensor,
+) -> None:
     """As `paged_decode`, by the kernels of this file; shapes are checked there."""
     check_operands(q, cache)
-    num_seqs, num_heads, head_dim = q.shape
+    num_seqs, (num_heads, head_dim) = tables.num_seqs, q.shape[1:]
     _, _, num_kv_heads, block_size, _ = cache.shape
     group, num_splits = num_heads // num_kv_heads, tables.num_splits
-    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
     parts, lse = out, out
     if num_splits > 1:
         parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
@@ -249,4 +255,3 @@ def paged_decode_triton(
         _join_splits_kernel[(num_heads, num_seqs)](
             out, parts, lse, tables.context_lens, num_splits, tables.min_blocks, window, **shape, **launch
         )
-    return out

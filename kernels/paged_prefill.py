@@ -3,9 +3,10 @@
     query i of a slice stands at position p = context_len - Q + i and sees keys j <= p, with a window W only j > p - W
     o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
 
-Legend: S slices, T tokens of all slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV, B blocks,
-BS block_size, D head_dim, M blocks of a table. q [T, H, D], slice after slice; cache [B, 2, KV, BS, D], keys at 0 and
-values at 1; block_tables int32 [S, M]. A slice's own keys and values are in the cache already.
+Legend: T tokens of the step, S slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV, B blocks,
+BS block_size, D head_dim, M blocks of a table. q, out [T, H, D]; starts [S + 1], first token of each slice, then the
+end of the last: other tokens are not touched; cache [B, 2, KV, BS, D], keys at 0 and values at 1; block_tables int32
+[S, M]. A slice's own keys and values are in the cache already. On a GPU a slice may be empty: padding.
 
 The torch path goes through the slices one by one, with what `prefill_index` made once a step for each window. The
 kernel of paged_prefill_triton.py takes the step's own tensors, `PrefillTables`, and all slices at once. Which of the
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .paged_decode import check_out
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
@@ -31,6 +34,7 @@ class PrefillSlice:
     rows: torch.Tensor  # int64 [2 * KV * M'], blocks of a cache seen as [B * 2 * KV, BS, D]
     skipped: int  # keys of the first block that lie before all windows
     length: int  # L
+    start: int  # of the slice in the step
     query_len: int  # Q
     mask: torch.Tensor | None  # [Q, L], 0 or -inf; None: plain causal, Q = L
 
@@ -39,14 +43,14 @@ class PrefillSlice:
 class PrefillTables:
     """What Triton reads: the step's own tensors, of S slices."""
 
-    cu_seqlens_q: torch.Tensor  # int32 [S+1], from any number on
+    starts: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]
     block_tables: torch.Tensor  # int32 [S, M]
     window: int | None
 
 
 def prefill_index(
-    query_lens: Sequence[int],
+    starts: Sequence[int],
     context_lens: Sequence[int],
     block_tables: torch.Tensor,
     *,
@@ -55,10 +59,14 @@ def prefill_index(
     window: int | None,
     dtype: torch.dtype,
 ) -> tuple[PrefillSlice, ...]:
-    """One entry per slice. Lengths are host integers. Raises ValueError where a slice exceeds its context or table."""
+    """One entry per slice. `starts` [S + 1] and lengths are host integers.
+
+    Raises ValueError where a slice exceeds its context or table.
+    """
     heads = torch.arange(2 * num_kv_heads, device=block_tables.device)[:, None]
     slices = []
-    for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
+    for table, first, end, context_len in zip(block_tables, starts[:-1], starts[1:], context_lens, strict=True):
+        query_len = end - first
         if not 0 < query_len <= context_len <= len(table) * block_size:
             raise ValueError(
                 f"a slice of {query_len} tokens with a context of {context_len} and {len(table)} blocks of {block_size}"
@@ -70,7 +78,7 @@ def prefill_index(
         mask = None
         if length != query_len or (window is not None and window < query_len):
             mask = _causal_mask(query_len, length, window, dtype, block_tables.device)
-        slices.append(PrefillSlice(rows, start - first_block * block_size, length, query_len, mask))
+        slices.append(PrefillSlice(rows, start - first_block * block_size, length, first, query_len, mask))
     return tuple(slices)
 
 
@@ -122,26 +130,23 @@ def paged_prefill(
     *,
     scale: float,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention of q [T, H, D] over the cache [B, 2, KV, BS, D]; returns [T, H, D].
+    out: torch.Tensor,
+) -> None:
+    """Attention of the slices' tokens of q [T, H, D] over the cache [B, 2, KV, BS, D], into their rows of `out`.
 
     Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
     """
     if q.shape[1] % cache.shape[2] or cache.shape[4] != q.shape[2]:
         raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
+    check_out(q, out)
     if isinstance(slices, PrefillTables):
         from .paged_prefill_triton import paged_prefill_triton
 
-        return paged_prefill_triton(q, cache, slices, scale=scale, softcap=softcap)
-    if q.shape[0] != sum(entry.query_len for entry in slices):
-        raise ValueError(f"q has {q.shape[0]} tokens, the slices {sum(entry.query_len for entry in slices)}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    first = 0
+        paged_prefill_triton(q, cache, slices, scale=scale, softcap=softcap, out=out)
+        return
     for entry in slices:
-        tokens = slice(first, first + entry.query_len)
+        tokens = slice(entry.start, entry.start + entry.query_len)
         out[tokens] = _attend(q[tokens], *_gather(cache, entry), entry, scale, softcap)
-        first += entry.query_len
-    return out
 
 
 def _gather(cache: torch.Tensor, entry: PrefillSlice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 Legend as in paged_prefill.py. The rows of a tile are tokens times the G query heads of one kv head: BLOCK_ROWS // G
 tokens, so that a block of keys is read once for all of them and the diagonal is short. The step's tiles are numbered
-slice after slice; a program finds its slice by bisection over cu_seqlens_q, and the last tile of a slice, which sees
+slice after slice; a program finds its slice by bisection over the starts, and the last tile of a slice, which sees
 the most keys, starts first. Blocks that every row sees whole come without a mask, between those at the left edge of
 a window and those at the diagonal.
 
@@ -22,12 +22,12 @@ from .paged_prefill import PrefillTables
 
 
 @triton.jit
-def _find_slice(cu_seqlens_ptr, first_token, num_slices, tile, TOKENS: tl.constexpr):
+def _find_slice(starts_ptr, first_token, num_slices, tile, TOKENS: tl.constexpr):
     """The slice of a tile. Slice s has tiles from (its first token // TOKENS) + s on: enough for its last tokens."""
     low, high = num_slices * 0, num_slices
     while low < high:
         middle = (low + high) // 2
-        if (tl.load(cu_seqlens_ptr + middle) - first_token) // TOKENS + middle <= tile:
+        if (tl.load(starts_ptr + middle) - first_token) // TOKENS + middle <= tile:
             low = middle + 1
         else:
             high = middle
@@ -92,7 +92,7 @@ def _paged_prefill_kernel(
     out_ptr,
     q_ptr,
     cache_ptr,
-    cu_seqlens_ptr,
+    starts_ptr,
     context_lens_ptr,
     block_tables_ptr,
     stride_q_token,
@@ -114,11 +114,11 @@ def _paged_prefill_kernel(
     """One program per (kv head, tile)."""
     TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
     kv_head, tile = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
-    step_start = tl.load(cu_seqlens_ptr)
-    index = _find_slice(cu_seqlens_ptr, step_start, num_slices, tile, TOKENS)
-    query_start = tl.load(cu_seqlens_ptr + index) - step_start
-    query_len = tl.load(cu_seqlens_ptr + index + 1) - step_start - query_start
-    first_token = (tile - query_start // TOKENS - index) * TOKENS
+    prefill_start = tl.load(starts_ptr)
+    index = _find_slice(starts_ptr, prefill_start, num_slices, tile, TOKENS)
+    query_start = tl.load(starts_ptr + index)
+    query_len = tl.load(starts_ptr + index + 1) - query_start
+    first_token = (tile - (query_start - prefill_start) // TOKENS - index) * TOKENS
     if first_token >= query_len:
         return
     context_len = tl.load(context_lens_ptr + index)
@@ -178,14 +178,19 @@ def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int
 
 
 def paged_prefill_triton(
-    q: torch.Tensor, cache: torch.Tensor, tables: PrefillTables, *, scale: float, softcap: float | None
-) -> torch.Tensor:
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    tables: PrefillTables,
+    *,
+    scale: float,
+    softcap: float | None,
+    out: torch.Tensor,
+) -> None:
     """As `paged_prefill`, by the kernel of this file; shapes are checked there."""
     check_operands(q, cache)
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = cache.shape
     group, num_slices = num_heads // num_kv_heads, len(tables.context_lens)
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     launch: dict[str, Any] = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
@@ -199,7 +204,6 @@ def paged_prefill_triton(
     num_tiles = num_tokens // (launch["BLOCK_ROWS"] // group) + num_slices
     inner, unit = score_factors(scale, softcap)
     _paged_prefill_kernel[(num_kv_heads, num_tiles)](
-        out, q, cache, tables.cu_seqlens_q, tables.context_lens, tables.block_tables,
+        out, q, cache, tables.starts, tables.context_lens, tables.block_tables,
         q.stride(0), q.stride(1), tables.block_tables.stride(0), num_slices, tables.window or 0, inner, unit, **launch,
     )  # fmt: skip
-    return out

@@ -68,29 +68,27 @@ class Runner:
         num_tokens = plan.num_tokens
         ends = np.cumsum(num_tokens)
         context_lens = plan.starts + num_tokens
-        max_context_len = int(context_lens.max())
         if int(ends[-1]) == plan.num_slices:  # pure decode
             token_rows, positions = plan.rows, plan.starts
-            num_single = plan.num_slices
+            num_decodes = plan.num_slices
         else:
             token_rows = np.repeat(plan.rows, num_tokens)
             offsets = np.arange(ends[-1]) - np.repeat(ends - num_tokens, num_tokens)
             positions = np.repeat(plan.starts, num_tokens) + offsets
-            num_single = int((num_tokens == 1).sum())
-            assert (num_tokens[:num_single] == 1).all(), "slices of one token come first"
+            num_decodes = int((num_tokens == 1).sum())
+            assert (num_tokens[:num_decodes] == 1).all(), "slices of one token come first"
         blocks = self._block_tables[token_rows, positions // self.block_size]
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        width = -(-max_context_len // self.block_size)
+        tables = self._block_tables[plan.rows, : -(-int(context_lens.max()) // self.block_size)]
+        lens = context_lens.astype(np.int32)
+        prefill_starts = np.concatenate(([num_decodes], ends[num_decodes:])).astype(np.int32)
         attention = AttentionMetadata(
-            cu_seqlens_q=self._to_device(np.concatenate(([0], ends)).astype(np.int32)),
-            context_lens=self._to_device(context_lens.astype(np.int32)),
-            block_tables=self._to_device(self._block_tables[plan.rows, :width]),
             slot_mapping=self._to_device(slots),
-            num_single=num_single,
-            max_query_len=int(num_tokens.max()),
-            max_context_len=max_context_len,
-            query_lens_host=tuple(num_tokens[num_single:].tolist()),
-            context_lens_host=tuple(context_lens[num_single:].tolist()),
+            decode_lens=self._to_device(lens[:num_decodes]),
+            decode_tables=self._to_device(tables[:num_decodes]),
+            prefill_starts=self._to_device(prefill_starts),
+            prefill_lens=self._to_device(lens[num_decodes:]),
+            prefill_tables=self._to_device(tables[num_decodes:]),
         )
         return InputBatch(
             input_ids=self._input_ids(plan, token_rows),

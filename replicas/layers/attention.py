@@ -32,8 +32,6 @@ class AttentionStep:
     of the metadata as they are.
     """
 
-    num_single: int  # leading tokens that are slices of their own
-    num_tokens: int
     store: torch.Tensor  # from store_rows: where in the cache the step writes
     decode: Mapping[int | None, DecodeIndex | DecodeTables]
     prefill: Mapping[int | None, tuple[PrefillSlice, ...] | PrefillTables]
@@ -52,29 +50,24 @@ class AttentionStep:
         dtype: torch.dtype,
     ) -> AttentionStep:
         """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
-        single = metadata.num_single
         shape = {"num_kv_heads": num_kv_heads, "block_size": block_size}
         decode: dict[int | None, DecodeIndex | DecodeTables] = {}
         prefill: dict[int | None, tuple[PrefillSlice, ...] | PrefillTables] = {}
-        on_torch = backend_of(metadata.context_lens) is Backend.TORCH
-        if single:
-            lens, tables = metadata.context_lens[:single], metadata.block_tables[:single]
-            for window in windows:
-                if on_torch:
-                    decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
-                else:
-                    decode[window] = decode_tables(lens, tables, window=window, **shape)
-        if metadata.query_lens_host:
-            lens, tables = metadata.context_lens_host, metadata.block_tables[single:]
-            for window in windows:
-                if on_torch:
-                    queries = metadata.query_lens_host
-                    prefill[window] = prefill_index(queries, lens, tables, window=window, dtype=dtype, **shape)
-                else:
-                    device_lens = metadata.context_lens[single:]
-                    prefill[window] = PrefillTables(metadata.cu_seqlens_q[single:], device_lens, tables, window)
-        store = store_rows(metadata.slot_mapping, num_kv_heads, block_size)
-        return cls(single, len(metadata.slot_mapping), store, decode, prefill, ropes)
+        on_torch = backend_of(metadata.slot_mapping) is Backend.TORCH
+        lens, tables = metadata.decode_lens, metadata.decode_tables
+        for window in windows if len(lens) else ():
+            if on_torch:
+                decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
+            else:
+                decode[window] = decode_tables(lens, tables, window=window, **shape)
+        starts, lens, tables = metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables
+        for window in windows if len(lens) else ():
+            if on_torch:
+                on_host = starts.tolist(), lens.tolist()
+                prefill[window] = prefill_index(*on_host, tables, window=window, dtype=dtype, **shape)
+            else:
+                prefill[window] = PrefillTables(starts, lens, tables, window)
+        return cls(store_rows(metadata.slot_mapping, num_kv_heads, block_size), decode, prefill, ropes)
 
 
 class Attention(Layer):
@@ -128,14 +121,13 @@ class Attention(Layer):
         return self.o_proj(self._attend(qkv[:, :num_heads], kv_cache, step).view(num_tokens, -1))
 
     def _attend(self, q: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> torch.Tensor:
-        window, single, scale, softcap = self.layer.window, step.num_single, self.scale, self.softcap
-        if single == step.num_tokens:
-            return paged_decode(q, cache, step.decode[window], scale=scale, softcap=softcap)
-        if not single:
-            return paged_prefill(q, cache, step.prefill[window], scale=scale, softcap=softcap)
-        decoded = paged_decode(q[:single], cache, step.decode[window], scale=scale, softcap=softcap)
-        rest = paged_prefill(q[single:], cache, step.prefill[window], scale=scale, softcap=softcap)
-        return torch.cat((decoded, rest))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        window = self.layer.window
+        if step.decode:
+            paged_decode(q, cache, step.decode[window], scale=self.scale, softcap=self.softcap, out=out)
+        if step.prefill:
+            paged_prefill(q, cache, step.prefill[window], scale=self.scale, softcap=self.softcap, out=out)
+        return out
 
     def _normalize(self, qkv: torch.Tensor) -> None:
         """The norms of queries and keys, in place in qkv [T, H + 2 KV, D]."""

@@ -37,7 +37,7 @@ def _join(dtype: str, head_dim: int) -> Variant:
 
 
 def _prefill(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False) -> Variant:
-    types = {**SETTINGS, "cu_seqlens_ptr": "*i32"} | dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
+    types = {**SETTINGS, "starts_ptr": "*i32"} | dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
     launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype])
     constants = {"NUM_KV_HEADS": 8, "GROUP": group, "WINDOWED": windowed, "CAPPED": capped}
     constants |= {"BLOCK_ROWS": launch.pop("BLOCK_ROWS")} | _shape(head_dim, block_size)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from shoal.kernels.paged_decode import decode_index, paged_decode, paged_decode_ref
 from shoal.kernels.paged_prefill import paged_prefill, paged_prefill_ref, prefill_index
-from tests.support.paged_cache import paged_cache
+from tests.support.paged_cache import paged_cache, starts_after
 
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query heads, kv heads
 SETTINGS = [(None, None), (None, 2.0), (5, None), (1, None), (9, 3.0), (100, None)]  # window, softcap
@@ -24,7 +24,8 @@ def test_decode(context_lens, heads, kv_heads, window, softcap):
     q = fused[:, :heads]  # a view, as the fused projection gives it
     settings = {"scale": 0.3, "softcap": softcap}
     index = decode_index(lens, tables, num_kv_heads=kv_heads, block_size=8, head_dim=12, window=window, dtype=q.dtype)
-    got = paged_decode(q, cache, index, **settings)
+    got = torch.full((len(context_lens), heads, 12), torch.nan)
+    paged_decode(q, cache, index, **settings, out=got)
     want = paged_decode_ref(q, cache, lens, tables, window=window, **settings)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -34,7 +35,8 @@ def test_decode_in_half_precision(dtype):
     cache, tables = paged_cache([5, 30], 2, 16, 16, dtype)
     lens, q = torch.tensor([5, 30], dtype=torch.int32), torch.randn(2, 4, 16, dtype=dtype)
     index = decode_index(lens, tables, num_kv_heads=2, block_size=16, head_dim=16, window=None, dtype=dtype)
-    got = paged_decode(q, cache, index, scale=0.25)
+    got = torch.full_like(q, torch.nan)
+    paged_decode(q, cache, index, scale=0.25, out=got)
     want = paged_decode_ref(q, cache, lens, tables, scale=0.25)
     torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
 
@@ -63,14 +65,17 @@ def test_decode_refuses_a_table_that_is_too_short():
 )
 def test_prefill(query_lens, context_lens, heads, kv_heads, window, softcap):
     cache, tables = paged_cache(context_lens, kv_heads, 8, 12)
-    q = torch.randn(sum(query_lens), heads + 2, 12)[:, :heads]
+    q = torch.randn(3 + sum(query_lens), heads + 2, 12)[:, :heads]
     settings = {"scale": 0.3, "softcap": softcap}
+    starts = starts_after(3, query_lens)
     slices = prefill_index(
-        query_lens, context_lens, tables, num_kv_heads=kv_heads, block_size=8, window=window, dtype=q.dtype
+        starts, context_lens, tables, num_kv_heads=kv_heads, block_size=8, window=window, dtype=q.dtype
     )
-    got = paged_prefill(q, cache, slices, **settings)
-    want = paged_prefill_ref(q, cache, query_lens, context_lens, tables, window=window, **settings)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    got = torch.full((len(q), heads, 12), torch.nan)
+    paged_prefill(q, cache, slices, **settings, out=got)
+    want = paged_prefill_ref(q[3:], cache, query_lens, context_lens, tables, window=window, **settings)
+    torch.testing.assert_close(got[3:], want, rtol=1e-5, atol=1e-5)
+    assert got[:3].isnan().all()
 
 
 def test_prefill_of_a_whole_prompt_is_causal_attention():
@@ -78,15 +83,17 @@ def test_prefill_of_a_whole_prompt_is_causal_attention():
     cache, tables = paged_cache([21], 2, 4, 16)
     dense = torch.cat([cache[block] for block in tables[0, :6]], dim=2)[:, :, :21].repeat_interleave(2, 1)
     q = torch.randn(21, 4, 16)
-    slices = prefill_index([21], [21], tables, num_kv_heads=2, block_size=4, window=None, dtype=q.dtype)
+    slices = prefill_index([0, 21], [21], tables, num_kv_heads=2, block_size=4, window=None, dtype=q.dtype)
     want = F.scaled_dot_product_attention(q.transpose(0, 1), *dense, is_causal=True).transpose(0, 1)
-    torch.testing.assert_close(paged_prefill(q, cache, slices, scale=0.25), want, rtol=1e-5, atol=1e-5)
+    got = torch.full_like(q, torch.nan)
+    paged_prefill(q, cache, slices, scale=0.25, out=got)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_prefill_refuses_slices_that_do_not_fit():
     tables = torch.zeros(1, 2, dtype=torch.int32)
     options = {"num_kv_heads": 1, "block_size": 8, "window": None, "dtype": torch.float32}
     with pytest.raises(ValueError, match="2 blocks of 8"):
-        prefill_index([4], [17], tables, **options)
+        prefill_index([0, 4], [17], tables, **options)
     with pytest.raises(ValueError, match="a slice of 9 tokens"):
-        prefill_index([9], [8], tables, **options)
+        prefill_index([0, 9], [8], tables, **options)

@@ -28,7 +28,7 @@ from shoal.kernels.paged_prefill import (
     paged_prefill_ref,
     prefill_index,
 )
-from tests.support.paged_cache import paged_cache
+from tests.support.paged_cache import paged_cache, starts_after
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BLOCK_SIZE = 16
@@ -52,14 +52,16 @@ def check_decode(
 ) -> None:  # fmt: skip
     num_unseen = () if window is None else [max(0, length - window) for length in context_lens]
     cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype, num_unseen=num_unseen)
-    fused = torch.randn(len(context_lens), heads + 2, head_dim, dtype=dtype)
+    fused = torch.randn(len(context_lens) + 2, heads + 2, head_dim, dtype=dtype)  # two tokens of another slice follow
     q = fused.to(device)[:, :heads]  # a view, as the fused projection gives it
     cache, tables = cache.to(device), tables.to(device)
     lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
     settings = {"scale": 0.3, "softcap": softcap}
-    got = paged_decode(q, cache, decode_operand(lens, tables, cache, window, splits), **settings)
-    want = paged_decode_ref(q, cache, lens, tables, window=window, **settings)
-    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    out = torch.full(q.shape, torch.nan, dtype=dtype, device=device)
+    paged_decode(q, cache, decode_operand(lens, tables, cache, window, splits), **settings, out=out)
+    want = paged_decode_ref(q[:-2], cache, lens, tables, window=window, **settings)
+    torch.testing.assert_close(out[:-2], want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert out[-2:].isnan().all()
 
 
 def check_prefill(
@@ -70,21 +72,24 @@ def check_prefill(
     if window is not None:
         num_unseen = [max(0, m - n - window + 1) for n, m in zip(query_lens, context_lens, strict=True)]
     cache, tables = paged_cache(context_lens, kv_heads, block_size, head_dim, dtype, num_unseen=num_unseen)
-    fused = torch.randn(sum(query_lens), heads + 2, head_dim, dtype=dtype)
+    starts = starts_after(3, query_lens)
+    fused = torch.randn(starts[-1] + 1, heads + 2, head_dim, dtype=dtype)
     q, cache, tables = fused.to(device)[:, :heads], cache.to(device), tables.to(device)
     slices: tuple[PrefillSlice, ...] | PrefillTables
     if backend_of(q) is Backend.TORCH:
         slices = prefill_index(
-            query_lens, context_lens, tables, num_kv_heads=kv_heads, block_size=block_size, window=window, dtype=dtype
+            starts, context_lens, tables, num_kv_heads=kv_heads, block_size=block_size, window=window, dtype=dtype
         )
     else:
-        cu_seqlens = torch.tensor([3, *query_lens]).cumsum(0)  # three single tokens stand before
-        lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
-        slices = PrefillTables(cu_seqlens.to(device, torch.int32), lens, tables, window)
+        starts_and_lens = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, context_lens))
+        slices = PrefillTables(*starts_and_lens, tables, window)
     settings = {"scale": 0.3, "softcap": softcap}
-    got = paged_prefill(q, cache, slices, **settings)
-    want = paged_prefill_ref(q, cache, query_lens, context_lens, tables, window=window, **settings)
-    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    out = torch.full(q.shape, torch.nan, dtype=dtype, device=device)
+    paged_prefill(q, cache, slices, **settings, out=out)
+    want = paged_prefill_ref(q[3:-1], cache, query_lens, context_lens, tables, window=window, **settings)
+    torch.testing.assert_close(out[3:-1], want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert out[:3].isnan().all()
+    assert out[-1].isnan().all()
 
 
 @pytest.mark.parametrize("splits", [None, (3, 1), (2, 2)])
@@ -115,7 +120,7 @@ def test_decode_in_half_precision(device, dtype):
     check_decode(device, [5, 90], dtype=dtype, head_dim=64, window=70, splits=(3, 1))
 
 
-def test_decode_of_a_padding_sequence_is_zero(device):
+def test_decode_of_a_padding_sequence_writes_nothing(device):
     """A CUDA graph runs with more sequences than there are; those beyond have a context of 0 and a table of zeros."""
     if backend_of(torch.empty(0, device=device)) is Backend.TORCH:
         pytest.skip("torch prepares its index from the sequences that are there")
@@ -123,8 +128,9 @@ def test_decode_of_a_padding_sequence_is_zero(device):
     lens, tables = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((2,), (2, 4)))
     for splits in ((1, 4), (4, 1)):
         operand = decode_operand(lens, tables, cache, None, splits)
-        got = paged_decode(torch.ones(2, 2, 32, device=device), cache, operand, scale=0.2)
-        assert got.count_nonzero() == 0
+        out = torch.full((2, 2, 32), 7.0, device=device)
+        paged_decode(torch.ones(2, 2, 32, device=device), cache, operand, scale=0.2, out=out)
+        assert (out == 7).all()
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (1, 2.0), (20, None), (70, 3.0)])
@@ -159,24 +165,25 @@ def test_a_cuda_graph_follows_its_context_lengths():
     longest, now, device = [90, 130, 40], [17, 130, 1], torch.device("cuda")
     cache, tables = (tensor.to(device) for tensor in paged_cache(longest, 2, BLOCK_SIZE, 64))
     query_lens = [1, 20, 1]
-    q, chunks = (torch.randn(n, 4, 64, device=device) for n in (len(longest), sum(query_lens)))
+    q = torch.randn(3 + sum(query_lens), 4, 64, device=device)
     lens = torch.tensor(longest, dtype=torch.int32, device=device)
-    cu_seqlens = torch.tensor([0, 1, 21, 22], dtype=torch.int32, device=device)
+    starts = torch.tensor(starts_after(3, query_lens), dtype=torch.int32, device=device)
+    out = torch.empty_like(q)
     settings = {"scale": 0.3, "softcap": None}
 
-    def attend() -> tuple[torch.Tensor, torch.Tensor]:
-        decoded = paged_decode(q, cache, decode_operand(lens, tables, cache, None, (4, 1)), **settings)
-        return decoded, paged_prefill(chunks, cache, PrefillTables(cu_seqlens, lens, tables, None), **settings)
+    def attend() -> None:
+        paged_decode(q, cache, decode_operand(lens, tables, cache, None, (4, 1)), **settings, out=out)
+        paged_prefill(q, cache, PrefillTables(starts, lens, tables, None), **settings, out=out)
 
     attend()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decoded, prefilled = attend()
+        attend()
     lens.copy_(torch.tensor(now, dtype=torch.int32))
     graph.replay()
-    torch.testing.assert_close(decoded, paged_decode_ref(q, cache, lens, tables, **settings), rtol=2e-5, atol=2e-5)
-    want = paged_prefill_ref(chunks, cache, query_lens, now, tables, **settings)
-    torch.testing.assert_close(prefilled, want, rtol=2e-5, atol=2e-5)
+    decoded = paged_decode_ref(q[:3], cache, lens, tables, **settings)
+    prefilled = paged_prefill_ref(q[3:], cache, query_lens, now, tables, **settings)
+    torch.testing.assert_close(out, torch.cat((decoded, prefilled)), rtol=2e-5, atol=2e-5)
 
 
 def test_kernels_refuse_a_block_size_that_they_cannot_tile(device):

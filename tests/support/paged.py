@@ -51,18 +51,15 @@ class PagedModel:
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)])
         owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(query_lens))
         blocks = self.tables[owners, positions // BLOCK_SIZE].long()
-        context_lens = [start + n for start, n in zip(starts, query_lens, strict=True)]
+        lens = torch.tensor([start + n for start, n in zip(starts, query_lens, strict=True)], dtype=torch.int32)
         single = sum(n == 1 for n in query_lens)
         metadata = AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
-            block_tables=self.tables[rows],
             slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-            num_single=single,
-            max_query_len=max(query_lens),
-            max_context_len=max(context_lens),
-            query_lens_host=tuple(query_lens[single:]),
-            context_lens_host=tuple(context_lens[single:]),
+            decode_lens=lens[:single],
+            decode_tables=self.tables[rows[:single]],
+            prefill_starts=torch.tensor([single, *query_lens[single:]]).cumsum(0).to(torch.int32),
+            prefill_lens=lens[single:],
+            prefill_tables=self.tables[rows[single:]],
         )
         for row, n in zip(rows, query_lens, strict=True):
             self.lengths[row] += n

@@ -36,3 +36,8 @@ def paged_cache(
         for position in range(num_positions):
             cache[table[position // block_size], :, :, position % block_size] = torch.nan
     return cache, tables
+
+
+def starts_after(num_before: int, query_lens: Sequence[int]) -> list[int]:
+    """Where slices begin in a step, and where the last ends, when num_before tokens stand before them."""
+    return [num_before, *(num_before + sum(query_lens[: i + 1]) for i in range(len(query_lens)))]
