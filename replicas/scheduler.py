@@ -249,10 +249,7 @@ class Scheduler:
 
     def _scores(self, sequence: Sequence) -> bool:
         """Whether the prompt's log-probabilities are wanted of this run of the context, its first whole one."""
-        state = sequence.state
-        if state.prompt_logprobs is None:
-            return False
-        return sequence.row < 0 or int(self.table.known[sequence.row]) == len(state.context)
+        return sequence.state.prompt_logprobs is not None and not self._has_token(sequence)
 
     def _plan_chunk(self, draft: PlanDraft, sequence: Sequence, budget: int) -> int:
         """Plan as much of the context as the budget allows. Returns the number of tokens planned."""
@@ -326,7 +323,8 @@ class Scheduler:
             at_eos = table.stops_at_eos[rows[i]] and table.is_eos[token]
             stop_reason = token if stopped[i] and not at_eos else None
             endings[i] = self._end(sequences[i], reason, stop_reason)
-        return StepOutcome(samples, sequences, token_ids, endings, failures, scored)
+        firsts = np.flatnonzero(positions == table.context_length[rows])
+        return StepOutcome(samples, sequences, token_ids, firsts, endings, failures, scored)
 
     def _scored(self, step: StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
         if self.table.epoch[chunk.row] != step.chunk_epochs[chunk.row]:
@@ -369,8 +367,13 @@ class Scheduler:
 
     def _end_request(self, state: RequestState, reason: FinishReason, sample: int | None = None) -> list[Ending]:
         """A sample alone must have had a token to be ended: before, others may wait for the prompt that it runs."""
-        named = [entry for entry in state.sequences if sample is None or (entry.sample == sample and entry.delivered)]
-        return [self._end(sequence, reason) for sequence in named if sequence.phase is not Phase.ENDED]
+        unfinished = [entry for entry in state.sequences if entry.phase is not Phase.ENDED]
+        named = [entry for entry in unfinished if sample is None or (entry.sample == sample and self._has_token(entry))]
+        return [self._end(sequence, reason) for sequence in named]
+
+    def _has_token(self, sequence: Sequence) -> bool:
+        row = sequence.row
+        return row >= 0 and bool(self.table.known[row] > self.table.context_length[row])
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None, error: str | None = None
@@ -431,7 +434,8 @@ class Scheduler:
 
     def block_report(self, state: RequestState) -> BlockReport:
         """How the request's sequences hold their blocks."""
-        tables = [self.table.block_table(sequence.row) for sequence in state.sequences if self._holds(sequence)]
+        holders = [entry for entry in state.sequences if entry.phase in (Phase.PREFILL, Phase.DECODE)]
+        tables = [self.table.block_table(sequence.row) for sequence in holders]
         blocks = np.unique(np.concatenate(tables)) if tables else np.empty(0, np.int32)
         num_shared = int(np.count_nonzero(self.pool.ref_counts[blocks] > 1))
         return BlockReport(shared=num_shared, private=len(blocks) - num_shared, copied=state.num_copied)
@@ -444,7 +448,3 @@ class Scheduler:
     def _sequence(self, row: int) -> Sequence:
         sequence: Sequence = self.table.sequences.item(row)
         return sequence
-
-    @staticmethod
-    def _holds(sequence: Sequence) -> bool:
-        return sequence.phase in (Phase.PREFILL, Phase.DECODE)

@@ -62,7 +62,6 @@ class Sequence:
     started: bool = False  # the shards know the row
     digests: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_registered: int = 0  # leading blocks that the pool knows by digest
-    delivered: bool = False  # its first delta was made
 
     def row_start(self) -> RowStart:
         """What the shards must know of the sequence before its first step."""
@@ -99,6 +98,7 @@ class SequenceTable:
     def __init__(self, num_rows: int, max_model_len: int, block_size: int, facts: ModelFacts) -> None:
         max_blocks = -(-max_model_len // block_size)
         self.tokens: NDArray[np.int32] = np.zeros((num_rows, max_model_len), np.int32)
+        self.context_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # tokens that came with the request
         self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.computed: NDArray[np.int32] = np.zeros(num_rows, np.int32)
@@ -129,7 +129,7 @@ class SequenceTable:
         row = sequence.row = self._free_rows.pop()
         self.sequences[row] = sequence
         self.tokens[row, : len(context)] = context
-        self.known[row] = self.length[row] = len(context)
+        self.context_length[row] = self.known[row] = self.length[row] = len(context)
         self.computed[row] = self.in_flight[row] = self.num_blocks[row] = 0
         self.min_length[row] = prompt_len + sampling.min_tokens
         self.max_length[row] = prompt_len + sampling.max_tokens

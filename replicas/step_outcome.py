@@ -27,12 +27,14 @@ class StepInFlight:
 class StepOutcome:
     """What a result brought: sequence `sequences[i]` got token `token_ids[i]`, sample `samples[i]` of the plan.
 
-    `endings` is by i where that token was the last one; `failures` ended without a token.
+    `firsts` are those i where it was the first one; `endings` is by i where it was the last one; `failures` ended
+    without a token.
     """
 
     samples: Rows
     sequences: NDArray[np.object_]
     token_ids: Ints
+    firsts: Rows
     endings: dict[int, Ending]
     failures: list[Ending]
     scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended
