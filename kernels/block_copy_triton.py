@@ -11,18 +11,29 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
 MAX_COPIES = 16
 BLOCK_N, NUM_WARPS = 256, 4  # 32 elements a thread where every copy is used
 
 
 @triton.jit(do_not_specialize=["num_copies"])
 def _block_copy_kernel(
-    cache_ptr, source_ptr, target_ptr, num_copies, block_numel, MAX_COPIES: tl.constexpr, BLOCK_N: tl.constexpr
+    cache_ptr,
+    source_ptr,
+    target_ptr,
+    num_copies,
+    block_numel,
+    MAX_COPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release_dependents(PDL)
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     copies = tl.arange(0, MAX_COPIES)
     used = copies < num_copies
     mask = used[:, None] & (columns < block_numel)[None, :]
+    wait_for_inputs(PDL)
     sources = tl.load(source_ptr + copies, mask=used, other=0)
     targets = tl.load(target_ptr + copies, mask=used, other=0)
     values = tl.load(cache_ptr + sources[:, None] * block_numel + columns[None, :], mask=mask, other=0.0)
@@ -40,5 +51,5 @@ def block_copy_triton(cache: torch.Tensor, source: torch.Tensor, target: torch.T
         return
     _block_copy_kernel[(triton.cdiv(block_numel, BLOCK_N),)](
         cache, source, target, source.numel(), block_numel,
-        MAX_COPIES=MAX_COPIES, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        MAX_COPIES=MAX_COPIES, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **pdl_launch(cache),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

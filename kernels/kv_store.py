@@ -6,7 +6,8 @@
 Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], a token's keys before its values
 as the fused projection gives them; cache [B, 2, KV, BS, D]; slot_mapping int64 [T]. Slots of one step are distinct.
 
-On a CUDA device (kv_store_triton.py) one kernel rotates queries and keys and stores: `rope_kv_store`.
+On a CUDA device (kv_store_triton.py) one kernel norms and rotates queries and keys and stores: `rope_kv_store`. There
+a slot of -1 is padding, for which nothing is stored; torch never gets one.
 
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from .backend import Backend, backend_of
+from .rms_norm import rms_norm
 from .rope import RopeIndex, RopeRows, check_rope, rope
 
 
@@ -57,24 +59,49 @@ def kv_store(kv: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def rope_kv_store(
-    qkv: torch.Tensor, num_heads: int, factors: RopeRows, cache: torch.Tensor, rows: torch.Tensor
+    qkv: torch.Tensor,
+    num_heads: int,
+    factors: RopeRows,
+    cache: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
     """`rope` of the queries and keys of qkv [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
 
-    What is left in qkv where the keys were is not defined: they are in the cache.
+    With weights q_norm and k_norm [D], `rms_norm` of each head of the queries and of the keys comes first. What is left
+    in qkv where the keys were is not defined: they are in the cache.
     """
+    norms = _norm_weights(q_norm, k_norm, qkv.shape[-1])
+    num_turned = num_heads + cache.shape[2]
     if not isinstance(factors, RopeIndex):
-        rope(qkv[:, : num_heads + cache.shape[2]], factors)
+        if norms is not None:
+            for part, weight in zip((qkv[:, :num_heads], qkv[:, num_heads:num_turned]), norms, strict=True):
+                part.copy_(rms_norm(part, weight, eps))
+        rope(qkv[:, :num_turned], factors)
         kv_store(qkv[:, num_heads:], cache, rows)
         return
     check_rope(qkv, factors)
-    if num_heads + 2 * cache.shape[2] != qkv.shape[1] or cache.shape[4] != qkv.shape[2]:
+    if num_turned + cache.shape[2] != qkv.shape[1] or cache.shape[4] != qkv.shape[2]:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)} with {num_heads} query heads, the cache {tuple(cache.shape)}"
         )
     from .kv_store_triton import rope_kv_store_triton
 
-    rope_kv_store_triton(qkv, num_heads, factors.cache, factors.positions, cache, rows)
+    rope_kv_store_triton(qkv, num_heads, factors.cache, factors.positions, cache, rows, norms, eps)
+
+
+def _norm_weights(
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if q_norm is None and k_norm is None:
+        return None
+    if q_norm is None or k_norm is None or q_norm.shape != (head_dim,) or k_norm.shape != (head_dim,):
+        shapes = [None if norm is None else tuple(norm.shape) for norm in (q_norm, k_norm)]
+        raise ValueError(f"the norms of queries and keys have weights {shapes}; expected two of ({head_dim},)")
+    return q_norm, k_norm
 
 
 def kv_store_cost(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Triton kernel of rms_norm.py: the norm of each row, with the residual addition before it where there is one.
 
-Legend: N features. Row r of x begins at `r // num_inner * stride_outer + r % num_inner * stride_inner`, so that the
+Legend: N features. Row r of x begins at `r // NUM_INNER * stride_outer + r % NUM_INNER * stride_inner`, so that the
 heads of a fused projection, [T, H, D] with gaps, are read where they are. Residual and result have no gaps.
 
 How a row is summed depends on N alone, never on how many rows there are: a token's result does not depend on its
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 MAX_FEATURES = 32768  # a row is held in registers: 64 values a thread
 
@@ -25,19 +27,23 @@ def _rms_norm_kernel(
     stride_outer,
     stride_inner,
     num_rows,
-    num_inner,
-    num_features,
     eps,
+    NUM_INNER: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    release_dependents(PDL)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_N)
-    in_row = columns < num_features
+    in_row = columns < NUM_FEATURES
     mask = (rows < num_rows)[:, None] & in_row[None, :]
-    packed = rows[:, None] * num_features + columns[None, :]
-    x_rows = rows // num_inner * stride_outer + rows % num_inner * stride_inner
+    packed = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
+    x_rows = (rows // NUM_INNER).to(tl.int64) * stride_outer + (rows % NUM_INNER).to(tl.int64) * stride_inner
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + packed, mask=mask, other=0.0)
@@ -45,17 +51,16 @@ def _rms_norm_kernel(
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + packed, x, mask=mask)
     x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1) / num_features + eps)
-    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) * (1.0 / NUM_FEATURES) + eps)
     y = x * scale[:, None] * weight[None, :]
     tl.store(out_ptr + packed, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_parameters(num_features: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_N, num_warps): 8 to 16 values a thread, short rows several to a program."""
+    """(BLOCK_ROWS, BLOCK_N, num_warps): 8 values a thread up to 4096 features, short rows several to a program."""
     block_n = int(triton.next_power_of_2(num_features))
     block_rows = max(1, 1024 // block_n)
-    return block_rows, block_n, min(max(block_rows * block_n // 512, 4), 16)
+    return block_rows, block_n, min(block_rows * block_n // 256, 16)
 
 
 def rms_norm_triton(
@@ -81,8 +86,8 @@ def rms_norm_triton(
         return out
     block_rows, block_n, num_warps = launch_parameters(num_features)
     _rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x, out if residual is None else residual, weight, out, stride_outer, stride_inner,
-        num_rows, num_inner, num_features, eps,
-        HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_N=block_n, num_warps=num_warps,  # pyright: ignore[reportCallIssue]
+        x, out if residual is None else residual, weight, out, stride_outer, stride_inner, num_rows, eps,
+        NUM_INNER=num_inner, NUM_FEATURES=num_features, HAS_RESIDUAL=residual is not None,
+        BLOCK_ROWS=block_rows, BLOCK_N=block_n, num_warps=num_warps, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out

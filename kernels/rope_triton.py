@@ -9,38 +9,39 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
 TILE, NUM_WARPS = 512, 2  # elements of each half in a program: 8 a thread
 
 
 @triton.jit
-def load_rotated(x_rows, turned, live, cos_sin_row, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Both halves, fp32 [heads, BLOCK_HALF], of the first 2 * HALF features of heads that begin at the pointers x_rows.
-
-    `live` are the heads to load, `turned` those to rotate; the others come as they are. cos_sin_row points at HALF
-    cosines, then HALF sines.
-    """
+def load_halves(x_rows, live, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Both halves, fp32 [heads, BLOCK_HALF], of the first 2 * HALF features of the live heads that begin at x_rows."""
     i = tl.arange(0, BLOCK_HALF)
-    inside = i < HALF
-    cos = tl.load(cos_sin_row + i, mask=inside, other=1.0)[None, :]
-    sin = tl.load(cos_sin_row + HALF + i, mask=inside, other=0.0)[None, :]
-    mask = live[:, None] & inside[None, :]
+    mask = live[:, None] & (i < HALF)[None, :]
     x_ptrs = x_rows[:, None] + i[None, :]
     first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
-    turned = turned[:, None]
-    new_first = tl.where(turned, first * cos - second * sin, first)
-    new_second = tl.where(turned, second * cos + first * sin, second)
-    return new_first, new_second
+    return first, second
 
 
 @triton.jit
 def store_halves(x_rows, live, first, second, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The inverse of `load_rotated`'s loading, to heads that begin at the pointers x_rows, in their dtype."""
+    """The inverse of `load_halves`, to heads that begin at the pointers x_rows, in their dtype."""
     i = tl.arange(0, BLOCK_HALF)
     mask = live[:, None] & (i < HALF)[None, :]
     x_ptrs = x_rows[:, None] + i[None, :]
     tl.store(x_ptrs, first.to(x_rows.dtype.element_ty), mask=mask)
     tl.store(x_ptrs + HALF, second.to(x_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_cos_sin(cos_sin_row, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """[1, BLOCK_HALF] each, of a row that holds HALF cosines, then HALF sines."""
+    i = tl.arange(0, BLOCK_HALF)
+    cos = tl.load(cos_sin_row + i, mask=i < HALF, other=1.0)
+    sin = tl.load(cos_sin_row + HALF + i, mask=i < HALF, other=0.0)
+    return cos[None, :], sin[None, :]
 
 
 @triton.jit
@@ -54,14 +55,18 @@ def _rope_kernel(
     HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     live = heads < NUM_HEADS
-    cos_sin_row = cos_sin_ptr + tl.load(position_ptr + token) * (2 * HALF)
     x_rows = x_ptr + token * stride_token + heads * stride_head
-    first, second = load_rotated(x_rows, live, live, cos_sin_row, HALF, BLOCK_HALF)  # pyright: ignore[reportGeneralTypeIssues]
-    store_halves(x_rows, live, first, second, HALF, BLOCK_HALF)
+    wait_for_inputs(PDL)
+    position = tl.load(position_ptr + token)
+    first, second = load_halves(x_rows, live, HALF, BLOCK_HALF)  # pyright: ignore[reportGeneralTypeIssues]
+    cos, sin = load_cos_sin(cos_sin_ptr + position * (2 * HALF), HALF, BLOCK_HALF)  # pyright: ignore[reportGeneralTypeIssues]
+    store_halves(x_rows, live, first * cos - second * sin, second * cos + first * sin, HALF, BLOCK_HALF)
 
 
 def launch_parameters(num_heads: int, width: int) -> tuple[int, int]:
@@ -81,5 +86,6 @@ def rope_triton(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -
     block_heads, block_half = launch_parameters(num_heads, half)
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
         x, cache, positions, x.stride(0), x.stride(1),
-        NUM_HEADS=num_heads, HALF=half, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        NUM_HEADS=num_heads, HALF=half, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
+        num_warps=NUM_WARPS, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

@@ -9,15 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
 BLOCK_N, NUM_WARPS = 1024, 4  # 8 values a thread: one 16-byte load of bf16 for the gate, one for up
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, y_ptr, stride_x, num_features, GELU: tl.constexpr, BLOCK_N: tl.constexpr):
+def _silu_mul_kernel(
+    x_ptr, y_ptr, stride_x, num_features, GELU: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
+    release_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < num_features
     gate_ptrs = x_ptr + row * stride_x + columns
+    wait_for_inputs(PDL)
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + num_features, mask=mask, other=0.0).to(tl.float32)
     if GELU:
@@ -38,12 +44,7 @@ def silu_mul_triton(x: torch.Tensor, activation: str) -> torch.Tensor:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     _silu_mul_kernel[(rows.shape[0], triton.cdiv(num_features, BLOCK_N))](
-        rows,
-        y,
-        rows.stride(0),
-        num_features,
-        GELU=activation != "silu",
-        BLOCK_N=BLOCK_N,
-        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
-    )
+        rows, y, rows.stride(0), num_features,
+        GELU=activation != "silu", BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
     return y

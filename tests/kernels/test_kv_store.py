@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shoal.kernels.backend import Backend, backend_of
 from shoal.kernels.block_copy import block_copy, block_copy_cost, block_copy_ref
 from shoal.kernels.kv_store import (
     kv_store,
@@ -14,6 +15,7 @@ from shoal.kernels.kv_store import (
     rope_kv_store_cost,
     store_rows,
 )
+from shoal.kernels.rms_norm import rms_norm_ref
 from shoal.kernels.rope import rope_ref, rope_rows
 from tests.support.rope import rope_cache
 
@@ -41,9 +43,10 @@ def test_kv_store(kv_heads, block_size, head_dim, dtype, device):
     torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (6, 1), (7, 7)])
 @pytest.mark.parametrize(("num_rotated", "head_dim"), [(8, 8), (6, 13), (96, 96), (32, 80)])
-def test_rope_and_store_in_one(heads, kv_heads, num_rotated, head_dim, dtype, device):
+def test_rope_and_store_in_one(heads, kv_heads, num_rotated, head_dim, normed, dtype, device):
     """Queries stay in the projection, rotated; rotated keys and untouched values stand in the cache."""
     block_size = 4
     factors = rope_cache(40, num_rotated).to(device)
@@ -51,17 +54,65 @@ def test_rope_and_store_in_one(heads, kv_heads, num_rotated, head_dim, dtype, de
     slots = _slots(3, 5, block_size, device)
     qkv = torch.randn(3, heads + 2 * kv_heads, head_dim, device=device).to(dtype)
     cache = torch.full((5, 2, kv_heads, block_size, head_dim), torch.nan, dtype=dtype, device=device)
-    turned = rope_ref(qkv[:, : heads + kv_heads], factors, positions)
+    norms = (0.5 + torch.rand(2, head_dim, device=device)).to(dtype).unbind() if normed else (None, None)
+    q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+    if normed:
+        q, k = (rms_norm_ref(x.float(), weight, 1e-5) for x, weight in zip((q, k), norms, strict=True))
+    turned = rope_ref(torch.cat((q, k), dim=1), factors, positions).to(dtype)
     want = cache.clone()
     kv_store_ref(torch.cat((turned[:, heads:], qkv[:, heads + kv_heads :]), dim=1), want, slots)
     rows = store_rows(slots, kv_heads, block_size)
-    rope_kv_store(qkv, heads, rope_rows(factors, positions, dtype), cache, rows)
+    turning = rope_rows(factors, positions, dtype)
+    rope_kv_store(qkv, heads, turning, cache, rows, q_norm=norms[0], k_norm=norms[1], eps=1e-5)
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype], "equal_nan": True}
     torch.testing.assert_close(cache, want, **tolerance)
     torch.testing.assert_close(qkv[:, :heads], turned[:, :heads], **tolerance)
     assert torch.equal(cache[:, 1].isnan(), want[:, 1].isnan())
     values = ~want[:, 1].isnan()
     assert torch.equal(cache[:, 1][values], want[:, 1][values])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_padding_is_not_stored(normed, device):
+    """A slot of -1: neither the block before the first nor any other is written, and its neighbours are."""
+    if backend_of(torch.empty(0, device=device)) is Backend.TORCH:
+        pytest.skip("a step on torch has no padding")
+    slots, positions = torch.tensor([5, -1, 2, -1], device=device), torch.tensor([3, 0, 7, 0], device=device)
+    memory = torch.full((3, 2, 2, 4, 8), torch.nan, device=device)
+    cache, qkv = memory[1:], torch.randn(4, 7, 8, device=device)
+    real, kept = slots >= 0, qkv.clone()
+    want = torch.full_like(cache, torch.nan)
+    kv_store_ref(qkv[real][:, 3:], want, slots[real])
+    kv_store(qkv[:, 3:], cache, slots)
+    torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
+    cache.fill_(torch.nan)
+    norm = (
+        {"q_norm": torch.ones(8, device=device), "k_norm": torch.ones(8, device=device), "eps": 1e-6} if normed else {}
+    )
+    rope_kv_store(qkv, 3, rope_rows(rope_cache(9, 8).to(device), positions, qkv.dtype), cache, slots, **norm)
+    assert torch.equal(cache.isnan(), want.isnan())
+    assert torch.equal(cache[:, 1][~want[:, 1].isnan()], want[:, 1][~want[:, 1].isnan()])
+    assert memory[0].isnan().all()
+    assert torch.equal(qkv[:, 5:], kept[:, 5:])
+
+
+def test_a_token_is_normed_alike_in_any_batch(device):
+    """To the last bit, whatever stands beside it: tiles follow from the shape of a token."""
+    qkv, factors = torch.randn(9, 12, 24, device=device), rope_cache(30, 24).to(device)
+    norms = torch.rand(2, 24, device=device)
+    positions, slots = torch.arange(9, device=device) * 3, torch.arange(9, device=device)
+
+    def run(tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part, cache = qkv[tokens].clone(), torch.zeros(1, 2, 2, 16, 24, device=device)
+        rows, turning = store_rows(slots[tokens], 2, 16), rope_rows(factors, positions[tokens], qkv.dtype)
+        rope_kv_store(part, 8, turning, cache, rows, q_norm=norms[0], k_norm=norms[1], eps=1e-6)
+        return part[:, :8], cache[0, :, :, slots[tokens]]
+
+    queries, pairs = run(slice(0, 9))
+    for token in range(9):
+        alone = run(slice(token, token + 1))
+        assert torch.equal(alone[0][0], queries[token])
+        assert torch.equal(alone[1][:, :, 0], pairs[:, :, token])
 
 
 def test_kv_store_refuses_what_does_not_fit(device):
@@ -80,6 +131,11 @@ def test_rope_and_store_refuse_what_does_not_fit(device):
         rope_kv_store(torch.zeros(2, 5, 6, device=device), 2, factors, cache, rows)
     with pytest.raises(ValueError, match="head_dim >= 6"):
         rope_kv_store(torch.zeros(2, 6, 4, device=device), 2, factors, cache, rows)
+    qkv, weight = torch.zeros(2, 6, 6, device=device), torch.ones(6, device=device)
+    with pytest.raises(ValueError, match=r"\[\(6,\), None\]"):
+        rope_kv_store(qkv, 2, factors, cache, rows, q_norm=weight)
+    with pytest.raises(ValueError, match=r"two of \(6,\)"):
+        rope_kv_store(qkv, 2, factors, cache, rows, q_norm=weight, k_norm=weight[:5])
 
 
 COPIES = {

@@ -51,8 +51,8 @@ class Instruction(NamedTuple):
 class Compiled:
     registers: int  # of a thread
     spilled: int  # bytes of a thread's registers that are kept in local memory
-    ptx: str
-    cubin: bytes
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
 
     @cached_property
     def sass(self) -> tuple[Instruction, ...]:
