@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..replicas.errors import ConfigError, ModelError, ServingError
+from .bench.commands import app as bench_app
 from .environment import prepare_environment
 
 EXIT_CONFIG = 2
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors in one line, not in a box
     help="Serve large language models.",
 )
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback()
@@ -72,6 +74,10 @@ def serve(
     load_format: Annotated[str | None, typer.Option(help="auto, safetensors, or dummy: random weights.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Torch threads of a replica on CPU.")] = None,
+    enforce_eager: Annotated[
+        bool | None,
+        typer.Option("--enforce-eager/--no-enforce-eager", help="No CUDA graphs: starts sooner, runs slower."),
+    ] = None,
     batch_invariant: Annotated[
         bool | None,
         typer.Option("--batch-invariant/--no-batch-invariant", help="The same bits in any batch; slower."),
@@ -84,23 +90,12 @@ def serve(
     """Serve MODEL with the OpenAI API until Ctrl-C."""
     given = {name: value for name, value in locals().items() if name not in ("context", "config") and value is not None}
     defaults = {name for name in given if _is_default(context, name)}
-    try:
-        settings = _merge(given, defaults, config)
-        _serve(settings)
-    except (ConfigError, ModelError) as error:
-        _fail(error, EXIT_CONFIG)
-    except ServingError as error:
-        _fail(error, 1)
+    _serve(_merge(given, defaults, config))
 
 
 def _is_default(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "DEFAULT"
-
-
-def _fail(error: ServingError, status: int) -> None:
-    print(f"shoal: error: {error.message}", file=sys.stderr)
-    raise typer.Exit(status)
 
 
 def _merge(given: dict[str, Any], defaults: set[str], path: Path | None) -> dict[str, Any]:
@@ -174,8 +169,12 @@ def free_port(host: str, port: int) -> int:
 
 
 def main() -> None:
-    """Entry point of the `shoal` command."""
-    app()
+    """Entry point of the `shoal` command: what users can put right is told in one line."""
+    try:
+        app()
+    except ServingError as error:
+        print(f"shoal: error: {error.message}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""The commands of `shoal bench`. What measures is imported once the options are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .report import Report
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure engine, kernels and server.")
+
+Model = Annotated[str, typer.Option(help="1b, 8b or 70b (shapes with random weights), tiny, a folder, or a hub id.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="An engine setting as `serve` has it: name=value.")]
+Json = Annotated[Path, typer.Option("--json", help="Where the figures go; its name is the report's.")]
+Commit = Annotated[str | None, typer.Option(help="The commit to note, where there is no checkout to read it from.")]
+Trace = Annotated[Path | None, typer.Option(help="Write a torch profiler trace of some steps, and show its figures.")]
+
+
+def numbers(text: str) -> list[int]:
+    """A list such as 1,32,256."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,32") from None
+    if min(values) < 1:
+        raise typer.BadParameter(f"{text!r} holds a number below 1")
+    return values
+
+
+@app.command()
+def latency(
+    model: Model = "8b",
+    batches: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,32,128,256",
+    contexts: Annotated[str, typer.Option(help="Prompt tokens of each.")] = "1024",
+    decoded: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    settings: Settings = None,
+    trace: Trace = None,
+    json: Json = Path("bench_latency.json"),
+    commit: Commit = None,
+) -> None:
+    """Milliseconds of a decode step and prompt tokens a second, by batch and context."""
+    from .engines import open_engine, parse_settings
+    from .offline import run_latency
+
+    report = new_report(json, commit, model=model, rounds=rounds)
+    batch_list, context_list = numbers(batches), numbers(contexts)
+    with open_engine(model, parse_settings(settings or [])) as opened:
+        run_latency(report, opened, batch_list, context_list, num_decoded=decoded, rounds=rounds, trace=trace)
+    finish(report, json)
+
+
+@app.command()
+def throughput(
+    model: Model = "8b",
+    requests: Annotated[int, typer.Option(min=1)] = 1000,
+    shortest: Annotated[int, typer.Option(min=1, help="Tokens, of prompts and of answers.")] = 100,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens, of prompts and of answers.")] = 1024,
+    settings: Settings = None,
+    trace: Trace = None,
+    json: Json = Path("bench_throughput.json"),
+    commit: Commit = None,
+) -> None:
+    """Output tokens a second of many requests of mixed lengths, handed over at once."""
+    from .engines import open_engine, parse_settings
+    from .offline import run_throughput
+
+    report = new_report(json, commit, model=model, shortest=shortest, longest=longest)
+    with open_engine(model, parse_settings(settings or [])) as opened:
+        run_throughput(report, opened, num_requests=requests, lengths=(shortest, longest), trace=trace)
+    finish(report, json)
+
+
+def new_report(path: Path, commit: str | None, **settings: object) -> Report:
+    """An empty report, named as its file is."""
+    report = Report(path.stem, settings=settings)
+    if commit is not None:
+        report.commit = commit
+    return report
+
+
+def finish(report: Report, path: Path) -> None:
+    report.show()
+    typer.echo(f"written to {report.write(path)}")
