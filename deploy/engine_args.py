@@ -20,7 +20,6 @@ WITHOUT_EFFECT = frozenset(
         "disable_log_stats",
         "distributed_executor_backend",
         "enable_log_requests",
-        "enforce_eager",
         "max_seq_len_to_capture",
         "num_scheduler_steps",
         "scheduling_policy",
@@ -64,6 +63,7 @@ class EngineArgs(BaseModel):
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # torch threads of an engine on CPU; not vLLM's
+    enforce_eager: bool = False  # no CUDA graphs
     batch_invariant: bool = False  # bits of a sequence do not depend on its batch; vLLM's VLLM_BATCH_INVARIANT
 
     def engine_config(self, folder: Path) -> EngineConfig:
@@ -96,6 +96,7 @@ class EngineArgs(BaseModel):
             parallel=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
             device=self.device,
             num_threads=self.num_threads,
+            enforce_eager=self.enforce_eager,
             batch_invariant=self.batch_invariant,
         )
 

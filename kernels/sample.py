@@ -13,6 +13,8 @@ Letters: K rows to sample, V vocabulary. Called by the sampler of each shard. Ru
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 _MASK32 = 0xFFFFFFFF
@@ -92,6 +94,32 @@ def sample(
         scaled = filter_logits(scaled, top_k, top_p, min_p)
     noise = gumbel_noise(seeds, positions, logits.shape[1])
     return torch.where(greedy, logits.argmax(dim=1), (scaled + noise).argmax(dim=1))
+
+
+class SamplingRows(NamedTuple):
+    """Sampling parameters by row, each [R], on the device of the logits."""
+
+    temperature: torch.Tensor  # float32, 0: greedy
+    top_k: torch.Tensor  # int32, 0: all
+    top_p: torch.Tensor  # float32, 1: all
+    min_p: torch.Tensor  # float32, 0: all
+    seed: torch.Tensor  # int64, bit pattern of the 64-bit key
+
+
+def sample_rows(
+    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
+) -> torch.Tensor:
+    """One token for each of rows int64 [K], from logits [K, V]; int64 [K], -1 where the logits are of no use."""
+    wide = logits.float()
+    usable = wide.amax(dim=1).isfinite()
+    temperature = params.temperature[rows]
+    if not temperature.any():
+        tokens = wide.argmax(dim=1)
+    else:
+        top_k, top_p, min_p = params.top_k[rows].long(), params.top_p[rows], params.min_p[rows]
+        filtered = bool(((top_p < 1.0) | (min_p > 0.0) | ((top_k > 0) & (top_k < logits.shape[1]))).any())
+        tokens = sample(wide, temperature, top_k, top_p, min_p, params.seed[rows], positions, filtered=filtered)
+    return torch.where(usable, tokens, -1)
 
 
 def score(

@@ -28,8 +28,29 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more."""
+
+    tokens: int  # T
+    decodes: int  # D
+    prefills: int  # P
+    samples: int  # K
+
+    def holds(self, other: Room) -> bool:
+        """Whether a step of the size of `other` fits."""
+        return (
+            other.tokens <= self.tokens
+            and other.decodes <= self.decodes
+            and other.prefills <= self.prefills
+            and other.samples <= self.samples
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class InputBatch:
     input_ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T]
     attention: AttentionMetadata
     sample_indices: torch.Tensor  # int64 [K], token indices whose hidden states are sampled from
+    sample_rows: torch.Tensor  # int64 [K], the rows that receive the tokens
+    sample_positions: torch.Tensor  # int64 [K], where in their sequences the tokens will stand

@@ -11,7 +11,7 @@ class Executor(Protocol):
     """Runs step plans in order on one copy of the model.
 
     `submit` returns at once; `result` blocks until the oldest submitted plan is done and returns its result. Two or
-    more plans may be in flight. A plan that cannot be run makes `result` raise EngineError.
+    more plans may be in flight. A plan that cannot be run makes `submit` or its `result` raise EngineError.
     """
 
     num_blocks: int  # KV blocks that the shards have room for

@@ -1,138 +1,187 @@
 """One rank's work: from a step plan to its tokens.
 
-The runner keeps what a plan only names: the block table, the last token and the sampling parameters of every row.
+`launch` queues a step on the device and returns; the step after it may be launched before anything of the first is
+read. The tokens that the next step needs stay on the device.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import AttentionMetadata, InputBatch
+from ..kernels.backend import Backend, backend_of
+from .batch import Room
 from .config import EngineConfig, ModelFacts
+from .device_inputs import DeviceInputs
+from .graphs import StepGraphs
+from .host_copy import HostCopier, HostCopy
 from .kv_cache import KVCache
 from .models.decoder import DecoderModel
 from .plan import DEVICE_TOKEN, LogprobArrays, StepPlan, StepResult
-from .sampler import Sampler, score_arrays
+from .sampler import NO_TOKEN, Sampler, score_tensors
+from .step_inputs import HostInputs, StepInputs, make_row_state, room_of
 
 # Prompt log-probabilities need logits of every position; this many are held at a time.
 _SCORED_CHUNK = 256
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What one forward leaves: of T tokens, K of them sampled from."""
+
+    hidden: Tensor | None  # [T, hidden]; None, as logits, where a graph may have used its memory again
+    logits: Tensor | None  # [K, vocab]
+    sampled: Tensor  # [K, hidden], the states that were sampled from
+    rows: Tensor  # int64 [K]
+    tokens: Tensor  # int64 [K], -1 where there was none to choose
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A launched step, until its result is asked for."""
+
+    plan: StepPlan
+    tokens: HostCopy
+    scores: HostCopy | None = None  # of the sampled tokens
+    prompt_scores: list[tuple[np.ndarray, HostCopy]] = field(default_factory=list)  # the token ids scored, and theirs
+
+    def result(self) -> StepResult:
+        """Waits for the step."""
+        (tokens,) = self.tokens.wait()
+        token_ids = tokens.astype(np.int32)
+        failed = ()
+        if (token_ids < 0).any():
+            failed = tuple((int(self.plan.sample_rows[k]), NO_TOKEN) for k in np.flatnonzero(token_ids < 0))
+        logprobs = None if self.scores is None else _logprob_arrays(token_ids, self.scores)
+        prompts = tuple(_logprob_arrays(ids, copy) for ids, copy in self.prompt_scores)
+        return StepResult(self.plan.step, token_ids, logprobs, prompts, failed)
+
+
+def _logprob_arrays(token_ids: np.ndarray, copy: HostCopy) -> LogprobArrays:
+    logprobs, ranks, top_ids, top_logprobs = copy.wait()
+    return LogprobArrays(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        ranks=ranks.astype(np.int32),
+        top_ids=top_ids.astype(np.int32),
+        top_logprobs=top_logprobs,
+    )
+
+
 class Runner:
-    """Executes plans in order on one device."""
+    """Executes plans in order on one device.
+
+    Keeps what a plan only names: block table, last token and sampling parameters of every row. One row more than the
+    plans know belongs to nobody: padding samples into it.
+    """
 
     def __init__(
-        self,
-        model: DecoderModel,
-        kv_cache: KVCache,
-        config: EngineConfig,
-        facts: ModelFacts,
-        device: torch.device,
+        self, model: DecoderModel, kv_cache: KVCache, config: EngineConfig, facts: ModelFacts, device: torch.device
     ) -> None:
         assert config.model.max_model_len is not None
-        assert config.cache.block_size is not None
-        self.model = model
-        self.kv_cache = kv_cache
-        self.device = device
-        self.block_size = config.cache.block_size
-        max_rows = config.scheduler.max_num_seqs
-        self._block_tables = np.zeros((max_rows, -(-config.model.max_model_len // self.block_size)), np.int32)
-        self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        assert config.scheduler.max_num_batched_tokens is not None
+        block_size, max_rows = kv_cache.block_size, config.scheduler.max_num_seqs
+        self.model, self.kv_cache, self.device = model, kv_cache, device
+        state = make_row_state(max_rows + 1, -(-config.model.max_model_len // block_size), device)
+        self._sampler = Sampler(state.sampling, facts.vocab_size, facts.eos_token_ids, device)
         self._num_prompt_logprobs = np.zeros(max_rows, np.int32)
-        self._sampler = Sampler(max_rows, facts.vocab_size, facts.eos_token_ids, device)
+        self._copier = HostCopier(device)
+        self._turns = config.scheduler.max_steps_in_flight + 1
+        self._inputs: StepInputs
+        if backend_of(state.last_tokens) is Backend.TORCH:
+            self._inputs = HostInputs(state, block_size)
+        else:
+            max_tokens = config.scheduler.max_num_batched_tokens
+            self._inputs = DeviceInputs(state, block_size, max_tokens, self._turns)
+        # Where each step's sampled states go, at an address that graphs can hold on to.
+        self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
+        self._graphs = StepGraphs(self._forward, device)
+
+    def capture(self, max_tokens: int) -> None:
+        """Capture CUDA graphs of steps of up to `max_tokens` tokens; steps with more, or with none, run as they are."""
+        max_rows = len(self._sampled)
+        self._graphs.capture(max_rows, max_tokens)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Run one step and wait for its tokens."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue one step; on a CPU it has run when this returns."""
         for start in plan.row_starts:
             self._sampler.start(start)
             self._num_prompt_logprobs[start.row] = start.sampling.prompt_logprobs or 0
-        self._block_tables[plan.table_rows, plan.table_indices] = plan.table_blocks
+        turn = plan.step % self._turns
+        self._inputs.send(plan, turn)
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
-        batch = self.prepare(plan)
+        room = room_of(plan)
+        scores_prompts = len(plan.scored_slices) > 0
+        outputs = None if scores_prompts else self._graphs.replay(room)
+        if outputs is None:
+            outputs = self._forward(room)
+        count = len(plan.sample_rows)
+        scores = self._finish_samples(plan, outputs) if count else None
+        tokens = self._copier.start([self._inputs.kept(turn, count)])
+        pending = PendingStep(plan, tokens, scores)
+        if scores_prompts:
+            assert outputs.hidden is not None, "such a step runs outside of graphs"
+            pending.prompt_scores = self._score_prompts(plan, outputs.hidden)
+        return pending
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run one step and wait for its tokens."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def _forward(self, room: Room) -> StepOutputs:
+        """One step of the plan that was sent last. No host value but `room` decides anything: this is what a CUDA
+        graph captures."""
+        batch = self._inputs.batch(room)
         hidden = self.model(batch.input_ids, batch.positions, batch.attention, self.kv_cache)
-        prompt_logprobs = self._score_prompts(plan, hidden)
-        if len(plan.sample_rows) == 0:
-            return StepResult(plan.step, np.empty(0, np.int32), prompt_logprobs=prompt_logprobs)
-        logits = self.model.compute_logits(hidden.index_select(0, batch.sample_indices))
-        positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
-        tokens, logprobs, failed = self._sampler.sample(logits, plan.sample_rows, positions)
-        self._last_tokens.index_copy_(0, self._to_device(plan.sample_rows.astype(np.int64)), tokens)
-        return StepResult(plan.step, tokens.to("cpu", torch.int32).numpy(), logprobs, prompt_logprobs, failed)
+        sampled = self._sampled[: room.samples]
+        torch.index_select(hidden, 0, batch.sample_indices, out=sampled)
+        tokens, logits = batch.sample_rows, None
+        if room.samples:
+            logits = self.model.compute_logits(sampled)
+            tokens = self._sampler.choose(logits, batch.sample_rows, batch.sample_positions)
+            self._inputs.keep(tokens, batch.sample_rows)
+        return StepOutputs(hidden, logits, sampled, batch.sample_rows, tokens)
 
-    def prepare(self, plan: StepPlan) -> InputBatch:
-        """The tensors of a step. Host work in numpy, then one copy of each array to the device."""
-        num_tokens = plan.num_tokens
-        ends = np.cumsum(num_tokens)
-        context_lens = plan.starts + num_tokens
-        if int(ends[-1]) == plan.num_slices:  # pure decode
-            token_rows, positions = plan.rows, plan.starts
-            num_decodes = plan.num_slices
-        else:
-            token_rows = np.repeat(plan.rows, num_tokens)
-            offsets = np.arange(ends[-1]) - np.repeat(ends - num_tokens, num_tokens)
-            positions = np.repeat(plan.starts, num_tokens) + offsets
-            num_decodes = int((num_tokens == 1).sum())
-            assert (num_tokens[:num_decodes] == 1).all(), "slices of one token come first"
-        blocks = self._block_tables[token_rows, positions // self.block_size]
-        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        tables = self._block_tables[plan.rows, : -(-int(context_lens.max()) // self.block_size)]
-        lens = context_lens.astype(np.int32)
-        prefill_starts = np.concatenate(([num_decodes], ends[num_decodes:])).astype(np.int32)
-        attention = AttentionMetadata(
-            slot_mapping=self._to_device(slots),
-            decode_lens=self._to_device(lens[:num_decodes]),
-            decode_tables=self._to_device(tables[:num_decodes]),
-            prefill_starts=self._to_device(prefill_starts),
-            prefill_lens=self._to_device(lens[num_decodes:]),
-            prefill_tables=self._to_device(tables[num_decodes:]),
-        )
-        return InputBatch(
-            input_ids=self._input_ids(plan, token_rows),
-            positions=self._to_device(positions.astype(np.int64)),
-            attention=attention,
-            sample_indices=self._to_device((ends - 1)[plan.sample_slices]),
-        )
+    def _finish_samples(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
+        """What few samples want: their uncommon wishes, for which they choose again, and log-probabilities."""
+        num_top = self._sampler.num_logprobs(plan.sample_rows)
+        if num_top is None and not self._sampler.has_wishes(plan.sample_rows):
+            return None
+        logits = outputs.logits
+        if logits is None:  # a graph's: the same product again, in the same shape, has the same bits
+            logits = self.model.compute_logits(outputs.sampled)
+        if self._sampler.has_wishes(plan.sample_rows):
+            positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
+            self._sampler.choose_again(logits, outputs.tokens, plan.sample_rows, positions)
+            self._inputs.keep(outputs.tokens, outputs.rows)
+        if num_top is None:
+            return None
+        count = len(plan.sample_rows)
+        return self._copier.start(score_tensors(logits[:count], outputs.tokens[:count].clamp(min=0), num_top))
 
-    def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
-        unknown = np.flatnonzero(plan.token_ids == DEVICE_TOKEN)
-        if len(unknown) == len(plan.token_ids):
-            return self._last_tokens.index_select(0, self._to_device(token_rows))
-        input_ids = self._to_device(plan.token_ids.astype(np.int64))
-        if len(unknown):
-            input_ids[self._to_device(unknown)] = self._last_tokens[self._to_device(token_rows[unknown])]
-        return input_ids
-
-    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> tuple[LogprobArrays, ...]:
-        if len(plan.scored_slices) == 0:
-            return ()
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[tuple[np.ndarray, HostCopy]]:
         ends = np.cumsum(plan.num_tokens)
         scored = []
         for index, following in zip(plan.scored_slices.tolist(), plan.scored_next.tolist(), strict=True):
             first, end = int(ends[index] - plan.num_tokens[index]), int(ends[index])
-            targets = plan.token_ids[first + 1 : end].tolist()
+            targets = plan.token_ids[first + 1 : end]
             if following != DEVICE_TOKEN:
-                targets.append(following)
+                targets = np.append(targets, np.int32(following))
             num_top = int(self._num_prompt_logprobs[plan.rows[index]])
-            scored.append(self._score_positions(hidden[first : first + len(targets)], targets, num_top))
-        return tuple(scored)
+            states = hidden[first : first + len(targets)]
+            scored.append((targets, self._copier.start(self._score_positions(states, targets, num_top))))
+        return scored
 
-    def _score_positions(self, hidden: Tensor, targets: list[int], num_top: int) -> LogprobArrays:
-        target_ids = torch.tensor(targets, dtype=torch.int64, device=self.device)
+    def _score_positions(self, hidden: Tensor, targets: np.ndarray, num_top: int) -> list[Tensor]:
+        target_ids = torch.from_numpy(targets.astype(np.int64)).to(self.device)
         parts = [
-            score_arrays(self.model.compute_logits(some), ids, num_top)
+            score_tensors(self.model.compute_logits(some), ids, num_top)
             for some, ids in zip(hidden.split(_SCORED_CHUNK), target_ids.split(_SCORED_CHUNK), strict=True)
         ]
-        return LogprobArrays(
-            token_ids=np.concatenate([part.token_ids for part in parts]),
-            logprobs=np.concatenate([part.logprobs for part in parts]),
-            ranks=np.concatenate([part.ranks for part in parts]),
-            top_ids=np.concatenate([part.top_ids for part in parts]),
-            top_logprobs=np.concatenate([part.top_logprobs for part in parts]),
-        )
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]

@@ -1,8 +1,9 @@
 """Sampling as a shard does it: parameters kept by row, one pass over the logits of a step.
 
-What every sequence has (temperature, top-k, ...) lies in arrays indexed by row and costs a gather. What few have
-(logit bias, penalties, forbidden words, ...) is an object per row, applied to that row's logits alone, and needs no
-token on the host: histories are kept on the device, where the next step may already be waiting for them.
+What every sequence has (temperature, top-k, ...) lies in tensors indexed by row, and choosing by it never leaves the
+device. What few have (logit bias, penalties, forbidden words, ...) is an object per row: those rows choose a second
+time, from logits changed as they wish. That needs no token on the host either: histories are kept on the device, where
+the next step may already be waiting for them.
 """
 
 from __future__ import annotations
@@ -10,100 +11,75 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kernels.sample import sample, score
-from .plan import Ints, LogprobArrays, RowStart
+from ..kernels.sample import SamplingRows, sample_rows, score
+from .plan import Ints, RowStart
 
 _NEVER = float("-inf")
+NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
 class Sampler:
-    """Chooses the tokens of up to `max_rows` sequences, each by the parameters its row was started with."""
+    """Chooses the tokens of sequences, each by the parameters of its row in `params`, which is kept by others."""
 
-    def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, params: SamplingRows, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device
+    ) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
-        self._temperature = np.zeros(max_rows, np.float32)
-        self._top_p = np.ones(max_rows, np.float32)
-        self._min_p = np.zeros(max_rows, np.float32)
-        self._top_k = np.zeros(max_rows, np.int64)
-        self._seed = np.zeros(max_rows, np.int64)
-        self._filtered = np.zeros(max_rows, bool)
-        self._num_logprobs = np.full(max_rows, -1, np.int32)
+        self._params = params
+        self._num_logprobs = np.full(len(params.temperature), -1, np.int32)
         self._adjusters: dict[int, LogitAdjuster] = {}
 
     def start(self, start: RowStart) -> None:
         """Begin a sequence in a row; whatever the row held before is forgotten."""
         row, params = start.row, start.sampling
-        self._temperature[row] = params.temperature
-        self._top_p[row] = params.top_p
-        self._min_p[row] = params.min_p
-        self._top_k[row] = params.top_k
-        self._seed[row] = np.uint64(start.seed).astype(np.int64)
-        self._filtered[row] = params.top_p < 1.0 or params.min_p > 0.0 or 0 < params.top_k < self.vocab_size
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._adjusters.pop(row, None)
         if LogitAdjuster.needed(start):
             self._adjusters[row] = LogitAdjuster(start, self.vocab_size, self.eos_token_ids, self.device)
 
-    def sample(
-        self, logits: torch.Tensor, rows: Ints, positions: np.ndarray
-    ) -> tuple[torch.Tensor, LogprobArrays | None, tuple[tuple[int, str], ...]]:
-        """Tokens int64 [K] for `rows` [K], to stand at `positions` [K] of their sequences.
+    def choose(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, V].
 
-        logits: float32 [K, V]. Also returns the log-probabilities of all K tokens if any row wants them, and
-        (row, message) of each row that has no token to choose from; its token is meaningless.
+        Uncommon wishes are left out; -1 where a row's logits are of no use. No value is read on the host.
         """
-        raw = logits
-        adjusted = [(k, self._adjusters[row]) for k, row in enumerate(rows.tolist()) if row in self._adjusters]
-        if adjusted:
-            logits = logits.clone()
-            for k, adjuster in adjusted:
-                adjuster.apply(logits[k], int(positions[k]))
-        if not self._temperature[rows].any():
-            tokens = logits.argmax(dim=1)
-        else:
-            tokens = sample(
-                logits,
-                self._gather(self._temperature, rows),
-                self._gather(self._top_k, rows),
-                self._gather(self._top_p, rows),
-                self._gather(self._min_p, rows),
-                self._gather(self._seed, rows),
-                torch.from_numpy(positions.astype(np.int64)).to(self.device),
-                filtered=bool(self._filtered[rows].any()),
-            )
-        for k, adjuster in adjusted:
-            adjuster.append(tokens[k])
-        return tokens, self._score(raw, tokens, rows), _failures(logits, rows)
+        return sample_rows(logits, rows, self._params, positions)
 
-    def _gather(self, values: np.ndarray, rows: Ints) -> torch.Tensor:
-        return torch.from_numpy(values[rows]).to(self.device, non_blocking=True)
+    def has_wishes(self, rows: Ints) -> bool:
+        """Whether one of these rows has an uncommon wish."""
+        return bool(self._adjusters) and any(row in self._adjusters for row in rows.tolist())
 
-    def _score(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Ints) -> LogprobArrays | None:
-        num_top = int(self._num_logprobs[rows].max(initial=-1))
-        return None if num_top < 0 else score_arrays(raw, tokens, num_top)
+    def num_logprobs(self, rows: Ints) -> int | None:
+        """The most alternatives whose log-probabilities one of these rows wants; None if none wants any."""
+        most = int(self._num_logprobs[rows].max(initial=-1))
+        return None if most < 0 else most
 
+    def choose_again(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
+        """Rows with uncommon wishes choose by them; their tokens are put in place, in `tokens` [>= K].
 
-def score_arrays(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobArrays:
-    """`kernels.sample.score`, brought to the host."""
-    logprobs, ranks, top_ids, top_logprobs = score(logits, token_ids, min(num_top, logits.shape[1]))
-    return LogprobArrays(
-        token_ids=token_ids.to("cpu", torch.int32).numpy(),
-        logprobs=logprobs.cpu().numpy(),
-        ranks=ranks.to("cpu", torch.int32).numpy(),
-        top_ids=top_ids.to("cpu", torch.int32).numpy(),
-        top_logprobs=top_logprobs.cpu().numpy(),
-    )
+        logits [>= K, V] stay as they are. positions [K] as in `choose`.
+        """
+        wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters]
+        index = torch.tensor(wishing, dtype=torch.int64, device=self.device)
+        adjusted = logits.index_select(0, index).float()
+        for i, k in enumerate(wishing):
+            self._adjusters[int(rows[k])].apply(adjusted[i], int(positions[k]))
+        chosen = sample_rows(
+            adjusted,
+            torch.from_numpy(rows[wishing].astype(np.int64)).to(self.device),
+            self._params,
+            torch.from_numpy(positions[wishing].astype(np.int64)).to(self.device),
+        )
+        tokens.index_copy_(0, index, chosen)
+        known = chosen.clamp(min=0)
+        for i, k in enumerate(wishing):
+            self._adjusters[int(rows[k])].append(known[i])
 
 
-def _failures(logits: torch.Tensor, rows: Ints) -> tuple[tuple[int, str], ...]:
-    # A maximum is NaN if any logit is, and -inf if every token is forbidden: one reduction finds both.
-    usable = np.isfinite(logits.amax(dim=1).cpu().numpy())
-    if usable.all():
-        return ()
-    message = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
-    return tuple((int(row), message) for row, ok in zip(rows, usable.tolist(), strict=True) if not ok)
+def score_tensors(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
+    """`kernels.sample.score`: log-probabilities [P], ranks [P], and of the likeliest ids and theirs [P, num_top]."""
+    return list(score(logits, token_ids, min(num_top, logits.shape[1])))
 
 
 class LogitAdjuster:

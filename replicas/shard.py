@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +19,64 @@ from .kv_cache import KVCache
 from .loader import load_model
 from .models.decoder import DecoderModel
 from .plan import StepPlan, StepResult
-from .runner import Runner
+from .runner import PendingStep, Runner
+
+logger = logging.getLogger(__name__)
+
+# Steps of up to this many tokens are captured as CUDA graphs. Larger ones keep a GPU busy for longer than the host
+# needs to launch them.
+_GRAPH_TOKENS = 2048
 
 
 class Shard:
     """Loads its part of the model and runs plans on it.
 
     config: resolved. Raises ModelError for a checkpoint that cannot be served, ConfigError where memory is short.
+    `startup_seconds` says what each stage of that took.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         facts = read_model_facts(Path(config.model.path))
+        self.startup_seconds: dict[str, float] = {}
         self.device = torch.device(config.device)
         if self.device.type == "cpu":
             set_cpu_threads(config.num_threads)
-        model = load_model(config, self.device)
-        self.num_blocks = config.cache.num_blocks or _profile_blocks(model, config, facts, self.device)
-        self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
+        else:
+            with self._stage("device"):
+                self.device = torch.device(self.device.type, self.device.index or 0)
+                torch.cuda.set_device(self.device)
+                torch.cuda.synchronize(self.device)
+        with self._stage("weights"):
+            model = load_model(config, self.device)
+        if config.cache.num_blocks is not None:
+            self.num_blocks = config.cache.num_blocks
+        else:
+            with self._stage("memory profile"):
+                self.num_blocks = _profile_blocks(model, config, facts, self.device)
+        with self._stage("KV cache"):
+            self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
+        if self.device.type == "cuda" and not config.enforce_eager:
+            with self._stage("CUDA graphs"):
+                assert config.scheduler.max_num_batched_tokens is not None
+                self._runner.capture(min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens))
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.startup_seconds.items())
+        logger.info("%s is ready on %s with %d KV blocks: %s", config.model.path, self.device, self.num_blocks, stages)
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue a step; on a CPU it has run when this returns."""
+        return self._runner.launch(plan)
 
     def run(self, plan: StepPlan) -> StepResult:
+        """Run a step and wait for its tokens."""
         return self._runner.run(plan)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.startup_seconds[name] = time.perf_counter() - begin
 
 
 def _make_runner(
@@ -62,39 +104,46 @@ def _profile_blocks(model: DecoderModel, config: EngineConfig, facts: ModelFacts
     assert config.model.max_model_len is not None
     assert config.scheduler.max_num_batched_tokens is not None
     block_size = config.cache.block_size
-    num_tokens = min(config.scheduler.max_num_batched_tokens, config.model.max_model_len)
-    num_blocks = -(-num_tokens // block_size)
+    weights = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    # As many sequences as may run, so that the sampler too takes what it may ever take.
+    num_seqs = config.scheduler.max_num_seqs
+    lens = np.full(num_seqs, config.scheduler.max_num_batched_tokens // num_seqs, np.int32)
+    lens = np.minimum(lens, config.model.max_model_len)
+    per_seq = -(-int(lens[0]) // block_size)
+    num_blocks = num_seqs * per_seq
     runner = _make_runner(model, config, facts, num_blocks, device)
-    indices = np.arange(num_blocks, dtype=np.int32)
+    rows = np.arange(num_seqs, dtype=np.int32)
     runner.run(
         StepPlan(
             step=0,
-            rows=np.zeros(1, np.int32),
-            starts=np.zeros(1, np.int32),
-            num_tokens=np.array([num_tokens], np.int32),
-            token_ids=np.zeros(num_tokens, np.int32),
-            sample_slices=np.zeros(1, np.int32),
-            sample_rows=np.zeros(1, np.int32),
-            table_rows=np.zeros(num_blocks, np.int32),
-            table_indices=indices,
-            table_blocks=indices,
+            rows=rows,
+            starts=np.zeros(num_seqs, np.int32),
+            num_tokens=lens,
+            token_ids=np.zeros(int(lens.sum()), np.int32),
+            sample_slices=rows,
+            sample_rows=rows,
+            table_rows=np.repeat(rows, per_seq),
+            table_indices=np.tile(np.arange(per_seq, dtype=np.int32), num_seqs),
+            table_blocks=np.arange(num_blocks, dtype=np.int32),
         )
     )
     torch.cuda.synchronize(device)
     bytes_per_block = facts.kv_bytes_per_token(config.model.dtype) * block_size
-    peak = torch.cuda.max_memory_allocated(device) - num_blocks * bytes_per_block
+    step = torch.cuda.max_memory_allocated(device) - weights - num_blocks * bytes_per_block
+    # Graphs have a pool of their own, which the largest of them fills like a step outside of graphs.
+    graphs = 0 if config.enforce_eager else step
     free, total = torch.cuda.mem_get_info(device)
     # Memory that others hold on the device, and that CUDA and its libraries hold outside torch's allocator.
     foreign = total - free - torch.cuda.memory_reserved(device)
-    room = int(total * config.cache.gpu_memory_utilization) - foreign - peak
+    room = int(total * config.cache.gpu_memory_utilization) - foreign - weights - step - graphs
     found = room // bytes_per_block
     if found * block_size < config.model.max_model_len:
         raise ConfigError(
-            f"after weights and activations ({peak / 2**30:.1f} GiB) {max(room, 0) / 2**30:.1f} GiB are left for KV "
-            f"blocks: {max(found, 0) * block_size} tokens, less than one sequence of max_model_len "
-            f"{config.model.max_model_len}; lower max_model_len or max_num_batched_tokens, or raise "
-            f"gpu_memory_utilization {config.cache.gpu_memory_utilization}"
+            f"after weights ({weights / 2**30:.1f} GiB) and activations ({(step + graphs) / 2**30:.1f} GiB) "
+            f"{max(room, 0) / 2**30:.1f} GiB are left for KV blocks: {max(found, 0) * block_size} tokens, less than "
+            f"one sequence of max_model_len {config.model.max_model_len}; lower max_model_len or "
+            f"max_num_batched_tokens, or raise gpu_memory_utilization {config.cache.gpu_memory_utilization}"
         )
     del runner
     torch.cuda.empty_cache()

@@ -113,8 +113,8 @@ def test_values_that_cannot_work_together(engine: dict, told: str) -> None:
 
 
 def test_settings_without_effect_are_said() -> None:
-    with pytest.warns(UserWarning, match="enforce_eager has no effect"):
-        assert plan(enforce_eager=True).engine == plan().engine
+    with pytest.warns(UserWarning, match="swap_space has no effect"):
+        assert plan(swap_space=4).engine == plan().engine
     with pytest.warns(UserWarning, match="log_engine_metrics has no effect"):
         from_dict(LLMConfig, llm(log_engine_metrics=True))
 

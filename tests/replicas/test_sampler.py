@@ -4,27 +4,47 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.replicas.plan import RowStart
+from shoal.replicas.plan import RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
-from shoal.replicas.sampler import Sampler
+from shoal.replicas.sampler import Sampler, score_tensors
+from shoal.replicas.step_inputs import HostInputs, make_row_state
 
 VOCAB = 40
 EOS = 3
 CPU = torch.device("cpu")
+NO_INTS = np.empty(0, np.int32)
 
 
-def make_sampler(*params: SamplingParams, prompt=(1, 2), emitted=()) -> Sampler:
+class Rows:
+    """A sampler beside the row state that a runner keeps for it."""
+
+    def __init__(self) -> None:
+        state = make_row_state(8, 1, CPU)
+        self._inputs = HostInputs(state, block_size=16)
+        self.sampler = Sampler(state.sampling, VOCAB, (EOS,), CPU)
+
+    def start(self, start: RowStart) -> None:
+        self._inputs.send(StepPlan(0, *(NO_INTS,) * 6, row_starts=(start,)), turn=0)
+        self.sampler.start(start)
+
+
+def make_sampler(*params: SamplingParams, prompt=(1, 2), emitted=()) -> Rows:
     """One row for each parameter set, row i with seed i."""
-    sampler = Sampler(8, VOCAB, (EOS,), CPU)
+    rows = Rows()
     for row, each in enumerate(params):
-        sampler.start(RowStart(row, row, len(prompt), each, tuple(prompt), tuple(emitted), len(emitted)))
-    return sampler
+        rows.start(RowStart(row, row, len(prompt), each, tuple(prompt), tuple(emitted), len(emitted)))
+    return rows
 
 
-def step(sampler: Sampler, logits: torch.Tensor, position: int, rows=(0,)):
+def step(state: Rows, logits: torch.Tensor, position: int, rows=(0,)):
+    """Tokens, and log-probabilities where a row wants them, as a runner gets them."""
+    sampler, indices = state.sampler, np.array(rows, np.int32)
     positions = np.full(len(rows), position, np.int32)
-    tokens, logprobs, failed = sampler.sample(logits, np.array(rows, np.int32), positions)
-    return tokens.tolist(), logprobs, failed
+    tokens = sampler.choose(logits, torch.from_numpy(indices).long(), torch.from_numpy(positions).long())
+    if sampler.has_wishes(indices):
+        sampler.choose_again(logits, tokens, indices, positions)
+    num_top = sampler.num_logprobs(indices)
+    return tokens.tolist(), None if num_top is None else score_tensors(logits, tokens, num_top)
 
 
 def greedy(**kwargs) -> SamplingParams:
@@ -82,7 +102,7 @@ def test_penalties_follow_their_formulas():
                 logit = logit / 1.5 if logit > 0 else logit * 1.5
             count = history.count(v)
             expected.append(logit - 0.3 * count - (0.4 if count else 0.0))
-        [token], _, _ = step(sampler, logits, position)
+        [token], _ = step(sampler, logits, position)
         assert token == int(np.argmax(expected))
         history.append(token)
 
@@ -104,10 +124,13 @@ def test_rows_do_not_disturb_each_other():
 
 def test_logprobs_are_those_of_the_models_own_logits():
     logits = torch.randn(1, VOCAB)
-    tokens, logprobs, _ = step(make_sampler(greedy(logit_bias=((5, 100.0),), logprobs=3)), logits, 2)
+    tokens, scores = step(make_sampler(greedy(logit_bias=((5, 100.0),), logprobs=3)), logits, 2)
+    assert scores is not None
+    logprobs, ranks, top_ids, _ = scores
     assert tokens == [5]
-    assert logprobs.logprobs[0] == pytest.approx(float(logits.log_softmax(1)[0, 5]), abs=1e-5)
-    assert logprobs.top_ids[0].tolist() == logits[0].topk(3).indices.tolist()
+    assert logprobs[0] == pytest.approx(float(logits.log_softmax(1)[0, 5]), abs=1e-5)
+    assert ranks[0] == 1 + int((logits[0] > logits[0, 5]).sum())
+    assert top_ids[0].tolist() == logits[0].topk(3).indices.tolist()
 
 
 def test_a_restarted_row_forgets():
@@ -123,12 +146,10 @@ def test_a_restarted_row_forgets():
 def test_unusable_logits_fail_their_row_alone(poison):
     logits = torch.zeros(2, VOCAB)
     logits[1, 5] = poison
-    _, _, failed = step(make_sampler(greedy(), greedy()), logits, 2, rows=(0, 1))
-    assert [row for row, _ in failed] == [1]
+    tokens, _ = step(make_sampler(greedy(), greedy()), logits, 2, rows=(0, 1))
+    assert tokens == [0, -1]
 
 
 def test_a_row_with_every_token_forbidden_fails():
     params = greedy(allowed_token_ids=(EOS,), min_tokens=4)
-    _, _, failed = step(make_sampler(params), torch.zeros(1, VOCAB), 2)
-    assert [row for row, _ in failed] == [0]
-    assert "forbids every token" in failed[0][1]
+    assert step(make_sampler(params), torch.zeros(1, VOCAB), 2)[0] == [-1]

@@ -1,0 +1,79 @@
+"""CUDA graphs of whole steps, one for each size of a step, replayed for any step that fits.
+
+A step of a graph's size or a little smaller is one launch for the host instead of some three hundred. Its inputs lie
+in buffers that stay (device_inputs.py); what a step does not fill is padding. A decode graph runs slices of one token
+alone; a mixed one both kinds, how many of each being read on the device.
+
+Habit of reading it: mini-sglang's and nano-vllm's graph runners. Memory is one pool: graphs run one after the other,
+so that each may use again what the one before it used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .batch import Room
+
+if TYPE_CHECKING:
+    from .runner import StepOutputs
+
+
+def decode_rooms(max_rows: int) -> list[Room]:
+    """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
+    sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
+    return [Room(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
+
+
+def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
+    """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding."""
+    sizes, size = [], 64
+    while size < max_tokens:
+        sizes.append(size)
+        size += max(64, size // 8 // 64 * 64)
+    sizes.append(max_tokens)
+    return [Room(size, min(size, max_rows), min(max_rows, max(size // 2, 1)), min(size, max_rows)) for size in sizes]
+
+
+class StepGraphs:
+    """Graphs of `run`, which executes the step whose inputs are on the device, with a given room."""
+
+    def __init__(self, run: Callable[[Room], StepOutputs], device: torch.device) -> None:
+        self._run, self._device = run, device
+        self._graphs: dict[Room, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
+        self._decode: list[Room] = []
+        self._mixed: list[Room] = []
+
+    def capture(self, max_rows: int, max_tokens: int) -> None:
+        """Capture every size, the largest first. The inputs must be those of an empty plan: all padding.
+
+        Each size runs once before, for what its kernels and libraries do when they are first used.
+        """
+        stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for room in sorted((*decode, *mixed), key=lambda room: room.tokens, reverse=True):
+                self._run(room)
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                outputs = self._run(room)
+                graph.capture_end()
+                self._graphs[room] = graph, replace(outputs, hidden=None, logits=None)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._decode, self._mixed = decode, mixed
+
+    def replay(self, room: Room) -> StepOutputs | None:
+        """Run the step in the smallest graph that holds it; None where none does."""
+        rooms = self._mixed if room.prefills else self._decode
+        fitting = next((candidate for candidate in rooms if candidate.holds(room)), None)
+        if fitting is None:
+            return None
+        graph, outputs = self._graphs[fitting]
+        graph.replay()
+        return outputs

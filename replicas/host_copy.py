@@ -1,0 +1,42 @@
+"""Results on their way from the device to the host, beside the work that follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class HostCopy:
+    """Tensors that are being copied to the host; `wait` gives them as arrays."""
+
+    def __init__(self, arrays: Sequence[torch.Tensor], done: torch.cuda.Event | None) -> None:
+        self._arrays, self._done = arrays, done
+
+    def wait(self) -> list[np.ndarray]:
+        """Blocks, without the interpreter's lock, until the copies are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return [array.numpy() for array in self._arrays]
+
+
+class HostCopier:
+    """Starts copies. On CUDA they run on a stream of their own, so that the next step need not wait for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, tensors: Sequence[torch.Tensor]) -> HostCopy:
+        """Copy what the work queued so far makes of `tensors`. On a CPU they are taken as they are."""
+        if self._stream is None or not tensors:
+            return HostCopy(tensors, None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        targets = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        with torch.cuda.stream(self._stream):
+            for target, tensor in zip(targets, tensors, strict=True):
+                target.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return HostCopy(targets, done)
