@@ -40,7 +40,9 @@ def run(folder: Path) -> list[tuple[list[int], list[float]]]:
         )
     finally:
         engine.shutdown()
-    return [(each.token_ids, [one.logprob for one in each.logprobs]) for found in completions.values() for each in found]
+    return [
+        (each.token_ids, [one.logprob for one in each.logprobs]) for found in completions.values() for each in found
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
