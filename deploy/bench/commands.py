@@ -81,6 +81,44 @@ def new_report(path: Path, commit: str | None, **settings: object) -> Report:
     return report
 
 
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option(help="Of a running server with the OpenAI API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="As clients name it; the server's first if absent.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests at a time, such as 1,64,256.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Poisson arrivals a second, in its place.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Per row; four for each at a time if absent.")] = None,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 128,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts are random ids below it.")] = 1000,
+    ttft_ms: Annotated[float | None, typer.Option(help="Goodput: longest time to the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Goodput: longest time per output token.")] = None,
+    e2e_ms: Annotated[float | None, typer.Option(help="Goodput: longest time to the last token.")] = None,
+    json: Json = Path("bench_serve.json"),
+    commit: Commit = None,
+) -> None:
+    """Latencies, output tokens a second and goodput of a server, over HTTP."""
+    from . import serving
+    from .http_client import Target
+
+    if concurrency is not None and rate is not None:
+        raise typer.BadParameter("--concurrency and --rate exclude each other")
+    target = Target.of(url, model or serving.first_model(url, api_key), api_key)
+    shape = serving.Shape(prompt_len, new_tokens, vocab_size)
+    objectives = serving.Objectives(ttft_ms, tpot_ms, e2e_ms)
+    report = new_report(json, commit, model=target.model, prompt_len=prompt_len, new_tokens=new_tokens)
+    report.settings |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms, "e2e_ms": e2e_ms}
+    serving.warm_up(target, shape)
+    if rate is not None:
+        report.add(**serving.measure(target, shape, requests or 100, rate=rate, objectives=objectives))
+    else:
+        for at_a_time in numbers(concurrency or "1,64,256"):
+            num_requests = requests or max(16, 4 * at_a_time)
+            report.add(**serving.measure(target, shape, num_requests, concurrency=at_a_time, objectives=objectives))
+    finish(report, json)
+
+
 def finish(report: Report, path: Path) -> None:
     report.show()
     typer.echo(f"written to {report.write(path)}")
