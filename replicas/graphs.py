@@ -10,6 +10,7 @@ so that each may use again what the one before it used.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ class StepGraphs:
     def replay(self, room: Room) -> StepOutputs | None:
         """Run the step in the smallest graph that holds it; None where none does."""
         rooms = self._mixed if room.prefills else self._decode
-        fitting = next((candidate for candidate in rooms if candidate.holds(room)), None)
+        first = bisect_left(rooms, room.tokens, key=lambda candidate: candidate.tokens)
+        fitting = next((candidate for candidate in rooms[first:] if candidate.holds(room)), None)
         if fitting is None:
             return None
         graph, outputs = self._graphs[fitting]
