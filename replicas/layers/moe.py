@@ -23,9 +23,17 @@ class MoE(Layer):
     """
 
     def __init__(
-        self, spec: DecoderSpec, experts: ExpertsSpec, comm: ParallelContext, dtype: torch.dtype, device: torch.device
+        self,
+        spec: DecoderSpec,
+        experts: ExpertsSpec,
+        comm: ParallelContext,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
+        self.batch_invariant = batch_invariant
         self.experts, self.comm, self.activation, self.hidden_size = experts, comm, spec.hidden_act, spec.hidden_size
         self.local = shard_range(experts.intermediate_size, comm.tp_rank, comm.tp_size, "features of an expert")
         size = self.local.stop - self.local.start
@@ -36,7 +44,8 @@ class MoE(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = F.linear(x, self.gate)
         weights, chosen = route(logits, self.experts.top_k, renormalize=self.experts.renormalize)
-        return self.comm.all_reduce(moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation))
+        y = moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation, invariant=self.batch_invariant)
+        return self.comm.all_reduce(y)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """`prefix` ends in `.mlp`; Mixtral's original name of the same module stands beside it."""

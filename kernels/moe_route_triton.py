@@ -1,0 +1,218 @@
+"""Triton kernels of moe.py that choose experts and sort what was chosen, with no value coming back to the host.
+
+Legend: T tokens, E experts, k experts per token; slot t * k + i is token t's i-th expert, S = T * k slots.
+
+The slots are sorted by expert, those of one expert in their own order, and each expert's run is cut into tiles of at
+most `tile_rows` rows: `order` int32 [S] holds the sorted slots, `tiles` int32 [3, N] the expert of each tile (-1
+behind the last), its first row in the sorted order, and the end of its expert's rows. N is the most tiles that S slots
+can make, so grids follow from shapes alone. Nothing depends on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
+CHUNK = 4096  # pairs of token and expert in a program that sorts
+UNCOUNTED_CHUNKS = 8  # so many, or fewer, are counted by every program; more by a kernel of their own
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_kernel(
+    logits_ptr,
+    weights_ptr,
+    experts_ptr,
+    stride_logits,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_E)
+    live, real = rows < num_tokens, (columns < NUM_EXPERTS)[None, :]
+    mask = live[:, None] & real
+    logits = tl.load(logits_ptr + rows[:, None] * stride_logits + columns[None, :], mask=mask, other=0.0)
+    release_dependents(PDL)
+    logits = tl.where(real, logits.to(tl.float32), float("-inf"))
+    p = tl.exp(logits - tl.max(logits, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    # Padding may be NaN, which is not greater than anything: as -1 it is chosen last, and always inside the row.
+    choice = tl.where(real, tl.where(p == p, p, -1.0), -2.0)
+    places = tl.arange(0, BLOCK_K)
+    weights = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.float32)
+    experts = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.int32)
+    for i in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 1, tie_break_left=True)
+        chosen = columns[None, :] == best[:, None]
+        weight = tl.sum(tl.where(chosen, p, 0.0), 1)
+        choice = tl.where(chosen, -3.0, choice)
+        here = places[None, :] == i
+        weights = tl.where(here, weight[:, None], weights)
+        experts = tl.where(here, best[:, None], experts)
+    if RENORMALIZE:
+        weights = weights / tl.sum(weights, 1)[:, None]
+    out = rows[:, None] * TOP_K + places[None, :]
+    mask = live[:, None] & (places < TOP_K)[None, :]
+    tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
+    tl.store(experts_ptr + out, experts.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(chose, slot), int32 [BLOCK_T, BLOCK_E] both: 1 where a token of the chunk chose an expert, and in which slot."""
+    tokens = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, BLOCK_E)[None, :]
+    chose = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    slot = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for i in tl.static_range(TOP_K):
+        expert = tl.load(experts_ptr + tokens * TOP_K + i, mask=tokens < num_tokens, other=-1).to(tl.int32)
+        here = expert[:, None] == columns
+        chose = tl.where(here, 1, chose)
+        slot = tl.where(here, (tokens * TOP_K + i)[:, None], slot)
+    return chose, slot
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _count_kernel(
+    experts_ptr,
+    counts_ptr,
+    num_tokens,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """counts [chunks, BLOCK_E]; one program per chunk."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    chunk = tl.program_id(0)
+    chose, _ = _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
+    tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.sum(chose, 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_tiles"])
+def _sort_kernel(
+    experts_ptr,
+    counts_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_tokens,
+    max_tiles,
+    TILE_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ALONE: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Places the slots of one chunk of tokens, and writes its share of `tiles`."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK_E)
+    chose, slot = _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)  # of those, in earlier chunks
+    if ALONE:
+        counts = tl.sum(chose, 0)
+    elif COUNTED:
+        for first in range(0, num_chunks, BLOCK_T):
+            chunks = first + tl.arange(0, BLOCK_T)
+            part_ptrs = counts_ptr + chunks[:, None] * BLOCK_E + columns[None, :]
+            part = tl.load(part_ptrs, mask=(chunks < num_chunks)[:, None], other=0)
+            counts += tl.sum(part, 0)
+            before += tl.sum(tl.where((chunks < chunk)[:, None], part, 0), 0)
+    else:
+        for other in range(num_chunks):
+            others, _ = _chunk_choices(experts_ptr, other, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
+            part = tl.sum(others, 0)
+            counts += part
+            before += tl.where(other < chunk, part, 0)
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+    place = (starts + before)[None, :] + tl.cumsum(chose, 0) - 1
+    tl.store(order_ptr + place, slot, mask=chose == 1)
+
+    num_tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    tile_ends = tl.cumsum(num_tiles, 0)
+    for first in range(chunk * BLOCK_T, max_tiles, num_chunks * BLOCK_T):
+        tiles = first + tl.arange(0, BLOCK_T)
+        expert = tl.sum((tile_ends[None, :] <= tiles[:, None]).to(tl.int32), 1)
+        inside = expert < BLOCK_E
+        known = tl.where(inside, expert, 0)
+        first_row = tl.gather(starts, known, 0) + (tiles - tl.gather(tile_ends - num_tiles, known, 0)) * TILE_ROWS
+        mask = tiles < max_tiles
+        tl.store(tiles_ptr + tiles, tl.where(inside, expert, -1), mask=mask)
+        tl.store(tiles_ptr + max_tiles + tiles, first_row, mask=mask)
+        tl.store(tiles_ptr + 2 * max_tiles + tiles, tl.gather(ends, known, 0), mask=mask)
+
+
+def route_launch(num_experts: int, top_k: int) -> dict[str, int]:
+    """512 logits to a program of four warps, so that a row of 128 is one warp's."""
+    block_e = int(triton.next_power_of_2(num_experts))
+    return {
+        "BLOCK_ROWS": max(1, 512 // block_e),
+        "BLOCK_E": block_e,
+        "BLOCK_K": int(triton.next_power_of_2(top_k)),
+        "num_warps": 4,
+    }
+
+
+def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [T, k], expert ids int64 [T, k]) of logits [T, E] whose rows have no gaps."""
+    num_tokens, num_experts = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    weights = torch.empty(num_tokens, top_k, dtype=logits.dtype, device=logits.device)
+    experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    if num_tokens == 0:
+        return weights, experts
+    launch: dict[str, Any] = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "RENORMALIZE": renormalize}
+    launch |= route_launch(num_experts, top_k) | pdl_launch(logits)
+    _route_kernel[(triton.cdiv(num_tokens, launch["BLOCK_ROWS"]),)](
+        logits, weights, experts, logits.stride(0), num_tokens, **launch
+    )  # fmt: skip
+    return weights, experts
+
+
+def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
+    """The most tiles that so many slots can make: every expert that is chosen may leave one tile unfilled."""
+    chosen = min(num_slots, num_experts)
+    return min(num_slots, (num_slots + chosen * (tile_rows - 1)) // tile_rows)
+
+
+def sort_launch(num_tokens: int, num_experts: int) -> dict[str, int]:
+    """A chunk is as many tokens as make CHUNK pairs of token and expert, fewer where there are fewer."""
+    block_e = max(16, int(triton.next_power_of_2(num_experts)))
+    block_t = min(max(CHUNK // block_e, 16), max(16, int(triton.next_power_of_2(num_tokens))))
+    return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": max(4, block_t * block_e // 512)}
+
+
+def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, tiles) of the experts int64 [T, k] chosen: 0 .. num_experts - 1, a token's k all distinct."""
+    num_tokens, top_k = experts.shape
+    shape = sort_launch(num_tokens, num_experts)
+    launch: dict[str, Any] = {"TOP_K": top_k, **shape, **pdl_launch(experts)}
+    num_chunks = -(-num_tokens // shape["BLOCK_T"])
+    max_tiles = most_tiles(experts.numel(), num_experts, tile_rows)
+    order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
+    tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=experts.device)
+    counted, counts = num_chunks > UNCOUNTED_CHUNKS, order
+    if counted:
+        counts = torch.empty(num_chunks, shape["BLOCK_E"], dtype=torch.int32, device=experts.device)
+        _count_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
+    launch |= {"TILE_ROWS": tile_rows, "ALONE": num_chunks == 1, "COUNTED": counted}
+    _sort_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, **launch)
+    return order, tiles

@@ -1,0 +1,246 @@
+"""Triton kernels of moe.py: the two products of every chosen expert, and the sum of a token's experts.
+
+Legend as in moe.py, S = T * k slots; `order` and `tiles` as in moe_route_triton.py. hidden [S, I] stands in sorted
+order, so that the second product reads whole blocks; parts [S, H] in slot order, so that a token's k rows are
+neighbours and are added in a fixed order, in fp32, by a kernel of their own.
+
+Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Tensor cores of Hopper
+take 64 of the left operand's rows and as few as 8 of the right one's columns, so few tokens waste nothing. A row of
+padding, NaN as it may be, is a column of acc and touches no other. Rows behind the end of an expert are read from its
+last row, features behind the end from the last feature: loads need no mask, stores have one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .moe import expected_experts
+from .moe_route_triton import most_tiles, sort_by_expert
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
+COMBINE_N, COMBINE_WARPS = 1024, 4  # features of a program of the last kernel: 16 bytes of bf16 a thread and expert
+
+
+@triton.jit
+def _program_tile(max_tiles, num_features, BLOCK_FEATURES: tl.constexpr, GROUP: tl.constexpr):
+    """(tile, block of features). GROUP tiles share a block of weights in the L2 cache before the next one is read."""
+    num_blocks = tl.cdiv(num_features, BLOCK_FEATURES)
+    program = tl.program_id(0)
+    first = program // (GROUP * num_blocks) * GROUP
+    size = tl.minimum(max_tiles - first, GROUP)
+    within = program % (GROUP * num_blocks)
+    return first + within % size, within // size
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def _gate_up_kernel(
+    x_ptr,
+    gate_up_ptr,
+    hidden_ptr,
+    order_ptr,
+    tiles_ptr,
+    stride_x,
+    max_tiles,
+    num_features,
+    num_inner,
+    TOP_K: tl.constexpr,
+    GELU: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """hidden[r] = act(gate_up[e, :I] @ x[t]) * (gate_up[e, I:] @ x[t]), t the token of sorted row r."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    tile, block = _program_tile(max_tiles, num_features, BLOCK_FEATURES, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)
+    if expert < 0:
+        return
+    rows = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_ROWS)
+    end = tl.load(tiles_ptr + 2 * max_tiles + tile)
+    tokens = (tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K).to(tl.int64)
+    features = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    inner = tl.arange(0, BLOCK_INNER)
+    size = num_features.to(tl.int64) * num_inner
+    weight_rows = tl.minimum(features, num_features - 1).to(tl.int64) * num_inner
+    gate_ptrs = gate_up_ptr + expert * (2 * size) + weight_rows[:, None] + inner[None, :]
+    x_ptrs = x_ptr + (tokens * stride_x)[:, None] + inner[None, :]
+    gate = tl.zeros([BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    up = tl.zeros([BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    for start in range(0, num_inner, BLOCK_INNER):
+        if EVEN:
+            x, w_gate, w_up = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(gate_ptrs + size)
+        else:
+            mask = (inner < num_inner - start)[None, :]
+            x = tl.load(x_ptrs, mask=mask, other=0.0)
+            w_gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+            w_up = tl.load(gate_ptrs + size, mask=mask, other=0.0)
+        gate = tl.dot(w_gate, tl.trans(x), gate, input_precision="ieee")
+        up = tl.dot(w_up, tl.trans(x), up, input_precision="ieee")
+        x_ptrs += BLOCK_INNER
+        gate_ptrs += BLOCK_INNER
+    if GELU:
+        inside = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # as in silu_mul_triton.py
+    else:
+        inside = gate
+    y = tl.trans((gate * tl.sigmoid(inside) * up).to(hidden_ptr.dtype.element_ty))
+    out_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * num_features + features[None, :]
+    tl.store(out_ptrs, y, mask=(rows < end)[:, None] & (features < num_features)[None, :])
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def _down_kernel(
+    hidden_ptr,
+    down_ptr,
+    scale_ptr,
+    parts_ptr,
+    order_ptr,
+    tiles_ptr,
+    max_tiles,
+    num_features,
+    num_inner,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """parts[s] = weights[s] * (down[e] @ hidden[r]), s the slot of sorted row r."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    tile, block = _program_tile(max_tiles, num_features, BLOCK_FEATURES, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)
+    if expert < 0:
+        return
+    rows = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_ROWS)
+    end = tl.load(tiles_ptr + 2 * max_tiles + tile)
+    row_reads = tl.minimum(rows, end - 1).to(tl.int64)
+    features = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    inner = tl.arange(0, BLOCK_INNER)
+    weight_rows = (expert * num_features + tl.minimum(features, num_features - 1)) * num_inner
+    w_ptrs = down_ptr + weight_rows[:, None] + inner[None, :]
+    x_ptrs = hidden_ptr + (row_reads * num_inner)[:, None] + inner[None, :]
+    acc = tl.zeros([BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    for start in range(0, num_inner, BLOCK_INNER):
+        if EVEN:
+            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+        else:
+            mask = (inner < num_inner - start)[None, :]
+            x, w = tl.load(x_ptrs, mask=mask, other=0.0), tl.load(w_ptrs, mask=mask, other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        x_ptrs += BLOCK_INNER
+        w_ptrs += BLOCK_INNER
+    slots = tl.load(order_ptr + row_reads).to(tl.int64)
+    scale = tl.load(scale_ptr + slots).to(tl.float32)
+    y = tl.trans((acc * scale[None, :]).to(parts_ptr.dtype.element_ty))
+    out_ptrs = parts_ptr + slots[:, None] * num_features + features[None, :]
+    tl.store(out_ptrs, y, mask=(rows < end)[:, None] & (features < num_features)[None, :])
+
+
+@triton.jit
+def _combine_kernel(parts_ptr, out_ptr, num_features, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    """out[t] = the sum of parts[t * k .. t * k + k - 1], first to last."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < num_features
+    part_ptrs = parts_ptr + token * (TOP_K * num_features) + columns
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for i in tl.static_range(TOP_K):
+        total += tl.load(part_ptrs + i * num_features, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * num_features + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLaunch:
+    """Rows of a tile, and the launch parameters of the two products."""
+
+    tile_rows: int
+    gate_up: dict[str, int]
+    down: dict[str, int]
+
+
+def _gemm(features: int, inner: int, num_warps: int, num_stages: int, group: int) -> dict[str, int]:
+    return {
+        "BLOCK_FEATURES": features, "BLOCK_INNER": inner, "GROUP": group,
+        "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+
+
+# Rows of a tile -> the two products. Few rows: memory bound, small blocks of weights so that many programs load at
+# once. Many rows: 2 x 128 x 128 or 256 x 128 accumulators on eight warps keep wgmma fed from 3 x 48 KB of stages.
+_PRODUCTS = {
+    16: (_gemm(32, 128, 4, 4, 64), _gemm(64, 128, 4, 4, 64)),
+    32: (_gemm(64, 128, 4, 3, 64), _gemm(64, 128, 4, 4, 64)),
+    64: (_gemm(64, 64, 4, 4, 16), _gemm(128, 64, 4, 4, 16)),
+    128: (_gemm(128, 64, 8, 3, 16), _gemm(256, 64, 8, 3, 16)),
+}
+_FP32 = (_gemm(32, 32, 4, 2, 16), _gemm(32, 32, 4, 2, 16))  # on the scalar units, unrolled: larger tiles would spill
+_INVARIANT_ROWS = 64
+
+
+def moe_launch(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, *, invariant: bool) -> MoeLaunch:
+    """Tiles about twice as high as the rows that a chosen expert gets when all experts are as likely."""
+    if dtype == torch.float32:
+        return MoeLaunch(16, *_FP32)
+    rows = num_tokens * top_k / expected_experts(num_tokens, num_experts, top_k)
+    tile_rows = 16 if rows <= 6 else 32 if rows <= 16 else 64 if rows <= 40 else 128
+    if invariant:
+        tile_rows = _INVARIANT_ROWS
+    return MoeLaunch(tile_rows, *_PRODUCTS[tile_rows])
+
+
+def moe_mlp_triton(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    activation: str,
+    *,
+    invariant: bool,
+    launch: MoeLaunch | None = None,
+) -> torch.Tensor:
+    """As `moe_mlp`; shapes are checked there. `launch` overrides the choice made from the shapes."""
+    num_tokens, num_hidden = x.shape
+    num_experts, _, num_inner = down.shape
+    top_k = experts.shape[1]
+    out = torch.empty(num_tokens, num_hidden, dtype=x.dtype, device=x.device)
+    if num_tokens == 0:
+        return out
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    num_slots, pdl = num_tokens * top_k, pdl_launch(x)
+    launch = launch or moe_launch(num_tokens, num_experts, top_k, x.dtype, invariant=invariant)
+    tile_rows = launch.tile_rows
+    order, tiles = sort_by_expert(experts.contiguous(), num_experts, tile_rows)
+    max_tiles = most_tiles(num_slots, num_experts, tile_rows)
+    hidden = torch.empty(num_slots, num_inner, dtype=x.dtype, device=x.device)
+    parts = torch.empty(num_slots, num_hidden, dtype=x.dtype, device=x.device)
+
+    def constants(product: dict[str, int], length: int, **more: int) -> dict[str, Any]:
+        even = length % product["BLOCK_INNER"] == 0
+        return {"EVEN": even, "BLOCK_ROWS": tile_rows, **product, **pdl, **more}
+
+    _gate_up_kernel[(max_tiles * triton.cdiv(num_inner, launch.gate_up["BLOCK_FEATURES"]),)](
+        x, gate_up, hidden, order, tiles, x.stride(0), max_tiles, num_inner, num_hidden,
+        **constants(launch.gate_up, num_hidden, TOP_K=top_k, GELU=activation != "silu"),
+    )  # fmt: skip
+    _down_kernel[(max_tiles * triton.cdiv(num_hidden, launch.down["BLOCK_FEATURES"]),)](
+        hidden, down, weights.contiguous(), parts, order, tiles, max_tiles, num_hidden, num_inner,
+        **constants(launch.down, num_inner),
+    )  # fmt: skip
+    _combine_kernel[(num_tokens, triton.cdiv(num_hidden, COMBINE_N))](
+        parts, out, num_hidden, TOP_K=top_k, BLOCK_N=COMBINE_N, num_warps=COMBINE_WARPS, **pdl  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
