@@ -82,14 +82,14 @@ class Served:
 
 
 def _request(index: int, vocab_size: int) -> Request:
-    """A third of the prompts begin alike, so that prefixes are found."""
+    """Half of the prompts begin alike, so that prefixes are found."""
     draw = random.Random(index)
-    prompt = [random.Random(i).randrange(5, vocab_size - 8) for i in range(50)] if index % 3 == 0 else []
+    prompt = [random.Random(i).randrange(5, vocab_size - 8) for i in range(50)] if index % 2 else []
     prompt += [draw.randrange(5, vocab_size - 8) for _ in range(draw.choice((1, 2, 15, 16, 17, 40, 64, 100)))]
     wishes = draw.choice(({}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.05}, {"repetition_penalty": 1.3}))
     scored = {"prompt_logprobs": 1} if index % 5 == 0 else {}
     sampling = SamplingParams(
-        max_tokens=draw.randint(1, 24), temperature=draw.choice((0.0, 0.7, 1.0)), seed=index, logprobs=2,
+        max_tokens=draw.randint(1, 40), temperature=draw.choice((0.0, 0.7, 1.0)), seed=index, logprobs=2,
         ignore_eos=draw.random() < 0.5, **wishes, **scored,
     )  # fmt: skip
     return Request(str(index), tuple(prompt), sampling)
@@ -114,11 +114,11 @@ def run_batch(served: Served, seed: int) -> tuple[list[Completion], list[Complet
     draw = random.Random(seed)
     requests = draw.sample(served.requests, draw.randint(2, 2 * MAX_SEQS))
     engine = served.engine(
-        num_blocks=draw.choice((NUM_BLOCKS, NUM_BLOCKS, 14)),
+        num_blocks=draw.choice((NUM_BLOCKS, 20, 13)),
         budget=draw.choice((MAX_SEQS, 17, 64, 130, 512)),
         caching=draw.random() < 0.5,
     )
-    together = run(engine, [(draw.randint(0, 20), request) for request in requests])
+    together = run(engine, [(draw.randint(0, 30), request) for request in requests])
     return together, [served.alone(request) for request in requests], engine.load().num_preemptions
 
 
