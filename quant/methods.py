@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+
+from ..kernels.gemm import gated_linear, linear
+from ..kernels.silu_mul import silu_mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +68,29 @@ class LinearMethod(Protocol):
         """x [T, M] -> [T, N], with the tensors that `prepare` returned."""
         ...
 
+    def apply_gated(
+        self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, activation: str, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [T, M] -> [T, N], act(gate) * up, of a weight whose 2N outputs are the gate's and then up's.
 
-class UnquantizedLinear:
+        A method that has the two in one kernel says so here.
+        """
+        return silu_mul(self.apply(weights, x, bias), activation)
+
+
+class UnquantizedLinear(LinearMethod):
     """A plain weight [N, M] in the model's dtype.
+
+    With `batch_invariant` a token's result on a GPU has the same bits in any batch (kernels/gemm.py). On the CPU it has
+    them always.
 
     On CPU it is kept in oneDNN's blocked layout, as `packed`: torch.nn.functional.linear takes a row-major weight and
     leaves half of the speed for few tokens. All products of an 8 M parameter decoder on two cores (fp32, AVX-512), in
     ms, plain / packed: 1 token 1.8 / 1.0, 8 tokens 2.6 / 1.35, 32 tokens 5.8 / 2.0.
     """
+
+    def __init__(self, batch_invariant: bool = False) -> None:
+        self._invariant = batch_invariant
 
     def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
         return (WeightSpec("weight", dtype, out_axis=0, in_axis=1),)
@@ -87,8 +104,15 @@ class UnquantizedLinear:
     def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = weights.get("packed")
         if packed is None:
-            return F.linear(x, weights["weight"], bias)
+            return linear(x, weights["weight"], bias, invariant=self._invariant)
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    def apply_gated(
+        self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, activation: str, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if "packed" in weights:
+            return silu_mul(self.apply(weights, x, bias), activation)
+        return gated_linear(x, weights["weight"], activation, bias, invariant=self._invariant)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -56,8 +56,9 @@ class VocabParallelEmbedding(Layer):
 
 
 class OutputHead(Layer):
-    """hidden [K, hidden] -> logits float32 [K, vocab].
+    """hidden [K, hidden] -> logits [K, vocab]: fp32 on the CPU, the model's dtype on a GPU.
 
+    On a GPU whoever reads the logits does so in a kernel, which computes in fp32 as it reads.
     It has rows of its own, or multiplies by an embedding's (tied); on CPU a tied head keeps a packed copy of them.
     """
 
@@ -69,7 +70,8 @@ class OutputHead(Layer):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         local = self.method.apply(self._operands, hidden, None)
-        return self.comm.all_gather(local)[:, : self.vocab_size].float()
+        logits = self.comm.all_gather(local)[:, : self.vocab_size]
+        return logits if logits.is_cuda else logits.float()
 
     def prepare(self) -> None:
         """Called once the weights are loaded. Rows that the head shares with no embedding are let go."""

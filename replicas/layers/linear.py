@@ -86,6 +86,10 @@ class ParallelLinear(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.method.apply(self._operands, x, self.bias)
 
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(gate) * up where the layer's two parts are a gate and what it lets through: half as many features."""
+        return self.method.apply_gated(self._operands, x, activation, self.bias)
+
     def prepare(self) -> None:
         """Called once the weights are loaded: they take the form in which the method multiplies."""
         self._operands = self.method.prepare(dict(self.weights.items()))

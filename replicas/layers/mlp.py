@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.silu_mul import silu_mul
 from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
 from ..models.spec import DecoderSpec
@@ -37,7 +36,7 @@ class GatedMLP(Layer):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x), self.activation))
+        return self.down_proj(self.gate_up_proj.gated(x, self.activation))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weight_slots(prefix)

@@ -1,0 +1,127 @@
+"""Which kernel a matrix product runs by, and its launch parameters: decided by host shapes alone, never measured here.
+
+`kernels/tuned/<device>.json`, written by `python -m benchmarks.tune` on that device, has for each (outputs, inputs) the
+choice for each bucket of tokens: launch parameters of gemm_triton.py, or null where cuBLAS was faster. A product of T
+tokens takes the choice of the first bucket that is not smaller; beyond the last one it is cuBLAS's. Shapes that the
+table lacks, and Hopper devices without a table, take `default_launch`; older devices take cuBLAS.
+
+The tables are for 16-bit dtypes. fp32 is cuBLAS's, for Triton's tensor-core product would round its inputs to tf32.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backend import Backend, backend_of
+
+TABLES = Path(__file__).parent / "tuned"
+TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One way to run gemm_triton.py.
+
+    `kernel` is "fma" (one token) or "mma". A program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a
+    time; `splits` programs share the inputs of a tile. `prefetch` inputs of each of a program's weight rows are on
+    their way to the L2 cache before the kernel waits for the one before it.
+    """
+
+    kernel: str
+    block_n: int
+    block_t: int
+    block_m: int
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+    prefetch: int = 0
+
+
+# The same tiles for every T. With a gate a program has twice the sums, and fp32 has no tensor cores.
+INVARIANT = {
+    (2, False): Launch("mma", 128, 128, 64, num_warps=8, num_stages=4),
+    (2, True): Launch("mma", 64, 128, 64, num_warps=8, num_stages=4),
+    (4, False): Launch("mma", 32, 32, 32, num_warps=4, num_stages=3),
+    (4, True): Launch("mma", 32, 32, 32, num_warps=4, num_stages=3),
+}
+
+
+def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant: bool) -> Launch | None:
+    """How x [T, M] is multiplied by weight [N, M] (gated: [2N, M]); None for torch's own product."""
+    if backend_of(x) is Backend.TORCH or x.shape[0] == 0:
+        return None
+    if invariant:
+        return INVARIANT[x.itemsize, gated]
+    num_outputs, num_inputs = weight.shape
+    return _chosen(x.device, x.dtype, num_outputs // 2 if gated else num_outputs, num_inputs, x.shape[0], gated)
+
+
+@lru_cache(maxsize=1 << 14)
+def _chosen(
+    device: torch.device, dtype: torch.dtype, num_outputs: int, num_inputs: int, num_tokens: int, gated: bool
+) -> Launch | None:
+    """Asked for at every eager product, so remembered: 0.3 us on a CPU core."""
+    if dtype.itemsize != 2 or num_tokens > TOKEN_BUCKETS[-1] or num_inputs % 8:
+        return None
+    table = tuned(device)
+    by_bucket = table.get(shape_key(num_outputs, num_inputs, gated))
+    if by_bucket is not None:
+        return next((launch for bucket, launch in by_bucket.items() if bucket >= num_tokens), None)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    return default_launch(num_outputs, num_inputs, num_tokens, gated=gated)
+
+
+def default_launch(num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool) -> Launch | None:
+    """A sound choice for a shape that was not tuned."""
+    if num_tokens == 1:
+        num_warps = 4 if num_inputs >= 4096 else 2
+        return Launch("fma", 2 if gated else 4, 1, 256 * num_warps, num_warps=num_warps, prefetch=256 * num_warps)
+    if num_tokens <= 16:
+        return Launch("mma", 16 if gated else 32, 16, 128, num_warps=1 if gated else 2, num_stages=5, prefetch=256)
+    return None
+
+
+def shape_key(num_outputs: int, num_inputs: int, gated: bool) -> str:
+    return f"{'gated ' if gated else ''}{num_outputs}x{num_inputs}"
+
+
+def table_name(device_name: str) -> str:
+    """The file of a device's table, by the name that CUDA gives the device."""
+    return f"{device_name.lower().replace(' ', '-')}.json"
+
+
+@cache
+def tuned(device: torch.device) -> dict[str, dict[int, Launch | None]]:
+    """The device's table: choices by bucket, in order of buckets, by shape. Empty where none is shipped."""
+    if device.type != "cuda":
+        return {}
+    file = TABLES / table_name(torch.cuda.get_device_name(device))
+    return parse_table(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+
+
+def parse_table(content: dict[str, Any]) -> dict[str, dict[int, Launch | None]]:
+    """The shapes of a table file; see `format_table`."""
+    return {
+        shape: {int(bucket): None if each is None else Launch(**each) for bucket, each in by_bucket.items()}
+        for shape, by_bucket in content["shapes"].items()
+    }
+
+
+def format_table(device_name: str, versions: dict[str, str], shapes: dict[str, dict[int, Launch | None]]) -> str:
+    """The text of a table file, one line a choice."""
+    lines = []
+    for shape, by_bucket in shapes.items():
+        choices = ",\n".join(
+            f'      "{bucket}": {json.dumps(None if launch is None else asdict(launch))}'
+            for bucket, launch in sorted(by_bucket.items())
+        )
+        lines.append(f'    "{shape}": {{\n{choices}\n    }}')
+    head = f'{{\n  "device": {json.dumps(device_name)},\n  "versions": {json.dumps(versions)},\n  "shapes": {{\n'
+    return head + ",\n".join(lines) + "\n  }\n}\n"
