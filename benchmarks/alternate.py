@@ -1,0 +1,167 @@
+"""Rows of a comparison of two, measured by turns: first one, then the other, then both again.
+
+A turn of a row that no longer fits the time there is, is left out; every first turn is taken. Of times the fastest
+turn counts, of rates the median.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+from shoal.deploy.bench import serving
+from shoal.deploy.bench.http_client import Target
+from shoal.deploy.bench.latency import NUM_DECODED, Timing
+from shoal.deploy.bench.limits import Dense, Rates
+from shoal.deploy.bench.workload import Run, Workload
+
+OURS, PEER = "shoal", "vllm"
+
+Subject = TypeVar("Subject", contravariant=True)
+# What a row wants: the least ratio to pass, and the one aimed at.
+Goals = Mapping[str, tuple[float, float]]
+
+
+class Row(Protocol[Subject]):
+    """One thing that is measured of both."""
+
+    def measure(self, name: str, subject: Subject, turn: int) -> None:
+        """Measure it once more; the same `turn` gives both the same work."""
+        ...
+
+    def figures(self) -> Iterator[Figure]:
+        """What there is to say so far."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure of both, ours and the peer's; `limit` is the best that the device could do."""
+
+    what: str
+    unit: str
+    values: Sequence[float | None]
+    lower_is_better: bool
+    limit: float | None = None
+
+    def row(self, goals: Goals) -> dict[str, Any]:
+        """A row of the report. The ratio is above 1 where ours is better."""
+        ratio, (ours, peer) = None, self.values
+        if ours and peer:
+            ratio = peer / ours if self.lower_is_better else ours / peer
+        floor, aim = goals.get(self.what, (None, None))
+        row = {"what": self.what, "unit": self.unit, OURS: ours, PEER: peer, "ratio": ratio}
+        row |= {"floor": floor, "aim": aim, "met": None if ratio is None or floor is None else ratio >= floor}
+        if self.limit is not None and ours:
+            row["of limit"] = self.limit / ours if self.lower_is_better else ours / self.limit
+        return row
+
+
+@dataclass
+class Decode:
+    """Decode time a step and prefill rate, as `shoal bench latency` measures them."""
+
+    batch: int
+    context: int
+    vocab_size: int
+    num_decoded: int = NUM_DECODED
+    model: Dense | None = None
+    rates: Rates | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+    def measure(self, name: str, subject: Run, turn: int) -> None:
+        timing = self.timings.setdefault(name, Timing(self.batch, self.context, self.num_decoded))
+        timing.add_round(subject, random.Random(f"{self.batch} {self.context} {turn}"), self.vocab_size)
+
+    def figures(self) -> Iterator[Figure]:
+        which = f"B={self.batch} @{self.context}"
+        ours, peer = self._timing(OURS), self._timing(PEER)
+        limit = prefill_limit = None
+        if self.model is not None and self.rates is not None:
+            like = Timing(self.batch, self.context, self.num_decoded)
+            limit = like.decode_limit_s(self.model, self.rates) * 1e3
+            prefill_limit = like.prefill_limit(self.model, self.rates)
+        step_ms = [timing and timing.decode_s * 1e3 for timing in (ours, peer)]
+        yield Figure(f"decode {which}", "ms", step_ms, True, limit)
+        prefill = [timing and timing.prefill_rate for timing in (ours, peer)]
+        yield Figure(f"prefill {which}", "tok/s", prefill, False, prefill_limit)
+
+    def _timing(self, name: str) -> Timing | None:
+        timing = self.timings.get(name)
+        return timing if timing is not None and timing.all_s else None
+
+
+@dataclass
+class Offline:
+    """Output tokens a second of requests of mixed lengths that are handed over at once."""
+
+    workload: Workload
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, name: str, subject: Run, turn: int) -> None:
+        del turn  # the workload is the same in all of them
+        self.seconds.setdefault(name, []).append(subject(self.workload))
+
+    def figures(self) -> Iterator[Figure]:
+        num_tokens = self.workload.num_output_tokens
+        rates = [num_tokens / median(self.seconds[name]) if name in self.seconds else None for name in (OURS, PEER)]
+        yield Figure("offline throughput", "output tok/s", rates, False)
+
+
+@dataclass
+class Http:
+    """A server under a number of requests at a time."""
+
+    concurrency: int
+    num_requests: int
+    shape: serving.Shape
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def measure(self, name: str, subject: Target, turn: int) -> None:
+        row = serving.measure(subject, self.shape, self.num_requests, concurrency=self.concurrency, seed=turn)
+        self.rows.setdefault(name, []).append(row)
+
+    def figures(self) -> Iterator[Figure]:
+        yield self._figure("output tok/s", "tok/s", lower_is_better=False)
+        for name in ("TTFT", "TPOT", "ITL"):
+            for share in (50, 99):
+                yield self._figure(f"{name} p{share}", "ms", lower_is_better=True)
+
+    def _figure(self, column: str, unit: str, *, lower_is_better: bool) -> Figure:
+        values = [
+            median(row[column] for row in self.rows[name]) if name in self.rows else None for name in (OURS, PEER)
+        ]
+        return Figure(f"c={self.concurrency} {column}", unit, values, lower_is_better)
+
+
+def alternate(
+    rows: Sequence[Row[Subject]],
+    subjects: Mapping[str, Subject],
+    deadline: float,
+    after_each: Callable[[], None],
+    num_turns: int = 2,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Measure every row of every subject, then again while that fits before `deadline` (`time.monotonic`).
+
+    A subject that fails at a row is left out of that row and said so; the others go on.
+    """
+    spent = dict.fromkeys(range(len(rows)), 0.0)
+    for turn in range(num_turns):
+        for index, row in enumerate(rows):
+            begin = time.monotonic()
+            if turn and begin + spent[index] > deadline:
+                say(f"turn {turn + 1} of row {index + 1} is left out: it takes {spent[index]:.0f} s")
+                continue
+            for name, subject in subjects.items():
+                try:
+                    row.measure(name, subject, turn)
+                except Exception as error:  # of a measurement, not of this program: the rest is worth having
+                    say(f"{name} failed at row {index + 1}: {error}")
+                after_each()
+            spent[index] = time.monotonic() - begin
+            say(f"row {index + 1}, turn {turn + 1}: {spent[index]:.1f} s")

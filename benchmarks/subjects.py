@@ -1,0 +1,175 @@
+"""What is compared: engines in worker processes, and servers. Both are started, waited for, and ended here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from shoal.deploy.bench import serving
+from shoal.deploy.bench.http_client import Target
+from shoal.deploy.bench.limits import Rates
+from shoal.deploy.bench.workload import Workload
+from shoal.replicas.errors import ServingError
+
+WORKER = Path(__file__).resolve().parent / "worker.py"
+START_TIMEOUT_S = 240.0
+RUN_TIMEOUT_S = 240.0
+_STOP_TIMEOUT_S = 20.0
+
+
+class Worker:
+    """An engine behind a pipe (worker.py). Loading begins with the constructor; `wait` returns when it is over."""
+
+    def __init__(self, process: subprocess.Popen[str], settings: dict[str, Any]) -> None:
+        self._process = process
+        self._lines: queue.Queue[tuple[float, str | None]] = queue.Queue()  # when it came; None: the output has ended
+        self._begin = time.monotonic()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._send(settings)
+
+    def wait(self) -> dict[str, Any]:
+        """What the engine says of itself, and the seconds from the start of its process until it was ready."""
+        came, ready = self._answer(START_TIMEOUT_S)
+        return ready | {"ready_s": came - self._begin}
+
+    def run(self, workload: Workload) -> float:
+        """Seconds that the workload took. Raises RuntimeError with the worker's traceback."""
+        self._send(
+            {
+                "prompts": workload.prompts,
+                "num_new_tokens": workload.num_new_tokens,
+                "temperature": workload.temperature,
+            }
+        )
+        return self._answer(RUN_TIMEOUT_S)[1]["seconds"]
+
+    def rates(self, dtype: str) -> Rates:
+        """What the device does at best; Shoal's worker alone answers."""
+        self._send({"rates": dtype})
+        return Rates(**self._answer(RUN_TIMEOUT_S)[1])
+
+    def _read(self) -> None:
+        for line in _pipe(self._process.stdout):
+            self._lines.put((time.monotonic(), line))
+        self._lines.put((time.monotonic(), None))
+
+    def _send(self, order: dict[str, Any]) -> None:
+        pipe = _pipe(self._process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last words are still to be read
+            pipe.write(json.dumps(order) + "\n")
+            pipe.flush()
+
+    def _answer(self, timeout: float) -> tuple[float, dict[str, Any]]:
+        """When it came, and what it says."""
+        try:
+            came, line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            raise RuntimeError(f"the worker gave no answer within {timeout:.0f} s") from None
+        if line is None:
+            self._lines.put((came, None))
+            raise RuntimeError(f"the worker ended with status {self._process.wait(_STOP_TIMEOUT_S)}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return came, answer
+
+
+@contextmanager
+def started_worker(engine: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Iterator[Worker]:
+    """A worker that loads; ended with its input, or by force."""
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [python, "-P", str(WORKER), engine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd="/tmp",
+            start_new_session=True,
+        )
+        try:
+            yield Worker(process, settings)
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(process.stdin).close()
+            _end(process)
+
+
+class Server:
+    """A server of the OpenAI API in a process. `wait` returns when it answers."""
+
+    def __init__(self, process: subprocess.Popen[bytes], target: Target) -> None:
+        self._process = process
+        self._begin = time.monotonic()
+        self.target = target
+
+    def wait(self, shape: serving.Shape) -> float:
+        """Seconds from the start of the process until it had answered some requests. Raises what it answers last."""
+        while True:
+            try:
+                serving.first_model(f"http://{self.target.host}:{self.target.port}")
+                ready_s = time.monotonic() - self._begin
+                serving.warm_up(self.target, shape)
+            except ServingError:
+                if self._process.poll() is not None or time.monotonic() - self._begin > START_TIMEOUT_S:
+                    raise
+                time.sleep(0.5)
+            else:
+                return ready_s
+
+
+@contextmanager
+def started_server(command: list[str], target: Target, log: Path) -> Iterator[Server]:
+    """A server that starts; ended as by Ctrl-C, or by force."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd="/tmp", start_new_session=True)
+        try:
+            yield Server(process, target)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            _end(process)
+
+
+def shoal_command(folder: Path, target: Target, settings: dict[str, Any], more: list[str]) -> list[str]:
+    """`shoal serve`, listening as a server does that others are to reach."""
+    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", str(folder), "--host", "0.0.0.0"]
+    return [*command, *_flags(target, settings), *more]
+
+
+def vllm_command(folder: Path, target: Target, settings: dict[str, Any], python: str) -> list[str]:
+    """`vllm serve`, which listens on every interface too."""
+    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--dtype", "bfloat16"]
+    return [*command, *_flags(target, settings), "--gpu-memory-utilization", "0.45"]
+
+
+def _flags(target: Target, settings: dict[str, Any]) -> list[str]:
+    """The settings as both servers spell them."""
+    flags = ["--served-model-name", target.model, "--port", str(target.port), "--no-enable-prefix-caching"]
+    return flags + [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Wait a while, then end the process and what it started in its session."""
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None, "the process was started with pipes"
+    return stream

@@ -1,0 +1,108 @@
+"""An engine in a process of its own, which runs workloads that come over a pipe and says how long each took.
+
+    python -P benchmarks/worker.py shoal|vllm
+
+One JSON object a line. In: first the settings ({"model", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes",
+"load_format"}), then any number of workloads ({"prompts", "num_new_tokens", "temperature"}) or {"rates": dtype}. Out:
+{"engine", "device"} when the model is loaded, then {"seconds"} or {"bytes_per_s", "flops"}; {"error"} where something
+failed. It ends with its input. With -P nothing of this repository is in the way of vLLM's own imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+Answer = dict[str, Any]
+Engine = Callable[[dict[str, Any]], Answer]
+
+
+def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
+    """Shoal as `build_engine` makes it."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from shoal.deploy.bench.engines import engine_config
+    from shoal.deploy.bench.rates import measure_rates
+    from shoal.deploy.bench.report import device_name
+    from shoal.deploy.bench.workload import Workload, engine_run
+    from shoal.replicas.llm import build_engine
+
+    folder = Path(settings.pop("model"))
+    engine = build_engine(engine_config(folder, settings, dummy=False))
+    run, device = engine_run(engine), engine.config.device
+
+    def answer(order: dict[str, Any]) -> Answer:
+        if "rates" in order:
+            return asdict(measure_rates(device, getattr(torch, order["rates"])))
+        return {"seconds": run(Workload(**order))}
+
+    return answer, {"engine": "Shoal", "device": device_name(device)}
+
+
+def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
+    """vLLM's offline class, with the settings its users would compare by: no prefix cache, no detokenizing."""
+    for name, value in (
+        ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("VLLM_USE_FLASHINFER_SAMPLER", "0"),  # its kernels are built at run time, where there is a compiler
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    import torch
+    from vllm import LLM, SamplingParams, __version__  # pyright: ignore[reportMissingImports]
+
+    llm = LLM(
+        **settings,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enable_prefix_caching=False,
+        seed=0,
+        gpu_memory_utilization=0.45,  # what must be free at the start; the cache's size is given
+    )
+
+    def answer(order: dict[str, Any]) -> Answer:
+        lengths, temperature = order["num_new_tokens"], order["temperature"]
+        prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
+        sampling = [
+            SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature, detokenize=False)
+            for length in lengths
+        ]
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        elapsed = time.perf_counter() - begin
+        if [len(output.outputs[0].token_ids) for output in outputs] != lengths:
+            raise RuntimeError("a sequence is not as long as asked")
+        return {"seconds": elapsed}
+
+    return answer, {"engine": f"vLLM {__version__}", "device": torch.cuda.get_device_name()}
+
+
+def main() -> None:
+    load = {"shoal": load_shoal, "vllm": load_vllm}[sys.argv[1]]
+    # Whatever else writes to the standard output, libraries and their processes, goes to the log.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(answer: Answer) -> None:
+        out.write(json.dumps(answer) + "\n")
+
+    try:
+        engine, ready = load(json.loads(sys.stdin.readline()))
+        say(ready)
+        for line in sys.stdin:
+            say(engine(json.loads(line)))
+    except Exception:
+        say({"error": traceback.format_exc()})
+        raise
+
+
+if __name__ == "__main__":
+    main()
