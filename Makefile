@@ -5,8 +5,9 @@ MODEL ?= tiny
 PORT ?= 8000
 ARGS ?=
 
+# BIN=/another/environment/bin is used as it is: nothing is installed into it.
 BIN := .venv/bin
-STAMP := .venv/.installed
+STAMP := $(if $(filter .venv/bin,$(BIN)),.venv/.installed)
 CODE := kernels quant replicas cluster deploy tests benchmarks examples
 
 # Without an NVIDIA driver the versions of constraints-cpu.txt are taken; with one, pip chooses within pyproject.toml.
@@ -21,29 +22,29 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install Shoal into it (done by the other targets when needed)
 
-$(STAMP): pyproject.toml constraints-cpu.txt
+.venv/.installed: pyproject.toml constraints-cpu.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"make: Shoal needs Python 3.11 or newer and $(PYTHON) is {sys.version.split()[0]}; name another: make setup PYTHON=python3.12")'
 	@echo "setup: installing into .venv (a few minutes the first time) $(CONSTRAINTS)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade 'pip>=25'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
-	@touch $(STAMP)
+	@touch $@
 
 serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS
 	@$(BIN)/shoal serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
-	@$(BIN)/pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes
-	@$(BIN)/pytest -q -m 'slow and not gpu' $(ARGS)
+	@$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS)
 
 test-thorough: $(STAMP) ## the state machines of block pool and engine, 3000 runs each (two minutes)
-	@HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q --timeout=3600 tests/replicas/test_block_pool.py tests/replicas/test_engine_machine.py $(ARGS)
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q --timeout=3600 tests/replicas/test_block_pool.py tests/replicas/test_engine_machine.py $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	@$(BIN)/pytest -q -m gpu $(ARGS)
+	@$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/kernels tests/replicas
 
 check: $(STAMP) ## lint, format, types, whitespace
 	@$(BIN)/ruff check --quiet .

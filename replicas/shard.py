@@ -39,20 +39,21 @@ class Shard:
         facts = read_model_facts(Path(config.model.path))
         self.startup_seconds: dict[str, float] = {}
         self.device = torch.device(config.device)
+        available = 0
         if self.device.type == "cpu":
             set_cpu_threads(config.num_threads)
         else:
             with self._stage("device"):
                 self.device = torch.device(self.device.type, self.device.index or 0)
                 torch.cuda.set_device(self.device)
-                torch.cuda.synchronize(self.device)
+                available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
         with self._stage("weights"):
             model = load_model(config, self.device)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
         else:
             with self._stage("memory profile"):
-                self.num_blocks = _profile_blocks(model, config, facts, self.device)
+                self.num_blocks = _profile_blocks(model, config, facts, self.device, available)
         with self._stage("KV cache"):
             self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -95,10 +96,27 @@ def _make_runner(
     return Runner(model, kv_cache, config, facts, device)
 
 
-def _profile_blocks(model: DecoderModel, config: EngineConfig, facts: ModelFacts, device: torch.device) -> int:
+def _available_bytes(device: torch.device, utilization: float) -> int:
+    """What this process may still take of the device. Raises ConfigError where that is less than its share."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if free < int(total * utilization):
+        raise ConfigError(
+            f"gpu_memory_utilization {utilization} asks for {total * utilization / 2**30:.1f} GiB of {device}, where "
+            f"{free / 2**30:.1f} GiB are free: other processes hold the rest; lower it to "
+            f"{int(free / total * 100) / 100} or stop them"
+        )
+    return free
+
+
+def _profile_blocks(
+    model: DecoderModel, config: EngineConfig, facts: ModelFacts, device: torch.device, available: int
+) -> int:
     """KV blocks that fit beside the weights and the largest step, on a CUDA device.
 
     Runs one step of max_num_batched_tokens tokens and takes what `gpu_memory_utilization` of the device leaves.
+    available: bytes that were free before the weights were loaded; what is gone since and torch does not know of,
+    CUDA and its libraries hold for this process.
     """
     assert config.cache.block_size is not None
     assert config.model.max_model_len is not None
@@ -134,9 +152,8 @@ def _profile_blocks(model: DecoderModel, config: EngineConfig, facts: ModelFacts
     # Graphs have a pool of their own, which the largest of them fills like a step outside of graphs.
     graphs = 0 if config.enforce_eager else step
     free, total = torch.cuda.mem_get_info(device)
-    # Memory that others hold on the device, and that CUDA and its libraries hold outside torch's allocator.
-    foreign = total - free - torch.cuda.memory_reserved(device)
-    room = int(total * config.cache.gpu_memory_utilization) - foreign - weights - step - graphs
+    outside = max(0, available - free - torch.cuda.memory_reserved(device))
+    room = int(total * config.cache.gpu_memory_utilization) - outside - weights - step - graphs
     found = room // bytes_per_block
     if found * block_size < config.model.max_model_len:
         raise ConfigError(
