@@ -101,7 +101,7 @@ def _count_kernel(
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.sum(chose, 0))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "max_tiles", "tile_rows"])
 def _sort_kernel(
     experts_ptr,
     counts_ptr,
@@ -109,7 +109,7 @@ def _sort_kernel(
     tiles_ptr,
     num_tokens,
     max_tiles,
-    TILE_ROWS: tl.constexpr,
+    tile_rows,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -145,14 +145,14 @@ def _sort_kernel(
     place = (starts + before)[None, :] + tl.cumsum(chose, 0) - 1
     tl.store(order_ptr + place, slot, mask=chose == 1)
 
-    num_tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    num_tiles = (counts + tile_rows - 1) // tile_rows
     tile_ends = tl.cumsum(num_tiles, 0)
     for first in range(chunk * BLOCK_T, max_tiles, num_chunks * BLOCK_T):
         tiles = first + tl.arange(0, BLOCK_T)
         expert = tl.sum((tile_ends[None, :] <= tiles[:, None]).to(tl.int32), 1)
         inside = expert < BLOCK_E
         known = tl.where(inside, expert, 0)
-        first_row = tl.gather(starts, known, 0) + (tiles - tl.gather(tile_ends - num_tiles, known, 0)) * TILE_ROWS
+        first_row = tl.gather(starts, known, 0) + (tiles - tl.gather(tile_ends - num_tiles, known, 0)) * tile_rows
         mask = tiles < max_tiles
         tl.store(tiles_ptr + tiles, tl.where(inside, expert, -1), mask=mask)
         tl.store(tiles_ptr + max_tiles + tiles, first_row, mask=mask)
@@ -194,9 +194,9 @@ def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
 
 
 def sort_launch(num_tokens: int, num_experts: int) -> dict[str, int]:
-    """A chunk is as many tokens as make CHUNK pairs of token and expert, fewer where there are fewer."""
+    """A chunk is as many tokens as make CHUNK pairs of token and expert, or 16 where there are no more."""
     block_e = max(16, int(triton.next_power_of_2(num_experts)))
-    block_t = min(max(CHUNK // block_e, 16), max(16, int(triton.next_power_of_2(num_tokens))))
+    block_t = 16 if num_tokens <= 16 else max(16, CHUNK // block_e)
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": max(4, block_t * block_e // 512)}
 
 
@@ -213,6 +213,6 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> t
     if counted:
         counts = torch.empty(num_chunks, shape["BLOCK_E"], dtype=torch.int32, device=experts.device)
         _count_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
-    launch |= {"TILE_ROWS": tile_rows, "ALONE": num_chunks == 1, "COUNTED": counted}
-    _sort_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, **launch)
+    launch |= {"ALONE": num_chunks == 1, "COUNTED": counted}
+    _sort_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, tile_rows, **launch)
     return order, tiles

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
+from ...kernels.gemm import linear
 from ...kernels.moe import moe_mlp, route
 from ..comm import ParallelContext
 from ..models.spec import DecoderSpec, ExpertsSpec
@@ -42,7 +42,7 @@ class MoE(Layer):
         self.down = empty_parameter((experts.num_experts, spec.hidden_size, size), dtype, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(x, self.gate)
+        logits = linear(x, self.gate, invariant=self.batch_invariant)
         weights, chosen = route(logits, self.experts.top_k, renormalize=self.experts.renormalize)
         y = moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation, invariant=self.batch_invariant)
         return self.comm.all_reduce(y)

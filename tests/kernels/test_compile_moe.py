@@ -31,7 +31,7 @@ def _route(dtype: str, num_experts: int, top_k: int) -> Variant:
 def _sort(num_tokens: int, num_experts: int, *, alone: bool = False, counted: bool = False) -> Variant:
     types = {"experts_ptr": "*i64", "counts_ptr": "*i32"} | ROW_TABLES
     launch = sort_launch(num_tokens, num_experts)
-    return _variant(f"{ROUTE}:_sort_kernel", types, launch, TILE_ROWS=64, TOP_K=8, ALONE=alone, COUNTED=counted)
+    return _variant(f"{ROUTE}:_sort_kernel", types, launch, TOP_K=8, ALONE=alone, COUNTED=counted)
 
 
 def _count(num_tokens: int, num_experts: int) -> Variant:
