@@ -11,6 +11,7 @@ from ...kernels.backend import Backend, backend_of
 from ...kernels.kv_store import rope_kv_store, store_rows
 from ...kernels.paged_decode import DecodeIndex, DecodeTables, decode_index, decode_tables, paged_decode
 from ...kernels.paged_prefill import PrefillSlice, PrefillTables, paged_prefill, prefill_index
+from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import RopeRows
 from ...quant.methods import LinearMethod
 from ..batch import AttentionMetadata
@@ -87,7 +88,7 @@ class Attention(Layer):
         heads, kv_heads, head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         self.layer, self.index, self.head_dim, self.qk_norm = layer, index, head_dim, spec.qk_norm
         self.scale = head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
-        self.softcap = spec.attention_softcap
+        self.softcap, self.eps = spec.attention_softcap, spec.rms_norm_eps
         self.qkv_proj = QKVLinear(
             spec.hidden_size, heads, kv_heads, head_dim, comm,
             bias=spec.qkv_bias, method=method, dtype=dtype, device=device,
@@ -114,10 +115,13 @@ class Attention(Layer):
     def forward(self, x: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
         num_tokens, num_heads = x.shape[0], self.num_heads
         qkv = self.qkv_proj(x).view(num_tokens, -1, self.head_dim)
-        if self.q_norm is not None:
+        q_norm = k_norm = None
+        if self.qk_norm is QKNorm.HEAD:
+            q_norm, k_norm = self._norm_weights()
+        elif self.qk_norm is QKNorm.PROJECTION:
             self._normalize(qkv)
-        kv_cache = cache.layers[self.index]
-        rope_kv_store(qkv, num_heads, step.ropes[self.layer.rope], kv_cache, step.store)
+        kv_cache, rope = cache.layers[self.index], step.ropes[self.layer.rope]
+        rope_kv_store(qkv, num_heads, rope, kv_cache, step.store, q_norm=q_norm, k_norm=k_norm, eps=self.eps)
         return self.o_proj(self._attend(qkv[:, :num_heads], kv_cache, step).view(num_tokens, -1))
 
     def _attend(self, q: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> torch.Tensor:
@@ -129,20 +133,23 @@ class Attention(Layer):
             paged_prefill(q, cache, step.prefill[window], scale=self.scale, softcap=self.softcap, out=out)
         return out
 
-    def _normalize(self, qkv: torch.Tensor) -> None:
-        """The norms of queries and keys, in place in qkv [T, H + 2 KV, D]."""
+    def _norm_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
-        for part, norm in ((q, self.q_norm), (k, self.k_norm)):
-            part.copy_(norm(part) if self.qk_norm is QKNorm.HEAD else self._norm_whole(part, norm))
+        return self.q_norm.weight, self.k_norm.weight
 
-    def _norm_whole(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def _normalize(self, qkv: torch.Tensor) -> None:
+        """The norms of the whole projections of queries and keys, in place in qkv [T, H + 2 KV, D]."""
+        q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        for part, weight in zip((q, k), self._norm_weights(), strict=True):
+            part.copy_(self._norm_whole(part, weight))
+
+    def _norm_whole(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """One mean over all heads: with several ranks each norms the whole projection and keeps its own heads."""
         num_tokens, heads, _ = x.shape
-        whole = norm(self.comm.all_gather(x.reshape(num_tokens, -1))).view(num_tokens, -1, self.head_dim)
+        whole = rms_norm(self.comm.all_gather(x.reshape(num_tokens, -1)), weight, self.eps)
         first = self.comm.tp_rank * heads
-        return whole[:, first : first + heads]
+        return whole.view(num_tokens, -1, self.head_dim)[:, first : first + heads]
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.weight_slots(prefix)
