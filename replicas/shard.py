@@ -46,7 +46,8 @@ class Shard:
             with self._stage("device"):
                 self.device = torch.device(self.device.type, self.device.index or 0)
                 torch.cuda.set_device(self.device)
-                available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
+                if config.cache.num_blocks is None:
+                    available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
         with self._stage("weights"):
             model = load_model(config, self.device)
         if config.cache.num_blocks is not None:
