@@ -1,0 +1,233 @@
+"""Choose how each matrix product of few tokens runs on this GPU: the table that kernels/tuning.py reads.
+
+python -m benchmarks.tune [--models 8b 1b] [--tp 1 2] [--budget SECONDS]
+
+Candidates are timed against cuBLAS in CUDA graphs, each product after the norm that goes before it in a model, so that
+what overlaps with a kernel before it counts; weights rotate through 240 MB, so that the L2 cache holds none. Candidates
+are compiled, and held against the fp32 formula, in one process a core before anything is timed. Where no candidate is
+1 % faster than cuBLAS the table says cuBLAS. The table goes to kernels/tuned/<device>.json, the times to
+benchmarks/results/tune.json: microseconds of the best candidate / of cuBLAS, by tokens, norm included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import triton
+
+from benchmarks.report import RESULTS, Report
+from shoal.kernels.gemm import gated_linear_ref, linear_ref
+from shoal.kernels.gemm_triton import gemm_triton
+from shoal.kernels.rms_norm import rms_norm
+from shoal.kernels.silu_mul import silu_mul
+from shoal.kernels.tuning import TABLES, TOKEN_BUCKETS, Launch, format_table, shape_key, table_name
+
+ROTATED_BYTES = 240_000_000  # four times the L2 cache of an H200
+SHARED_MEMORY = 227 * 1024
+MARGIN = 0.99
+
+
+class Model(NamedTuple):
+    """Sizes that decide the shapes of a model's products."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+
+
+MODELS = {
+    "8b": Model(4096, 32, 8, 128, 14336, 128256),  # Llama 3.1 8B
+    "1b": Model(2048, 32, 8, 64, 8192, 128256),  # Llama 3.2 1B
+}
+
+
+class Shape(NamedTuple):
+    """A product: outputs (after the gate, where there is one) and inputs."""
+
+    outputs: int
+    inputs: int
+    gated: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.outputs * (2 if self.gated else 1)
+
+
+def shapes_of(model: Model, tp: int) -> list[Shape]:
+    """The products of a rank's decoder layer and its output head."""
+    queries, keys = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp
+    return [
+        Shape(queries + 2 * keys, model.hidden),
+        Shape(model.hidden, queries),
+        Shape(model.intermediate // tp, model.hidden, gated=True),
+        Shape(model.hidden, model.intermediate // tp),
+        Shape(-(-model.vocab // tp), model.hidden),
+    ]
+
+
+def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
+    """Launches worth a try for this many tokens."""
+    if num_tokens == 1:
+        for block_n, num_warps in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (2, 8), (4, 2), (8, 2), (8, 1)):
+            block_m = 256 * num_warps
+            if block_m <= shape.inputs:
+                yield Launch("fma", block_n, 1, block_m, 1, num_warps, 1, prefetch=min(block_m, shape.inputs - block_m))
+    for block_n, block_m, num_warps, num_stages, all_splits in _tiles(num_tokens):
+        block_t = min(max(16, num_tokens), 128 if num_tokens <= 128 else 256)
+        size = (block_n * (2 if shape.gated else 1) + block_t) * block_m * 2 * num_stages
+        sums = block_n * block_t * (2 if shape.gated else 1) // (32 * num_warps)
+        if size > SHARED_MEMORY or sums > 128:
+            continue
+        num_tiles = -(-shape.outputs // block_n)
+        for splits in all_splits:
+            if splits == 1 or num_tiles * splits <= 1056:  # eight to a multiprocessor: enough to share the work
+                yield Launch("mma", block_n, block_t, block_m, splits, num_warps, num_stages, prefetch=256)
+
+
+def _tiles(num_tokens: int) -> list[tuple[int, int, int, int, tuple[int, ...]]]:
+    """(block_n, block_m, num_warps, num_stages, splits)."""
+    if num_tokens <= 16:
+        return [
+            (16, 256, 1, 4, (1,)), (32, 256, 2, 4, (1, 2)), (32, 128, 2, 6, (1,)), (64, 128, 4, 4, (1, 2, 4)),
+            (64, 256, 4, 4, (1, 2, 4)), (128, 128, 4, 4, (1, 4)),
+        ]  # fmt: skip
+    if num_tokens <= 64:
+        return [
+            (64, 128, 4, 4, (1, 2, 4)), (64, 64, 4, 6, (1, 4)), (128, 64, 4, 5, (1, 2, 4, 8)), (128, 64, 8, 6, (1, 4)),
+            (128, 128, 8, 4, (2, 4)),
+        ]  # fmt: skip
+    return [
+        (64, 64, 4, 4, (1, 2, 4)), (128, 64, 8, 4, (1, 2, 4)), (128, 64, 4, 4, (1, 4)), (128, 128, 8, 3, (1, 4)),
+        (256, 64, 8, 3, (1, 2)),
+    ]  # fmt: skip
+
+
+def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:
+    """Run one launch on a small product. Returns what is wrong with it, empty for nothing."""
+    launch, gated = job
+    torch.manual_seed(0)
+    num_tokens = 1 if launch.kernel == "fma" else launch.block_t + 3
+    x = torch.randn(num_tokens, 2048, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(272 * (2 if gated else 1), 2048, dtype=torch.bfloat16, device="cuda") / 2048**0.5
+    try:
+        got = gemm_triton(x, weight, None, "silu" if gated else None, launch)
+    except Exception as error:  # a candidate that needs more than the device has is no candidate
+        return launch, gated, f"{type(error).__name__}: {error}"
+    want = gated_linear_ref(x, weight) if gated else linear_ref(x, weight)
+    close = torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+    return launch, gated, "" if close else "wrong result"
+
+
+def microseconds(run: Callable[[int], object], inner: int) -> float:
+    """Median time of one of `inner` runs in a CUDA graph."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(inner):
+            run(i)
+    graph.replay()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(7)]
+    for first, last in pairs:
+        first.record()
+        graph.replay()
+        last.record()
+    torch.cuda.synchronize()
+    return median(first.elapsed_time(last) for first, last in pairs) * 1e3 / inner
+
+
+class Tuner:
+    """Times the products of one GPU, on weights cut from one large tensor."""
+
+    def __init__(self, shapes: list[Shape]) -> None:
+        largest = max(shape.rows * shape.inputs for shape in shapes)
+        numel = max(ROTATED_BYTES // 2, largest) * 2
+        self._pool = torch.empty(numel, dtype=torch.bfloat16, device="cuda").normal_().mul_(0.02)
+
+    def measure(self, shape: Shape, num_tokens: int, launches: list[Launch]) -> tuple[float, dict[Launch, float]]:
+        """Microseconds of cuBLAS and of each launch, the norm before the product included."""
+        numel = shape.rows * shape.inputs
+        copies = max(1, min(self._pool.numel() // numel, -(-ROTATED_BYTES // (2 * numel))))
+        weights = self._pool[: copies * numel].view(copies, shape.rows, shape.inputs)
+        hidden = torch.randn(num_tokens, shape.inputs, dtype=torch.bfloat16, device="cuda")
+        scale = torch.ones(shape.inputs, dtype=torch.bfloat16, device="cuda")
+        inner = copies * max(1, 6 // copies)
+
+        def cublas(i: int) -> torch.Tensor:
+            y = torch.nn.functional.linear(rms_norm(hidden, scale, 1e-6), weights[i % copies])
+            return silu_mul(y, "silu") if shape.gated else y
+
+        def ours(launch: Launch, i: int) -> torch.Tensor:
+            x = rms_norm(hidden, scale, 1e-6)
+            return gemm_triton(x, weights[i % copies], None, "silu" if shape.gated else None, launch)
+
+        times = {launch: microseconds(lambda i, launch=launch: ours(launch, i), inner) for launch in launches}
+        return microseconds(cublas, inner), times
+
+
+def compiled(jobs: set[tuple[Launch, bool]]) -> set[tuple[Launch, bool]]:
+    """Those that compile and are right; the others are named on the screen."""
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        results = pool.map(compile_and_check, sorted(jobs, key=str), chunksize=1)
+    for launch, gated, trouble in results:
+        if trouble:
+            print(f"tune: left out {launch} gated={gated}: {trouble.splitlines()[0][:120]}")
+    return {(launch, gated) for launch, gated, trouble in results if not trouble}
+
+
+def tune(shapes: list[Shape], budget: float, report: Report) -> dict[str, dict[int, Launch | None]]:
+    """The choice for each shape and bucket. Shapes that `budget` seconds do not reach are left out, and said so."""
+    end = time.monotonic() + budget
+    plan = {(shape, bucket): list(candidates(shape, bucket)) for shape in shapes for bucket in TOKEN_BUCKETS}
+    good = compiled({(launch, shape.gated) for (shape, _), launches in plan.items() for launch in launches})
+    tuner, chosen = Tuner(shapes), {}
+    for shape in shapes:
+        if time.monotonic() > end:
+            print(f"tune: no time was left for {shape}")
+            continue
+        by_bucket = chosen[shape_key(*shape)] = {}
+        row = {}
+        for bucket in TOKEN_BUCKETS:
+            launches = [launch for launch in plan[shape, bucket] if (launch, shape.gated) in good]
+            cublas, times = tuner.measure(shape, bucket, launches)
+            best = min(times, key=times.__getitem__)
+            by_bucket[bucket] = best if times[best] < MARGIN * cublas else None
+            row[f"{bucket}"] = f"{times[best]:.1f} / {cublas:.1f}"
+        report.add(outputs=shape.outputs, inputs=shape.inputs, gated="yes" if shape.gated else "no", **row)
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--budget", type=float, default=600, help="seconds")
+    parser.add_argument("--table", type=Path, help="where the table goes; by default what kernels/tuning.py reads")
+    parser.add_argument("--results", type=Path, default=RESULTS / "tune.json")
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    report = Report("tune", device=device, settings={"models": arguments.models, "tp": arguments.tp})
+    shapes = [shape for tp in arguments.tp for name in arguments.models for shape in shapes_of(MODELS[name], tp)]
+    with torch.inference_mode():
+        chosen = tune(list(dict.fromkeys(shapes)), arguments.budget, report)
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    table = arguments.table or TABLES / table_name(device)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(format_table(device, versions, chosen), "utf-8")
+    report.write(arguments.results)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()
