@@ -58,7 +58,7 @@ def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext
 def _build(config: EngineConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
     """The model that config.json describes, its weights not yet set."""
     text_config = _text_config(folder)
-    method = _linear_method(folder, text_config)
+    method = _linear_method(folder, text_config, config.batch_invariant)
     assert config.model.max_model_len is not None
     try:
         return DecoderModel(
@@ -69,6 +69,7 @@ def _build(config: EngineConfig, folder: Path, comm: ParallelContext, device: to
             max_model_len=config.model.max_model_len,
             dtype=getattr(torch, config.model.dtype),
             device=device,
+            batch_invariant=config.batch_invariant,
         )
     except ServingError:
         raise
@@ -95,12 +96,12 @@ def _text_config(folder: Path) -> Any:
     return text
 
 
-def _linear_method(folder: Path, config: Any) -> LinearMethod:
+def _linear_method(folder: Path, config: Any, batch_invariant: bool) -> LinearMethod:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder / 'config.json'} asks for quantization {method!r}, which is not supported")
-    return UnquantizedLinear()
+    return UnquantizedLinear(batch_invariant)
 
 
 def _fill(model: DecoderModel, tensors: Mapping[str, TensorInfo], folder: Path) -> None:

@@ -40,6 +40,8 @@ class DecoderLayer(Layer):
         method: LinearMethod,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -57,7 +59,7 @@ class DecoderLayer(Layer):
         if layer.experts is None:
             self.mlp = GatedMLP(spec, comm, method, dtype, device)
         else:
-            self.mlp = MoE(spec, layer.experts, comm, dtype, device)
+            self.mlp = MoE(spec, layer.experts, comm, dtype, device, batch_invariant=batch_invariant)
 
     def forward(
         self, pending: torch.Tensor | None, residual: torch.Tensor, step: AttentionStep, cache: KVCache
@@ -98,10 +100,14 @@ class DecoderModel(Layer):
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        batch_invariant: bool = False,
     ) -> None:
-        """`config` is the Hugging Face text config that `spec` was made from: its rope parameters are read here."""
+        """`config` is the Hugging Face text config that `spec` was made from: its rope parameters are read here.
+
+        With `batch_invariant`, which `method` must know of too, a token has the same bits in any batch.
+        """
         super().__init__()
-        self.spec, self.comm, self.dtype = spec, comm, dtype
+        self.spec, self.comm, self.dtype, self.batch_invariant = spec, comm, dtype, batch_invariant
         self.layer_range = comm.stage_layers(len(spec.layers))
         own = [spec.layers[i] for i in self.layer_range]
         self.embed_tokens = self.lm_head = self.norm = None
@@ -116,9 +122,10 @@ class DecoderModel(Layer):
             rows = self.embed_tokens
             if rows is None or not spec.tie_word_embeddings:
                 rows = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device)
-            self.lm_head = OutputHead(rows, UnquantizedLinear(), tied=spec.tie_word_embeddings)
+            self.lm_head = OutputHead(rows, UnquantizedLinear(batch_invariant), tied=spec.tie_word_embeddings)
         self.layers = nn.ModuleList(
-            DecoderLayer(spec, layer, i, comm, method, dtype, device) for i, layer in enumerate(own)
+            DecoderLayer(spec, layer, i, comm, method, dtype, device, batch_invariant=batch_invariant)
+            for i, layer in enumerate(own)
         )
         self.windows = tuple(dict.fromkeys(layer.window for layer in own))
         # Keyed in order rather than by name: a rope name may be None, which is no name of a module.

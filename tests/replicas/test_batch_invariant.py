@@ -164,7 +164,7 @@ def test_bits_of_other_families(family: str, tmp_path: Path) -> None:
 
 def test_tokens_do_not_depend_on_the_batch_on_the_cpu() -> None:
     served = Served(TINY, "cpu")
-    for seed in range(6):
+    for seed in range(3):
         together, alone, _ = run_batch(served, seed)
         for one, other in zip(together, alone, strict=True):
             assert one.token_ids == other.token_ids
