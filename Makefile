@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-table
+.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -45,6 +45,9 @@ test-thorough: $(STAMP) ## the state machines of block pool and engine, 3000 run
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/kernels tests/replicas
+
+sanitize-gpu: $(STAMP) ## every kernel once under compute-sanitizer, on a CUDA device
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.sanitize
 
 check: $(STAMP) ## lint, format, types, whitespace
 	@$(BIN)/ruff check --quiet .

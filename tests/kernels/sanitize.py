@@ -1,0 +1,123 @@
+"""Every Triton kernel once, on small odd shapes, for compute-sanitizer to watch.
+
+    make sanitize-gpu
+
+Torch must not keep memory of its own (that is the variable): then each tensor is an allocation of exactly its size, and
+the first byte behind it is nobody's. The bodies are those of the tests, so results are compared too. Exits with 1 where
+one is wrong, or where a kernel of kernels/ was never launched.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shoal
+from tests.kernels import (
+    test_gemm,
+    test_kv_store,
+    test_moe,
+    test_norm_rope_act,
+    test_paged_attention_triton,
+    test_step_inputs,
+)
+
+BF16 = {"dtype": torch.bfloat16}
+Case = tuple[Callable[..., None], dict[str, Any]]
+
+
+def elementwise() -> Iterator[Case]:
+    tests = test_norm_rope_act
+    yield tests.test_rms_norm, {"shape": (7, 129), **BF16}
+    yield tests.test_add_rms_norm_adds_in_place, {"shape": (3, 2049), **BF16}
+    yield tests.test_rms_norm_of_a_view_with_an_fp32_weight_keeps_the_dtype, BF16
+    yield tests.test_silu_mul, {"shape": (2, 2 * 1025), "activation": "silu", **BF16}
+    yield tests.test_rope_rotates_part_of_each_head_of_a_view, {"num_rotated": 6, "head_dim": 9, "num_heads": 3, **BF16}
+    tests = test_kv_store
+    yield tests.test_kv_store, {"kv_heads": 3, "block_size": 8, "head_dim": 6, **BF16}
+    for normed in (False, True):
+        shape = {"heads": 7, "kv_heads": 3, "num_rotated": 6, "head_dim": 13}
+        yield tests.test_rope_and_store_in_one, {**shape, "normed": normed, **BF16}
+        yield tests.test_padding_is_not_stored, {"normed": normed}
+    yield tests.test_block_copy_reads_every_source_before_it_writes, {"shape": (2, 3, 151), "name": "a chain", **BF16}
+
+
+def attention() -> Iterator[Case]:
+    tests = test_paged_attention_triton
+    yield tests.test_decode_of_contexts_around_a_block_by_windows_caps_and_splits, {
+        "window": 40, "softcap": 3.0, "splits": (3, 1),
+    }  # fmt: skip
+    yield tests.test_decode_in_half_precision, BF16
+    yield tests.test_decode_of_a_padding_sequence_writes_nothing, {}
+    yield tests.test_prefill_by_head_dim_and_block_size, {"head_dim": 20, "block_size": 16}
+    yield tests.test_prefill_in_half_precision_over_several_tiles, BF16
+
+
+def products() -> Iterator[Case]:
+    tests = test_gemm
+    for launch, shape in ((tests.FMA, (1, 10, 264)), (tests.SPLIT, (18, 20, 104)), (tests.MMA, (33, 16, 31))):
+        for gated in (False, True):
+            yield tests.test_every_way_to_launch, {"launch": launch, "shape": shape, "gated": gated, **BF16}
+
+
+def experts() -> Iterator[Case]:
+    tests = test_moe
+    shape = {"num_tokens": 9, "num_experts": 5, "top_k": 3}
+    yield tests.test_route_takes_the_largest_probabilities, {**shape, "renormalize": True, **BF16}
+    features = {"num_hidden": 40, "num_inner": 24, "activation": "silu"}
+    yield tests.test_moe_mlp, {**shape, **features, **BF16}
+    yield tests.test_moe_mlp, {**features, "num_tokens": 600, "num_experts": 100, "top_k": 3, **BF16}  # many chunks
+    yield tests.test_padding_of_nan_changes_no_other_token, BF16
+
+
+def step_inputs() -> Iterator[Case]:
+    tests = test_step_inputs
+    yield tests.test_inputs_follow_from_the_packed_plan, {"plan": tests.MIXED, "room": (160, 8, 6, 8)}
+    yield tests.test_padding_is_what_the_kernels_expect, {}
+    yield tests.test_tokens_are_kept_for_the_next_step_and_for_the_host, {}
+
+
+FAMILIES = (elementwise, attention, products, experts, step_inputs)
+
+
+def kernels() -> set[str]:
+    """The names of all Triton kernels: functions of kernels/*_triton.py that end in _kernel."""
+    files = (Path(shoal.__file__).parent / "kernels").glob("*_triton.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
+
+
+def main() -> int:
+    from triton import knobs
+
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        print("sanitize: set PYTORCH_NO_CUDA_MEMORY_CACHING=1; torch's own blocks hide what lies behind a tensor")
+        return 2
+    launched: set[str] = set()
+    knobs.runtime.launch_enter_hook.add(lambda metadata: launched.add(metadata.get()["name"]))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    failures = 0
+    for body, arguments in (case for family in FAMILIES for case in family()):
+        torch.manual_seed(0)
+        try:
+            body(**arguments, device=torch.device("cuda"))
+            torch.cuda.synchronize()
+        except Exception:
+            failures += 1
+            print(f"sanitize: {body.__name__} {arguments}", traceback.format_exc(), sep="\n")
+    never = sorted(kernels() - launched)
+    if never:
+        print(f"sanitize: never launched: {', '.join(never)}")
+    print(f"sanitize: {len(launched)} kernels, {failures} wrong results")
+    return 1 if failures or never else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
