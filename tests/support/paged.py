@@ -18,17 +18,28 @@ BLOCKS_PER_SEQUENCE = 12
 CPU = torch.device("cpu")
 
 
-def engine_config(folder: Path, **model: object) -> EngineConfig:
-    """A resolved fp32 configuration for the checkpoint in `folder`."""
+def engine_config(folder: Path, device: torch.device = CPU, **model: object) -> EngineConfig:
+    """A resolved configuration for the checkpoint in `folder`; in fp32 if no dtype is given."""
     cache = CacheConfig(block_size=BLOCK_SIZE, num_blocks=512)
-    return EngineConfig(ModelConfig(str(folder), **model), cache).resolve(read_model_facts(folder), "cpu")  # pyright: ignore[reportArgumentType]
+    settings = ModelConfig(str(folder), **({"dtype": "float32"} | model))  # pyright: ignore[reportArgumentType]
+    return EngineConfig(settings, cache).resolve(read_model_facts(folder), device.type)
 
 
 class PagedModel:
     """A rank's model with room for `num_sequences`; `run` takes one step of slices (sequence, token ids)."""
 
-    def __init__(self, folder: Path, num_sequences: int = 2, comm: ParallelContext | None = None) -> None:
-        self.model: DecoderModel = load_model(engine_config(folder), CPU, comm)
+    def __init__(
+        self,
+        folder: Path,
+        num_sequences: int = 2,
+        comm: ParallelContext | None = None,
+        *,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = engine_config(folder, device, dtype=str(dtype).removeprefix("torch."))
+        self.device = device
+        self.model: DecoderModel = load_model(config, device, comm)
         num_blocks = num_sequences * BLOCKS_PER_SEQUENCE + 1
         self.cache = KVCache(
             self.model.num_local_layers,
@@ -36,8 +47,8 @@ class PagedModel:
             self.model.num_local_kv_heads,
             BLOCK_SIZE,
             self.model.spec.head_dim,
-            torch.float32,
-            CPU,
+            dtype,
+            device,
         )
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
         self.tables = order.view(num_sequences, BLOCKS_PER_SEQUENCE).to(torch.int32)
@@ -64,7 +75,8 @@ class PagedModel:
         for row, n in zip(rows, query_lens, strict=True):
             self.lengths[row] += n
         input_ids = torch.tensor([token for _, tokens in slices for token in tokens])
-        return self.model(input_ids, positions, metadata, self.cache, hidden)
+        metadata = AttentionMetadata(*(getattr(metadata, name).to(self.device) for name in metadata.__slots__))
+        return self.model(input_ids.to(self.device), positions.to(self.device), metadata, self.cache, hidden)
 
     def logits(self, slices: list[tuple[int, list[int]]]) -> torch.Tensor:
         """float32 [T, vocab] of every token of the slices."""
