@@ -142,9 +142,9 @@ def started_server(command: list[str], target: Target, log: Path) -> Iterator[Se
             _end(process)
 
 
-def shoal_command(folder: Path, target: Target, settings: dict[str, Any], more: list[str]) -> list[str]:
-    """`shoal serve`, listening as a server does that others are to reach."""
-    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", str(folder), "--host", "0.0.0.0"]
+def shoal_command(folder: Path, target: Target, settings: dict[str, Any], more: list[str], host: str) -> list[str]:
+    """`shoal serve`; with the host 0.0.0.0 it has the proxy that it has for others, and not that of loopback."""
+    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", str(folder), "--host", host]
     return [*command, *_flags(target, settings), *more]
 
 

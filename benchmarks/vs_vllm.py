@@ -201,8 +201,9 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
     if run.peer_engine == "vllm":
         peer = vllm_command(folder, targets[PEER], settings, run.peer_python)
     else:
-        peer = shoal_command(folder, targets[PEER], settings, run.shoal_args)
-    commands = {OURS: shoal_command(folder, targets[OURS], settings, run.shoal_args), PEER: peer}
+        # One machine has room for one HAProxy: its ports are fixed.
+        peer = shoal_command(folder, targets[PEER], settings, run.shoal_args, "127.0.0.1")
+    commands = {OURS: shoal_command(folder, targets[OURS], settings, run.shoal_args, "0.0.0.0"), PEER: peer}
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(started_server(commands[name], targets[name], run.log(name))) for name in commands

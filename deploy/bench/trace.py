@@ -131,7 +131,7 @@ def summary(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any]:
         figures["GPU idle %"] = 100 * (1 - _covered(kernels, begin, end) / span)
         figures["kernels"] = len(kernels) / num_steps
     else:
-        kernels = _leaves([e for e in inside if e.get("cat") == "cpu_op" and e.get("tid") == window["tid"]])
+        kernels = _own_times([e for e in inside if e.get("cat") == "cpu_op" and e.get("tid") == window["tid"]])
     times, unknown = Counter[str](), Counter[str]()
     for event in kernels:
         family = family_of(event["name"])
@@ -156,12 +156,16 @@ def _covered(events: list[dict[str, Any]], begin: float, end: float) -> float:
     return covered
 
 
-def _leaves(operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Operators of one thread that call no other: what computes, where there is no device."""
-    ordered = sorted(operators, key=lambda e: (e["ts"], -e["dur"]))
-    following = [*ordered[1:], None]
-    return [
-        event
-        for event, after in zip(ordered, following, strict=True)
-        if after is None or after["ts"] >= event["ts"] + event["dur"]
-    ]
+def _own_times(operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Operators of one thread, each with the time it did not spend in others: what computes, where there is no GPU."""
+    own: list[dict[str, Any]] = []
+    open_ones: list[dict[str, Any]] = []
+    for event in sorted(operators, key=lambda e: (e["ts"], -e["dur"])):
+        while open_ones and open_ones[-1]["end"] <= event["ts"]:
+            open_ones.pop()
+        if open_ones:
+            open_ones[-1]["dur"] -= event["dur"]
+        entry = {"name": event["name"], "dur": event["dur"], "end": event["ts"] + event["dur"]}
+        own.append(entry)
+        open_ones.append(entry)
+    return own
