@@ -36,7 +36,7 @@ def prompts() -> list[list[int]]:
 
 
 def our_logits(folder: Path, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 [all tokens of all prompts, vocab] on the CPU; of each prompt a chunk, the rest, and the last token alone."""
+    """fp32 [all prompts' tokens, vocab] on the CPU; of each prompt a chunk, the rest, and the last token alone."""
     model = paged.PagedModel(folder, len(LENGTHS), device=torch.device(device), dtype=dtype)
     rows: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     parts = [(prompt[:CHUNK], prompt[CHUNK:-1], prompt[-1:]) for prompt in prompts()]
