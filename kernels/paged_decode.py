@@ -53,6 +53,7 @@ class DecodeTables:
     window: int | None
     num_splits: int  # programs launched for each kv head of a sequence
     min_blocks: int  # blocks of a split, at least
+    arrivals: torch.Tensor  # int32 [S, KV], zeros: splits that are done; each launch leaves it at zeros again
 
     @property
     def num_seqs(self) -> int:
@@ -72,7 +73,8 @@ def decode_tables(
     wanted = -(-_PROGRAMS // (num_seqs * num_kv_heads))
     shortest = _SHORT_SPLIT if wanted > 1 else _MEDIUM_SPLIT
     num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))
-    return DecodeTables(context_lens, block_tables, window, num_splits, max(1, shortest // block_size))
+    arrivals = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
+    return DecodeTables(context_lens, block_tables, window, num_splits, max(1, shortest // block_size), arrivals)
 
 
 def decode_index(

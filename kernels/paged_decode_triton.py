@@ -1,13 +1,16 @@
-"""Decode attention on a GPU: the keys of a sequence are split over programs, a second kernel joins their results.
+"""Decode attention on a GPU: the keys of a sequence are split over programs, the last of which joins their results.
 
     part[s, h, i] = softmax over the keys of split i . V         lse[s, h, i] = log2 of the sum of 2^score
-    out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i
+    out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i      i in order
 
 Legend as in paged_decode.py. Scores are in base 2 (log2 e is part of the scale), sums in fp32. A program reads one kv
 head of a split, block by block, for all G query heads of it: they are the rows of one `tl.dot`, 16 at least.
 
 How many splits are launched depends on host integers alone; how many of them a sequence uses, and how long they are,
-follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host.
+follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host, and
+programs beyond the splits in use end at once. A sequence in one split is written directly. Of several, each program
+counts itself in `arrivals` when its part is in memory; the one that finds all others there joins the parts in their
+order, whichever it is, and leaves the count at 0 for the next layer.
 For a context of 0, the padding of such a graph, nothing is written.
 
 Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
@@ -23,9 +26,13 @@ import triton
 import triton.language as tl
 
 from .paged_decode import DecodeTables
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 _LOG2_E = 1 / math.log(2)
 SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
+_JOINED_AT_A_TIME = (
+    2048  # numbers of all splits that are read at once: more take more registers than the loop over keys
+)
 _MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 products hold as much again
 
 
@@ -39,19 +46,50 @@ def cap_scores(dots, inner, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr):
-    """First block that is seen, the end of the blocks, and how many of them a split takes."""
-    first = 0
-    if WINDOWED:
-        first = tl.maximum(context_len - window, 0) // BLOCK_SIZE
-    end = tl.cdiv(context_len, BLOCK_SIZE)
-    return first, end, tl.maximum(tl.cdiv(end - first, num_splits), min_blocks)
+def _join_splits(
+    out_ptr,
+    parts_ptr,
+    lse_ptr,
+    num_used,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The G * D features of one kv head, each a column of its own; CHUNK splits at a time, in order."""
+    columns, offsets = tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
+    in_group = columns < GROUP * HEAD_DIM
+    highest = tl.full([COLUMNS], -1.0e30, tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(0, num_used, CHUNK):
+        splits = (begin + offsets)[:, None]
+        used = (splits < num_used) & in_group[None, :]
+        # Past the first level of cache: other multiprocessors wrote these.
+        lse = tl.load(
+            lse_ptr + splits * GROUP + columns[None, :] // HEAD_DIM,
+            mask=used,
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        part_ptrs = parts_ptr + splits * (GROUP * HEAD_DIM) + columns[None, :]
+        parts = tl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        shrink = tl.exp2(highest - higher)
+        weights = tl.exp2(lse - higher[None, :])
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights * parts, 0)
+        highest = higher
+    total = tl.where(in_group, total, 1.0)
+    tl.store(out_ptr + columns, (acc / total).to(out_ptr.dtype.element_ty), mask=in_group)
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
 def _paged_decode_kernel(
-    out_ptr,  # [S, H, D], or with SPLIT the parts, float32 [S, H, num_splits, D]
-    lse_ptr,  # float32 [S, H, num_splits], written with SPLIT
+    out_ptr,
+    parts_ptr,  # float32 [S, KV, num_splits, G, D], with SPLIT
+    lse_ptr,  # float32 [S, KV, num_splits, G], with SPLIT
+    arrivals_ptr,  # int32 [S, KV], with SPLIT: zeros before and after
     q_ptr,
     cache_ptr,
     context_lens_ptr,
@@ -73,11 +111,19 @@ def _paged_decode_kernel(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOIN_COLUMNS: tl.constexpr,
+    JOIN_CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (kv head, sequence, split)."""
     kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    wait_for_inputs(PDL)
     context_len = tl.load(context_lens_ptr + seq)
-    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
+    first = 0  # block that is seen
+    if WINDOWED:
+        first = tl.maximum(context_len - window, 0) // BLOCK_SIZE
+    end = tl.cdiv(context_len, BLOCK_SIZE)
+    per_split = tl.maximum(tl.cdiv(end - first, num_splits), min_blocks)
     begin = first + split * per_split
     stop = tl.minimum(begin + per_split, end)
     if begin >= stop:
@@ -97,7 +143,8 @@ def _paged_decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
-    block = tl.load(table_ptr + begin, mask=begin < stop, other=0).to(tl.int64)
+    block = tl.load(table_ptr + begin).to(tl.int64)
+    release_dependents(PDL)
     for index in range(begin, stop):
         next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
         k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
@@ -118,60 +165,25 @@ def _paged_decode_kernel(
         highest = higher
         block = next_block
 
-    total = tl.where(total == 0.0, 1.0, total)
-    out_rows = seq * (NUM_KV_HEADS * GROUP) + heads
-    if SPLIT:
-        out_rows = out_rows * num_splits + split
-        tl.store(lse_ptr + out_rows, highest + tl.log2(total), mask=rows < GROUP)
-    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_group)
-
-
-@triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
-def _join_splits_kernel(
-    out_ptr,
-    parts_ptr,
-    lse_ptr,
-    context_lens_ptr,
-    num_splits,
-    min_blocks,
-    window,
-    NUM_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program per (query head, sequence); CHUNK splits at a time."""
-    head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    context_len = tl.load(context_lens_ptr + seq)
-    if context_len == 0:
-        return
-    first, end, per_split = _split_range(context_len, window, num_splits, min_blocks, BLOCK_SIZE, WINDOWED)  # pyright: ignore[reportGeneralTypeIssues]
+    acc /= total[:, None]
+    pair = seq * NUM_KV_HEADS + kv_head
+    tile = rows[:, None] * HEAD_DIM + dims[None, :]
+    out_ptr += pair * (GROUP * HEAD_DIM)
     num_used = tl.cdiv(end - first, per_split)
-    dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
-    in_dim = dims < HEAD_DIM
-    first_row = (seq * NUM_HEADS + head) * num_splits
-
-    highest = tl.full([], -1.0e30, tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([PADDED_DIM], tl.float32)
-    for begin in range(0, num_used, CHUNK):
-        splits = begin + offsets
-        used = splits < num_used
-        lse = tl.load(lse_ptr + first_row + splits, mask=used, other=float("-inf"))
-        part_ptrs = parts_ptr + (first_row + splits)[:, None] * HEAD_DIM + dims[None, :]
-        parts = tl.load(part_ptrs, mask=used[:, None] & in_dim[None, :], other=0.0)
-        higher = tl.maximum(highest, tl.max(lse, 0))
-        shrink = tl.exp2(highest - higher)
-        weights = tl.exp2(lse - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink + tl.sum(weights[:, None] * parts, 0)
-        highest = higher
-    total = tl.where(total == 0.0, 1.0, total)
-    out_ptrs = out_ptr + (seq * NUM_HEADS + head) * HEAD_DIM + dims
-    tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=in_dim)
+    if SPLIT:
+        if num_used == 1:
+            tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=in_group)
+        else:
+            parts_ptr += pair * num_splits * (GROUP * HEAD_DIM)
+            lse_ptr += pair * num_splits * GROUP
+            tl.store(parts_ptr + split * (GROUP * HEAD_DIM) + tile, acc, mask=in_group)
+            tl.store(lse_ptr + split * GROUP + rows, highest + tl.log2(total), mask=rows < GROUP)
+            tl.debug_barrier()  # one thread arrives for all: what they wrote must lie before it
+            if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel", scope="gpu") == num_used - 1:
+                _join_splits(out_ptr, parts_ptr, lse_ptr, num_used, GROUP, HEAD_DIM, JOIN_COLUMNS, JOIN_CHUNK)
+                tl.store(arrivals_ptr + pair, 0)
+    else:
+        tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=in_group)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -225,33 +237,30 @@ def paged_decode_triton(
     num_seqs, (num_heads, head_dim) = tables.num_seqs, q.shape[1:]
     _, _, num_kv_heads, block_size, _ = cache.shape
     group, num_splits = num_heads // num_kv_heads, tables.num_splits
-    parts, lse = out, out
+    parts = lse = out
     if num_splits > 1:
-        parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
+        pairs = (num_seqs, num_kv_heads, num_splits, group)
+        parts = torch.empty((*pairs, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
     inner, unit = score_factors(scale, softcap)
-    window = tables.window or 0
-    shape: dict[str, Any] = {
-        "BLOCK_SIZE": block_size,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded_dim(head_dim),
-        "WINDOWED": tables.window is not None,
-    }
+    columns = triton.next_power_of_2(group * head_dim)
     launch: dict[str, Any] = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "ROWS": max(16, triton.next_power_of_2(group)),
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim),
+        "WINDOWED": tables.window is not None,
         "CAPPED": softcap is not None,
         "SPLIT": num_splits > 1,
+        "JOIN_COLUMNS": columns,
+        "JOIN_CHUNK": max(1, _JOINED_AT_A_TIME // columns),
         **decode_launch(block_size, head_dim, q.element_size()),
+        **pdl_launch(q),
     }
     _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
-        parts, lse, q, cache, tables.context_lens, tables.block_tables,
+        out, parts, lse, tables.arrivals, q, cache, tables.context_lens, tables.block_tables,
         q.stride(0), q.stride(1), tables.block_tables.stride(0),
-        num_splits, tables.min_blocks, window, inner, unit, **shape, **launch,
+        num_splits, tables.min_blocks, tables.window or 0, inner, unit, **launch,
     )  # fmt: skip
-    if num_splits > 1:
-        launch = {"NUM_HEADS": num_heads, "CHUNK": 16, "num_warps": 2}
-        _join_splits_kernel[(num_heads, num_seqs)](
-            out, parts, lse, tables.context_lens, num_splits, tables.min_blocks, window, **shape, **launch
-        )

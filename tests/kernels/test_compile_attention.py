@@ -19,9 +19,11 @@ def _shape(head_dim: int, block_size: int) -> dict[str, int | bool]:
 
 
 def _decode(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False, split=True) -> Variant:
-    types = {**SETTINGS, "out_ptr": "*fp32" if split else f"*{dtype}", "lse_ptr": "*fp32"}
-    types |= {"q_ptr": f"*{dtype}", "cache_ptr": f"*{dtype}"}
+    types = {**SETTINGS, "parts_ptr": "*fp32", "lse_ptr": "*fp32", "arrivals_ptr": "*i32"}
+    types |= dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
+    columns = 512 if head_dim < 256 else 1024
     constants = {"NUM_KV_HEADS": 8, "GROUP": group, "ROWS": 16, "WINDOWED": windowed, "CAPPED": capped, "SPLIT": split}
+    constants |= {"JOIN_COLUMNS": columns, "JOIN_CHUNK": 2048 // columns, "PDL": True}
     return Variant(
         "shoal.kernels.paged_decode_triton:_paged_decode_kernel",
         types,
@@ -30,17 +32,13 @@ def _decode(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False
     )
 
 
-def _join(dtype: str, head_dim: int) -> Variant:
-    types = {"out_ptr": f"*{dtype}", "parts_ptr": "*fp32", "lse_ptr": "*fp32", "context_lens_ptr": "*i32"}
-    constants = {"NUM_HEADS": 32, "WINDOWED": True, "CHUNK": 16} | _shape(head_dim, 64)
-    return Variant("shoal.kernels.paged_decode_triton:_join_splits_kernel", types, constants, {"num_warps": 2})
-
-
 def _prefill(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False) -> Variant:
     types = {**SETTINGS, "starts_ptr": "*i32"} | dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
-    launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype])
+    plain = not (windowed or capped)
+    launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype], plain=plain)
     constants = {"NUM_KV_HEADS": 8, "GROUP": group, "WINDOWED": windowed, "CAPPED": capped}
-    constants |= {"BLOCK_ROWS": launch.pop("BLOCK_ROWS")} | _shape(head_dim, block_size)
+    constants |= {name: launch.pop(name) for name in ("BLOCK_ROWS", "BLOCK_KEYS", "STAGES")} | {"PDL": True}
+    constants |= _shape(head_dim, block_size)
     return Variant("shoal.kernels.paged_prefill_triton:_paged_prefill_kernel", types, constants, launch)
 
 
@@ -53,8 +51,6 @@ VARIANTS = {
     "decode, large heads": _decode("bf16", 256, group=2, windowed=True, capped=True),
     "decode, small blocks": _decode("bf16", 128, block_size=16),
     "decode in fp32": _decode("fp32", 32, block_size=16),
-    "join": _join("bf16", 128),
-    "join, large heads": _join("bf16", 256),
     "prefill": _prefill("bf16", 128),
     "prefill, window and soft cap": _prefill("bf16", 128, windowed=True, capped=True),
     "prefill, small heads": _prefill("fp16", 64, group=7),
