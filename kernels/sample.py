@@ -8,7 +8,8 @@ Adding Gumbel noise and taking the argmax draws from softmax(z) exactly (Maddiso
 noise is a function of (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
 2011), so a token does not depend on what else is in the batch, and a stream can be replayed from any position.
 
-Letters: K rows to sample, V vocabulary. Called by the sampler of each shard. Runs on any device that torch knows.
+Letters: K rows to sample, V vocabulary, R rows that parameters are kept for. Called by the sampler of each shard.
+On a CUDA device: sample_triton.py and sample_limits_triton.py.
 """
 
 from __future__ import annotations
@@ -17,10 +18,23 @@ from typing import NamedTuple
 
 import torch
 
+from .backend import Backend, backend_of
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SamplingRows(NamedTuple):
+    """Sampling parameters by row, each [R], on the device of the logits."""
+
+    temperature: torch.Tensor  # float32; 0 is greedy
+    top_k: torch.Tensor  # int32; 0 keeps all
+    top_p: torch.Tensor  # float32; 1 keeps all
+    min_p: torch.Tensor  # float32; 0 keeps all
+    seed: torch.Tensor  # int64, the bit pattern of the 64-bit key
 
 
 def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int) -> torch.Tensor:
@@ -52,74 +66,70 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
 def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """`logits` [K, V] with every token outside min-p, top-k and top-p at -inf, applied in this order.
 
-    top_k: int64 [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the likeliest.
-    Tokens that tie with the k-th are kept. The likeliest token always stays.
+    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the likeliest.
+    Tokens that tie with the last one that stays are kept. The likeliest token always stays.
     """
     vocab_size = logits.shape[1]
     floor = logits.amax(dim=1, keepdim=True) + torch.log(min_p).unsqueeze(1)
     logits = logits.masked_fill(logits < floor, float("-inf"))
-    ordered, order = logits.sort(dim=1, descending=True)
-    last = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(1, last.unsqueeze(1)), float("-inf"))
-    probs = ordered.softmax(dim=1)
+    ordered = logits.sort(dim=1, descending=True).values
+    last = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size).long() - 1
+    kth = ordered.gather(1, last.unsqueeze(1))
+    probs = ordered.masked_fill(ordered < kth, float("-inf")).softmax(dim=1)
     # A token stays while the mass before it is below top_p, so the one that crosses the line stays too. top_p = 1
     # must keep all even where rounding carries the sum past one.
     outside = (probs.cumsum(dim=1) - probs >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
     outside[:, 0] = False
-    ordered = ordered.masked_fill(outside, float("-inf"))
-    return torch.empty_like(logits).scatter_(1, order, ordered)
-
-
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    filtered: bool = True,
-) -> torch.Tensor:
-    """One token for each row, int64 [K].
-
-    logits: float32 [K, V]. temperature, top_p, min_p: float32 [K]; top_k, seeds, positions: int64 [K]; position is
-    that of the token to be chosen. `filtered=False` says that no row uses min-p, top-k or top-p, and saves the sort.
-    """
-    if logits.dim() != 2 or logits.dtype != torch.float32:
-        raise ValueError(f"logits must be float32 [K, V], got {logits.dtype} {list(logits.shape)}")
-    greedy = temperature == 0.0
-    scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
-    if filtered:
-        scaled = filter_logits(scaled, top_k, top_p, min_p)
-    noise = gumbel_noise(seeds, positions, logits.shape[1])
-    return torch.where(greedy, logits.argmax(dim=1), (scaled + noise).argmax(dim=1))
-
-
-class SamplingRows(NamedTuple):
-    """Sampling parameters by row, each [R], on the device of the logits."""
-
-    temperature: torch.Tensor  # float32, 0: greedy
-    top_k: torch.Tensor  # int32, 0: all
-    top_p: torch.Tensor  # float32, 1: all
-    min_p: torch.Tensor  # float32, 0: all
-    seed: torch.Tensor  # int64, bit pattern of the 64-bit key
+    lowest = ordered.masked_fill(outside, float("inf")).amin(dim=1, keepdim=True)
+    return logits.masked_fill(logits < torch.maximum(kth, lowest), float("-inf"))
 
 
 def sample_rows(
     logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
 ) -> torch.Tensor:
-    """One token for each of rows int64 [K], from logits [K, V]; int64 [K], -1 where the logits are of no use."""
+    """One token for each row of `logits`, int64 [K]; -1 where a row holds NaN or +inf, or -inf alone.
+
+    logits: float32, bfloat16 or float16 [K, V], whose rows may have gaps between them. rows: int64 [K], which of
+    `params` a row follows; a negative one is padding, and gives -1. positions: int64 [K] of the tokens to be chosen.
+    """
+    if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits must be [K, V] in float32, bfloat16 or float16 without gaps in a row, got {logits.dtype} "
+            f"{list(logits.shape)} with strides {logits.stride()}"
+        )
+    if rows.shape != logits.shape[:1] or positions.shape != rows.shape:
+        raise ValueError(
+            f"{len(logits)} rows of logits need as many rows and positions, got {rows.shape} and {positions.shape}"
+        )
+    if backend_of(logits) is Backend.TORCH:
+        return sample_rows_ref(logits, rows, params, positions)
+    from .sample_triton import sample_rows_triton
+
+    return sample_rows_triton(logits, rows, params, positions)
+
+
+def sample_rows_ref(
+    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
+) -> torch.Tensor:
+    """`sample_rows` in plain torch, with a sort. It looks at the parameters, to leave out what no row asks for."""
     wide = logits.float()
-    usable = wide.amax(dim=1).isfinite()
-    temperature = params.temperature[rows]
-    if not temperature.any():
-        tokens = wide.argmax(dim=1)
-    else:
-        top_k, top_p, min_p = params.top_k[rows].long(), params.top_p[rows], params.min_p[rows]
-        filtered = bool(((top_p < 1.0) | (min_p > 0.0) | ((top_k > 0) & (top_k < logits.shape[1]))).any())
-        tokens = sample(wide, temperature, top_k, top_p, min_p, params.seed[rows], positions, filtered=filtered)
+    usable = wide.amax(dim=1).isfinite() & (rows >= 0)
+    temperature, top_k, top_p, min_p, seed = (values[rows.clamp(min=0)] for values in params)
+    tokens = wide.argmax(dim=1)
+    greedy = temperature == 0.0
+    if not greedy.all():
+        scaled = wide * torch.where(greedy, 1.0, temperature).reciprocal().unsqueeze(1)
+        narrowed = ((top_k > 0) & (top_k < wide.shape[1])) | (top_p < 1.0) | (min_p > 0.0)
+        if narrowed.any():
+            scaled = filter_logits(scaled, top_k, top_p, min_p)
+        tokens = torch.where(greedy, tokens, (scaled + gumbel_noise(seed, positions, wide.shape[1])).argmax(dim=1))
     return torch.where(usable, tokens, -1)
+
+
+def sample_rows_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops): the logits are read once; noise takes 90 operations a token, of which 40 are Philox."""
+    size = num_rows * vocab_size
+    return size * dtype.itemsize, 90 * size
 
 
 def score(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shoal.kernels.sample import filter_logits, gumbel_noise, philox, sample, score
+from shoal.kernels.sample import SamplingRows, filter_logits, gumbel_noise, philox, sample_rows, score
 
 MASK = 0xFFFFFFFF
 
@@ -57,19 +57,18 @@ def test_noise_is_finite_and_does_not_depend_on_the_batch(vocab_size):
         assert torch.equal(noise[k : k + 1], gumbel_noise(seeds[k : k + 1], positions[k : k + 1], vocab_size))
 
 
+def one_row(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=42, device="cpu") -> SamplingRows:
+    """Parameters of a single row, which every row of logits may follow."""
+    types = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
+    values = (temperature, top_k, top_p, min_p, seed)
+    return SamplingRows(*(torch.tensor([v], dtype=t, device=device) for v, t in zip(values, types, strict=True)))
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -30.0])
     draws, temperature = 40_000, 1.7
-    tokens = sample(
-        logits.repeat(draws, 1),
-        torch.full((draws,), temperature),
-        torch.zeros(draws, dtype=torch.int64),
-        torch.ones(draws),
-        torch.zeros(draws),
-        torch.full((draws,), 42),
-        torch.arange(draws),
-        filtered=False,
-    )
+    rows = torch.zeros(draws, dtype=torch.int64)
+    tokens = sample_rows(logits.repeat(draws, 1), rows, one_row(temperature), torch.arange(draws))
     observed = torch.bincount(tokens, minlength=5).double()
     expected = (logits / temperature).double().softmax(0) * draws
     chi_square = (((observed - expected) ** 2) / expected.clamp(min=1e-9))[:4].sum()
@@ -113,27 +112,6 @@ def test_filters_keep_what_the_naive_loop_keeps(vocab_size):
         assert kept == naive_filter(logits[row].tolist(), *case), case
         index = sorted(kept)
         assert torch.equal(filtered[row, index], logits[row, index])
-
-
-def test_greedy_rows_ignore_noise_and_other_rows():
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
-    temperature = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5, 0.0])
-    tokens = sample(
-        logits,
-        temperature,
-        torch.zeros(6, dtype=torch.int64),
-        torch.ones(6),
-        torch.zeros(6),
-        torch.arange(6),
-        torch.arange(6),
-    )
-    for row in (0, 2, 5):
-        assert tokens[row] == logits[row].argmax()
-
-
-def test_sample_refuses_half_precision():
-    with pytest.raises(ValueError, match="float32"):
-        sample(torch.zeros(1, 4, dtype=torch.float16), *(torch.zeros(1) for _ in range(6)))
 
 
 def test_score_equals_log_softmax():

@@ -1,0 +1,182 @@
+"""Triton kernels of sample.py: scores and the best token of each chunk of a row, then the best of the row.
+
+Legend: K rows, V vocabulary, C chunks of a row. Row k of the logits begins at `k * stride_row`.
+
+    choose   grid [C, K]   (score, token) of the best of a chunk: the logit itself, or the logit over the temperature
+                           plus noise; of filtered rows the logit, which gives the row's maximum
+    (limits) sample_limits_triton.py: where the filters of a row cut, for rows that have any
+    choose   grid [C, K]   once more, for filtered rows alone, among the tokens inside the limits
+    join     grid [K]      the best of the chunks
+
+A token id of -1 marks a chunk that holds NaN or +inf. All rows pass through all launches, so that one CUDA graph serves
+every mixture; a program that has nothing to do reads its row's parameters and ends. What a row gives depends on its own
+logits and parameters alone: chunks of another size find the same maximum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
+if TYPE_CHECKING:
+    from .sample import SamplingRows
+
+NUM_WARPS = 8
+LARGE_CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a program; small where few rows would leave multiprocessors idle
+FEW_ROWS = 8
+
+
+@triton.jit
+def is_filtered(temperature, top_k, top_p, min_p, vocab_size):
+    """Whether a row draws from less than the whole vocabulary."""
+    return (temperature != 0.0) & (((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0))
+
+
+@triton.jit
+def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
+    """(score, token) of a row from those of its chunks; the token is -1 where a chunk's is, the lowest among ties."""
+    parts = tl.arange(0, PARTS)
+    scores = tl.load(score_ptr + k * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
+    tokens = tl.load(token_ptr + k * num_parts + parts, mask=parts < num_parts, other=2147483647)
+    best = tl.max(scores, axis=0)
+    token = tl.min(tl.where(scores == best, tokens, 2147483647), axis=0)
+    return best, tl.where(tl.min(tokens, axis=0) < 0, -1, token)
+
+
+@triton.jit
+def _gumbel(word):
+    """Standard Gumbel noise of 32 random bits, by the formula of `sample.gumbel_noise`."""
+    # 23 bits as the mantissa of a number in [1, 2); less 1 - 2**-24 they are the uniform, exactly.
+    uniform = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _better(score, token, other, other_token):
+    """The higher of two scores with its token, the first where they tie."""
+    return tl.where(other > score, other, score), tl.where(other > score, other_token, token)
+
+
+@triton.jit
+def _best_perturbed(scaled, seed, position, chunk, CHUNK: tl.constexpr):
+    """(score, token) of the best of `scaled` [CHUNK] after noise was added to it."""
+    # Philox gives four words for four consecutive tokens.
+    counters = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
+    w0, w1, w2, w3 = tl.philox(seed, counters, position.to(tl.int32), (position >> 32).to(tl.int32), 0)
+    even, odd = tl.split(tl.reshape(scaled, (CHUNK // 4, 2, 2)))
+    (s0, s2), (s1, s3) = tl.split(even), tl.split(odd)  # pyright: ignore[reportGeneralTypeIssues]
+    score, token = _better(s0 + _gumbel(w0), counters * 4, s1 + _gumbel(w1), counters * 4 + 1)
+    score, token = _better(score, token, s2 + _gumbel(w2), counters * 4 + 2)
+    score, token = _better(score, token, s3 + _gumbel(w3), counters * 4 + 3)
+    best = tl.max(score, axis=0)
+    return best, tl.min(tl.where(score == best, token, 2147483647), axis=0)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr,
+    rows_ptr,
+    positions_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    limits_ptr,
+    score_ptr,
+    token_ptr,
+    stride_row,
+    vocab_size,
+    FILTERED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    chunk, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    row = tl.load(rows_ptr + k)
+    if row < 0:
+        return
+    temperature = tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    filtered = is_filtered(temperature, top_k, top_p, tl.load(min_p_ptr + row), vocab_size)
+    if FILTERED:
+        if not filtered:
+            return
+        lowest = tl.load(limits_ptr + 2 * k)
+        floor = tl.load(limits_ptr + 2 * k + 1)
+        if lowest != lowest:
+            return
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits_ptr + k * stride_row + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    part = k * tl.num_programs(0) + chunk
+    noisy = temperature != 0.0
+    inverse = tl.div_rn(1.0, temperature)
+    if FILTERED:
+        kept = (x >= lowest) & (x * inverse >= floor)
+        x = tl.where(kept, x, float("-inf"))
+        noisy = tl.max(kept.to(tl.int32), axis=0) > 0
+    else:
+        noisy = noisy & (not filtered)
+    if noisy:
+        best, token = _best_perturbed(x * inverse, tl.load(seed_ptr + row), tl.load(positions_ptr + k), chunk, CHUNK)
+    else:
+        best = tl.max(x, axis=0)
+        token = tl.min(tl.where(x == best, tokens, 2147483647), axis=0)
+    # NaN and +inf alone are not below infinity.
+    unusable = tl.max((x < float("inf")).to(tl.int32) ^ 1, axis=0) > 0
+    tl.store(score_ptr + part, best)
+    tl.store(token_ptr + part, tl.where(unusable, -1, token))
+
+
+@triton.jit
+def _join_kernel(
+    rows_ptr, score_ptr, token_ptr, out_ptr, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    k = tl.program_id(0).to(tl.int64)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    if tl.load(rows_ptr + k) < 0:
+        tl.store(out_ptr + k, tl.full((), -1, tl.int64))
+        return
+    best, token = best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS)
+    tl.store(out_ptr + k, tl.where(best == float("-inf"), -1, token).to(tl.int64))
+
+
+def chunk_size(num_rows: int) -> int:
+    """Tokens of a row that one program handles."""
+    return SMALL_CHUNK if num_rows <= FEW_ROWS else LARGE_CHUNK
+
+
+def sample_rows_triton(
+    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
+) -> torch.Tensor:
+    """`sample.sample_rows` for checked arguments."""
+    from .sample_limits_triton import find_limits
+
+    num_rows, vocab_size = logits.shape
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return out
+    chunk = chunk_size(num_rows)
+    num_parts = -(-vocab_size // chunk)
+    scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
+    tokens = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
+    limits = torch.empty((num_rows, 2), dtype=torch.float32, device=logits.device)
+    for filtered in (False, True):
+        if filtered:
+            find_limits(logits, rows, params, scores, tokens, limits)
+        _choose_kernel[(num_parts, num_rows)](
+            logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size,
+            FILTERED=filtered, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    _join_kernel[(num_rows,)](
+        rows, scores, tokens, out, num_parts,
+        PARTS=int(triton.next_power_of_2(num_parts)), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
