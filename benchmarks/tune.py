@@ -80,37 +80,34 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
     """Launches worth a try for this many tokens."""
     if num_tokens == 1:
         for block_n, num_warps in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (2, 8), (4, 2), (8, 2), (8, 1)):
-            block_m = 256 * num_warps
-            if block_m <= shape.inputs:
-                yield Launch("fma", block_n, 1, block_m, 1, num_warps, 1, prefetch=min(block_m, shape.inputs - block_m))
+            if 256 * num_warps <= shape.inputs:
+                yield Launch("fma", block_n, 1, 256 * num_warps, num_warps=num_warps)
+    block_t = min(max(16, num_tokens), 128)
     for block_n, block_m, num_warps, num_stages, all_splits in _tiles(num_tokens):
-        block_t = min(max(16, num_tokens), 128 if num_tokens <= 128 else 256)
         size = (block_n * (2 if shape.gated else 1) + block_t) * block_m * 2 * num_stages
         sums = block_n * block_t * (2 if shape.gated else 1) // (32 * num_warps)
         if size > SHARED_MEMORY or sums > 128:
             continue
-        num_tiles = -(-shape.outputs // block_n)
+        num_tiles = -(-shape.outputs // block_n) * -(-num_tokens // block_t)
         for splits in all_splits:
-            if splits == 1 or num_tiles * splits <= 1056:  # eight to a multiprocessor: enough to share the work
-                yield Launch("mma", block_n, block_t, block_m, splits, num_warps, num_stages, prefetch=256)
+            if splits == 1 or num_tiles * splits <= 528:  # four to a multiprocessor: enough to share the work
+                for prefetch in (0, 256, 512):
+                    yield Launch("mma", block_n, block_t, block_m, splits, num_warps, num_stages, prefetch)
 
 
 def _tiles(num_tokens: int) -> list[tuple[int, int, int, int, tuple[int, ...]]]:
     """(block_n, block_m, num_warps, num_stages, splits)."""
     if num_tokens <= 16:
         return [
-            (16, 256, 1, 4, (1,)), (32, 256, 2, 4, (1, 2)), (32, 128, 2, 6, (1,)), (64, 128, 4, 4, (1, 2, 4)),
-            (64, 256, 4, 4, (1, 2, 4)), (128, 128, 4, 4, (1, 4)),
+            (16, 256, 1, 4, (1,)), (32, 128, 2, 6, (1,)), (32, 256, 2, 4, (1, 2)), (64, 128, 4, 4, (1, 2, 3, 4)),
+            (64, 256, 4, 3, (1, 2, 4)), (64, 256, 4, 4, (1, 2)), (128, 128, 4, 4, (1, 4)),
         ]  # fmt: skip
     if num_tokens <= 64:
         return [
-            (64, 128, 4, 4, (1, 2, 4)), (64, 64, 4, 6, (1, 4)), (128, 64, 4, 5, (1, 2, 4, 8)), (128, 64, 8, 6, (1, 4)),
-            (128, 128, 8, 4, (2, 4)),
+            (32, 128, 2, 6, (1,)), (64, 64, 4, 6, (1, 2)), (64, 128, 4, 4, (1, 2, 3, 4)), (64, 256, 4, 3, (1, 2, 4)),
+            (128, 64, 4, 4, (1, 2, 3, 4, 8)), (128, 64, 8, 6, (1, 2, 4)), (128, 128, 8, 4, (1, 2, 4)),
         ]  # fmt: skip
-    return [
-        (64, 64, 4, 4, (1, 2, 4)), (128, 64, 8, 4, (1, 2, 4)), (128, 64, 4, 4, (1, 4)), (128, 128, 8, 3, (1, 4)),
-        (256, 64, 8, 3, (1, 2)),
-    ]  # fmt: skip
+    return [(64, 64, 4, 5, (1, 2)), (64, 128, 4, 3, (1, 2)), (128, 64, 8, 4, (1, 2, 4))]
 
 
 def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:

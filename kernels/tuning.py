@@ -43,13 +43,21 @@ class Launch:
     prefetch: int = 0
 
 
-# The same tiles for every T. With a gate a program has twice the sums, and fp32 has no tensor cores.
-INVARIANT = {
-    (2, False): Launch("mma", 128, 128, 64, num_warps=8, num_stages=4),
-    (2, True): Launch("mma", 64, 128, 64, num_warps=8, num_stages=4),
-    (4, False): Launch("mma", 32, 32, 32, num_warps=4, num_stages=3),
-    (4, True): Launch("mma", 32, 32, 32, num_warps=4, num_stages=3),
-}
+def invariant_launch(itemsize: int, num_tokens: int, *, gated: bool) -> Launch:
+    """A launch for any shape, of a family in which a row's bits do not depend on T.
+
+    The inputs of an output are summed in one order, by the same instruction, in any of them. BLOCK_T only says how many
+    tokens share that instruction, and on an H200 no bit of a token depends on it (tests/kernels/test_gemm.py).
+    """
+    if itemsize == 4:
+        return Launch("mma", 32, 32, 32, num_warps=4, num_stages=3)  # no tensor cores: fp32 is not rounded to tf32
+    if num_tokens <= 16:
+        return Launch("mma", 64, 16, 64, num_warps=4, num_stages=7)
+    if num_tokens <= 64:
+        return Launch("mma", 64, 64, 64, num_warps=4, num_stages=5)
+    if gated:
+        return Launch("mma", 64, 128, 64, num_warps=4, num_stages=4)  # two sums for each output
+    return Launch("mma", 128, 128, 64, num_warps=8, num_stages=4)
 
 
 def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant: bool) -> Launch | None:
@@ -57,7 +65,7 @@ def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant:
     if backend_of(x) is Backend.TORCH or x.shape[0] == 0:
         return None
     if invariant:
-        return INVARIANT[x.itemsize, gated]
+        return invariant_launch(x.itemsize, x.shape[0], gated=gated)
     num_outputs, num_inputs = weight.shape
     return _chosen(x.device, x.dtype, num_outputs // 2 if gated else num_outputs, num_inputs, x.shape[0], gated)
 
@@ -82,9 +90,11 @@ def default_launch(num_outputs: int, num_inputs: int, num_tokens: int, *, gated:
     """A sound choice for a shape that was not tuned."""
     if num_tokens == 1:
         num_warps = 4 if num_inputs >= 4096 else 2
-        return Launch("fma", 2 if gated else 4, 1, 256 * num_warps, num_warps=num_warps, prefetch=256 * num_warps)
+        return Launch("fma", 2, 1, 256 * num_warps, num_warps=num_warps)
     if num_tokens <= 16:
-        return Launch("mma", 16 if gated else 32, 16, 128, num_warps=1 if gated else 2, num_stages=5, prefetch=256)
+        return Launch("mma", 64, 16, 128, num_warps=4, num_stages=4, prefetch=256)
+    if gated and num_tokens <= 128:
+        return Launch("mma", 64, 64 if num_tokens <= 64 else 128, 64, num_warps=4, num_stages=5, prefetch=256)
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from shoal.kernels.tuning import INVARIANT, TABLES, Launch, default_launch, parse_table
+from shoal.kernels.tuning import TABLES, Launch, default_launch, invariant_launch, parse_table
 from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
 
 BUDGET = 15.6  # instructions of a lane for each bf16 weight at the full speed of an H200's memory
@@ -37,10 +37,15 @@ def variant(launch: Launch, gated: bool, itemsize: int = 2) -> Variant:
 
 def shipped() -> dict[str, tuple[Launch, bool, int]]:
     """Every launch that can be chosen, by what distinguishes it."""
-    found = {(launch, gated, itemsize) for (itemsize, gated), launch in INVARIANT.items()}
+    found = {
+        (invariant_launch(itemsize, num_tokens, gated=gated), gated, itemsize)
+        for itemsize in TYPES
+        for num_tokens in (1, 64, 2048)
+        for gated in (False, True)
+    }
     for gated in (False, True):
         for num_inputs in (2048, 4096):
-            for num_tokens in (1, 16, 64):
+            for num_tokens in (1, 16, 64, 128):
                 launch = default_launch(4096, num_inputs, num_tokens, gated=gated)
                 found |= {(launch, gated, 2)} if launch else set()
     for path in TABLES.glob("*.json"):
@@ -85,7 +90,7 @@ def test_tiles_come_by_tma_and_go_through_tensor_cores(name, compiled):
 @pytest.mark.parametrize("name", [name for name, (launch, _, _) in SHIPPED.items() if launch.prefetch])
 def test_weights_are_sent_for_before_the_wait(name, compiled):
     ptx = compiled[name].ptx
-    assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
+    assert 0 < ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait")
 
 
 @pytest.mark.parametrize("name", [name for name, (launch, _, _) in SHIPPED.items() if launch.kernel == "fma"])
