@@ -82,6 +82,7 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
         for block_n, num_warps in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (2, 8), (4, 2), (8, 2), (8, 1)):
             if 256 * num_warps <= shape.inputs:
                 yield Launch("fma", block_n, 1, 256 * num_warps, num_warps=num_warps)
+        return
     block_t = min(max(16, num_tokens), 128)
     for block_n, block_m, num_warps, num_stages, all_splits in _tiles(num_tokens):
         size = (block_n * (2 if shape.gated else 1) + block_t) * block_m * 2 * num_stages

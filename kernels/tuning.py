@@ -21,7 +21,7 @@ import torch
 from .backend import Backend, backend_of
 
 TABLES = Path(__file__).parent / "tuned"
-TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKEN_BUCKETS = (1, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
