@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,17 +86,30 @@ class Worker:
         return came, answer
 
 
+@dataclass(frozen=True, slots=True)
+class Python:
+    """An interpreter, and where it finds packages: None is where this process does."""
+
+    executable: str = sys.executable
+    path: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ) | ({} if self.path is None else {"PYTHONPATH": self.path})
+
+
 @contextmanager
-def started_worker(engine: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Iterator[Worker]:
+def started_worker(engine: str, settings: dict[str, Any], log: Path, python: Python) -> Iterator[Worker]:
     """A worker that loads; ended with its input, or by force."""
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [python, "-P", str(WORKER), engine],
+            [python.executable, "-P", str(WORKER), engine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             cwd="/tmp",
+            env=python.environment,
             start_new_session=True,
         )
         try:
@@ -130,10 +144,17 @@ class Server:
 
 
 @contextmanager
-def started_server(command: list[str], target: Target, log: Path) -> Iterator[Server]:
+def started_server(python: Python, arguments: list[str], target: Target, log: Path) -> Iterator[Server]:
     """A server that starts; ended as by Ctrl-C, or by force."""
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd="/tmp", start_new_session=True)
+        process = subprocess.Popen(
+            [python.executable, "-P", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd="/tmp",
+            env=python.environment,
+            start_new_session=True,
+        )
         try:
             yield Server(process, target)
         finally:
@@ -142,15 +163,15 @@ def started_server(command: list[str], target: Target, log: Path) -> Iterator[Se
             _end(process)
 
 
-def shoal_command(folder: Path, target: Target, settings: dict[str, Any], more: list[str], host: str) -> list[str]:
+def shoal_arguments(folder: Path, target: Target, settings: dict[str, Any], more: list[str], host: str) -> list[str]:
     """`shoal serve`; with the host 0.0.0.0 it has the proxy that it has for others, and not that of loopback."""
-    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", str(folder), "--host", host]
+    command = ["-m", "shoal.deploy.cli", "serve", str(folder), "--host", host]
     return [*command, *_flags(target, settings), *more]
 
 
-def vllm_command(folder: Path, target: Target, settings: dict[str, Any], python: str) -> list[str]:
+def vllm_arguments(folder: Path, target: Target, settings: dict[str, Any]) -> list[str]:
     """`vllm serve`, which listens on every interface too."""
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--dtype", "bfloat16"]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--dtype", "bfloat16"]
     return [*command, *_flags(target, settings), "--gpu-memory-utilization", "0.45"]
 
 

@@ -1,6 +1,6 @@
 """Shoal and vLLM on one GPU in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|1b|http [--out FOLDER] [--budget-s S] [--commit C] [--peer-python PYTHON]
+    python -m benchmarks.vs_vllm 8b|1b|http [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
 
 Both are loaded at once and stay; each has the same memory for its KV cache, no prefix cache, 256 sequences at most and
 contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes, http two servers (8B shape). A ratio above
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from benchmarks.alternate import OURS, PEER, Decode, Goals, Http, Offline, Row, alternate
 from benchmarks.load import free_port
 from benchmarks.report import RESULTS, Report
-from benchmarks.subjects import Worker, shoal_command, started_server, started_worker, vllm_command
+from benchmarks.subjects import Python, Worker, shoal_arguments, started_server, started_worker, vllm_arguments
 from shoal.deploy.bench import serving
 from shoal.deploy.bench.http_client import Target
 from shoal.deploy.bench.latency import NUM_DECODED
@@ -136,7 +136,7 @@ class Run:
     report: Report
     out: Path
     peer_engine: str
-    peer_python: str
+    peer_python: Python
     shoal_args: list[str]
     begin: float = field(default_factory=time.monotonic)
 
@@ -164,7 +164,7 @@ def compare_engines(run: Run, folder: Path, *, dummy: bool) -> None:
     settings |= {"load_format": "dummy"} if dummy else {}
     with ExitStack() as stack:
         workers = {
-            OURS: stack.enter_context(started_worker("shoal", settings, run.log(OURS))),
+            OURS: stack.enter_context(started_worker("shoal", settings, run.log(OURS), Python())),
             PEER: stack.enter_context(started_worker(run.peer_engine, settings, run.log(PEER), run.peer_python)),
         }
         ready = wait_for_all(run, workers, Worker.wait)
@@ -199,14 +199,14 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
     settings |= {"load_format": "dummy"} if dummy else {}
     targets = {name: Target("127.0.0.1", free_port(), MODEL_ID) for name in (OURS, PEER)}
     if run.peer_engine == "vllm":
-        peer = vllm_command(folder, targets[PEER], settings, run.peer_python)
-    else:
-        # One machine has room for one HAProxy: its ports are fixed.
-        peer = shoal_command(folder, targets[PEER], settings, run.shoal_args, "127.0.0.1")
-    commands = {OURS: shoal_command(folder, targets[OURS], settings, run.shoal_args, "0.0.0.0"), PEER: peer}
+        peer = vllm_arguments(folder, targets[PEER], settings)
+    else:  # one machine has room for one HAProxy: its ports are fixed
+        peer = shoal_arguments(folder, targets[PEER], settings, run.shoal_args, "127.0.0.1")
+    ours = shoal_arguments(folder, targets[OURS], settings, run.shoal_args, "0.0.0.0")
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(started_server(commands[name], targets[name], run.log(name))) for name in commands
+            name: stack.enter_context(started_server(python, arguments, targets[name], run.log(name)))
+            for name, python, arguments in ((OURS, Python(), ours), (PEER, run.peer_python, peer))
         }
         ready = wait_for_all(run, servers, lambda server: server.wait(group.http_shape))
         run.report.settings |= {f"{name} ready s": round(seconds, 1) for name, seconds in ready.items()}
@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-s", type=float, help="seconds, loading included, after which no turn begins")
     parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
     parser.add_argument("--peer-engine", choices=["vllm", "shoal"], default="vllm")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peer")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that runs the peer")
+    parser.add_argument("--peer-path", help="its PYTHONPATH; without it, this process's")
     parser.add_argument("--shoal-args", default="", help="more of `shoal serve`, in one string")
     options = parser.parse_args(arguments)
 
@@ -248,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.commit is not None:
         report.commit = options.commit
     options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(group, report, options.out, options.peer_engine, options.peer_python, shlex.split(options.shoal_args))
+    peer_python = Python(options.peer_python, options.peer_path)
+    run = Run(group, report, options.out, options.peer_engine, peer_python, shlex.split(options.shoal_args))
     with open_model(group.model) as (folder, dummy):
         (compare_servers if group.http else compare_engines)(run, folder, dummy=dummy)
     report.show()

@@ -34,8 +34,8 @@ _FAMILIES = (
     ("rope and KV write", r"rope|rotary|kv_store"),
     ("activation", r"silu|gelu|swiglu|act_and_mul"),
     ("embedding", r"embed|gather|index_?select|index_copy"),
-    ("inputs", r"step_inputs|expand_plan|inputs"),
-    ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|mkldnn|splitk|matmul|linear|aten::(add)?mm\b|dot"),
+    ("inputs", r"(expand|apply)_plan|keep_tokens|step_inputs"),
+    ("GEMM", r"gemm|gemv|_fma_kernel|nvjet|cutlass|cublas|mkldnn|splitk|matmul|linear|aten::(add)?mm\b|dot"),
 )
 _COMPILED = tuple((family, re.compile(pattern, re.IGNORECASE)) for family, pattern in _FAMILIES)
 
@@ -130,6 +130,7 @@ def summary(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     if kernels:
         figures["GPU idle %"] = 100 * (1 - _covered(kernels, begin, end) / span)
         figures["kernels"] = len(kernels) / num_steps
+        kernels = _in_turn(kernels)
     else:
         kernels = _own_times([e for e in inside if e.get("cat") == "cpu_op" and e.get("tid") == window["tid"]])
     times, unknown = Counter[str](), Counter[str]()
@@ -154,6 +155,16 @@ def _covered(events: list[dict[str, Any]], begin: float, end: float) -> float:
             covered += stop - start
             reach = stop
     return covered
+
+
+def _in_turn(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels with the time that none before them was running: one that starts early (PDL) waits for those."""
+    counted, reach = [], float("-inf")
+    for event in sorted(kernels, key=lambda e: e["ts"]):
+        end = event["ts"] + event["dur"]
+        counted.append({"name": event["name"], "dur": max(0.0, end - max(event["ts"], reach))})
+        reach = max(reach, end)
+    return counted
 
 
 def _own_times(operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
