@@ -9,17 +9,14 @@ one is wrong, or where a kernel of kernels/ was never launched.
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import shoal
 from tests.kernels import (
     test_gemm,
     test_kv_store,
@@ -28,6 +25,7 @@ from tests.kernels import (
     test_paged_attention_triton,
     test_step_inputs,
 )
+from tests.support.kernel_names import kernel_names
 
 BF16 = {"dtype": torch.bfloat16}
 Case = tuple[Callable[..., None], dict[str, Any]]
@@ -87,13 +85,6 @@ def step_inputs() -> Iterator[Case]:
 FAMILIES = (elementwise, attention, products, experts, step_inputs)
 
 
-def kernels() -> set[str]:
-    """The names of all Triton kernels: functions of kernels/*_triton.py that end in _kernel."""
-    files = (Path(shoal.__file__).parent / "kernels").glob("*_triton.py")
-    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
-    return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
-
-
 def main() -> int:
     from triton import knobs
 
@@ -112,7 +103,7 @@ def main() -> int:
         except Exception:
             failures += 1
             print(f"sanitize: {body.__name__} {arguments}", traceback.format_exc(), sep="\n")
-    never = sorted(kernels() - launched)
+    never = sorted(kernel_names() - launched)
     if never:
         print(f"sanitize: never launched: {', '.join(never)}")
     print(f"sanitize: {len(launched)} kernels, {failures} wrong results")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
 
 from shoal.kernels import block_copy_triton, kv_store_triton, rms_norm_triton, rope_triton, silu_mul_triton
 from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.kernel_names import kernel_names
 
 
 def _options(num_warps: int) -> dict[str, int]:
@@ -161,3 +164,8 @@ def test_block_copy_waits_between_its_loads_and_its_stores(name, compiled):
     last_load, first_store = ptx.rindex("ld.global"), ptx.index("st.global")
     assert last_load < first_store
     assert "bar.sync" in ptx[last_load:first_store]
+
+
+def test_every_kernel_of_the_project_is_compiled_by_a_test():
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_compile*.py"))
+    assert not {name for name in kernel_names() if name not in tests}

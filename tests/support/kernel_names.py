@@ -1,0 +1,15 @@
+"""Which Triton kernels there are, read from their files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import shoal
+
+
+def kernel_names() -> set[str]:
+    """The kernels of kernels/: functions of its *_triton.py that end in _kernel."""
+    files = (Path(shoal.__file__).parent / "kernels").glob("*_triton.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
