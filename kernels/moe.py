@@ -6,7 +6,8 @@
 Legend: T tokens, E experts, k experts per token, H hidden features, I intermediate features.
 x [T, H]; router logits [T, E]; gate_up [E, 2I, H] (gate rows first); down [E, H, I]; weights and expert ids [T, k].
 
-On a CUDA device: moe_route_triton.py chooses and sorts, moe_triton.py multiplies; both can stand in a CUDA graph.
+On a CUDA device moe_route_triton.py chooses and sorts, moe_triton.py multiplies, moe_one_triton.py does so for one
+token; all can stand in a CUDA graph.
 Called by replicas/layers/moe.py. Papers: Shazeer et al., 2017, arXiv:1701.06538; Jiang et al., Mixtral, 2024,
 arXiv:2401.04088.
 """
@@ -86,6 +87,10 @@ def moe_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
     if backend_of(x) is not Backend.TORCH:
+        if x.shape[0] == 1 and not invariant:
+            from .moe_one_triton import moe_one_token_triton
+
+            return moe_one_token_triton(x, gate_up, down, weights, experts, activation)
         from .moe_triton import moe_mlp_triton
 
         return moe_mlp_triton(x, gate_up, down, weights, experts, activation, invariant=invariant)

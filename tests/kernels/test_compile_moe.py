@@ -7,11 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from shoal.kernels.moe_one_triton import one_token_launch
 from shoal.kernels.moe_route_triton import route_launch, sort_launch
 from shoal.kernels.moe_triton import COMBINE_N, COMBINE_WARPS, moe_launch
-from tests.support.aot import Compiled, Variant, compile_variants
+from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
 
-ROUTE, MOE = "shoal.kernels.moe_route_triton", "shoal.kernels.moe_triton"
+ROUTE, MOE, ONE = (f"shoal.kernels.moe_{name}triton" for name in ("route_", "", "one_"))
+BUDGET = 15.6  # instructions of a lane for each 16-bit weight, at the full speed of an H200's memory
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW_TABLES = dict.fromkeys(("order_ptr", "tiles_ptr"), "*i32")
 
@@ -60,6 +62,18 @@ def _combine(dtype: str) -> Variant:
     return _variant(f"{MOE}:_combine_kernel", types, {"BLOCK_N": COMBINE_N, "num_warps": COMBINE_WARPS}, TOP_K=8)
 
 
+def _gate_up_one(dtype: str) -> Variant:
+    types = dict.fromkeys(("x_ptr", "gate_up_ptr", "scale_ptr"), f"*{dtype}")
+    types |= {"experts_ptr": "*i64", "hidden_ptr": "*fp32", "num_inner": "i32/16", "num_features": "i32/16"}
+    return _variant(f"{ONE}:_gate_up_one_kernel", types, one_token_launch(4096, gated=True), GELU=False)
+
+
+def _down_one(dtype: str, num_inner: int) -> Variant:
+    types = {"down_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "experts_ptr": "*i64", "hidden_ptr": "*fp32"}
+    types |= {"num_inner": "i32/16", "num_features": "i32/16"}
+    return _variant(f"{ONE}:_down_one_kernel", types, one_token_launch(num_inner, gated=False), TOP_K=8)
+
+
 VARIANTS = {
     "route": _route("bf16", 128, 8),
     "route, most experts": _route("fp32", 256, 16),
@@ -79,8 +93,11 @@ VARIANTS = {
     "down, 128 rows": _down("bf16", 2048),
     "down in fp32, odd": _down("fp32", 64, even=False),
     "combine": _combine("bf16"),
+    "gate and up of one token": _gate_up_one("bf16"),
+    "down of one token": _down_one("bf16", 768),
+    "down of one token, narrow": _down_one("bf16", 192),
 }
-PRODUCTS = [name for name in VARIANTS if name.endswith("rows")]
+PRODUCTS = [name for name in VARIANTS if name.endswith("rows") and "of one" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +119,14 @@ def test_products_run_on_tensor_cores_while_weights_are_copied(name, compiled):
     small = name == "gate and up, 16 rows"  # 32 features: below the 64 of wgmma
     assert ("mma.sync" if small else "wgmma.mma_async") in ptx
     assert "cp.async.cg.shared.global" in ptx  # 16 bytes each, past the registers
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "of one token" in name and "sort" not in name])
+def test_kernels_of_one_token_can_reach_the_speed_of_memory(name, compiled):
+    variant, kernel = VARIANTS[name], compiled[name]
+    assert "ld.global.v4.b32" in kernel.ptx  # 16 bytes each
+    rows = variant.constants["BLOCK_FEATURES"] * (2 if name.startswith("gate") else 1)
+    num_elements = rows * variant.constants["BLOCK_INNER"]
+    (loop,) = kernel.loops
+    assert lane_instructions(loop, variant.options["num_warps"], num_elements) <= 0.6 * BUDGET
+    assert kernel.registers <= 80  # 24 warps on a multiprocessor, each with two loads of 64 bytes a thread under way

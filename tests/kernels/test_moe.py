@@ -66,7 +66,14 @@ def test_route_refuses_more_experts_than_there_are():
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k", "num_hidden", "num_inner"),
-    [(1, 3, 1, 10, 7), (5, 4, 2, 40, 33), (17, 9, 4, 20, 10), (70, 2, 1, 16, 16), (130, 5, 3, 24, 8)],
+    [
+        (1, 3, 1, 10, 7),
+        (1, 9, 4, 300, 33),
+        (5, 4, 2, 40, 33),
+        (17, 9, 4, 20, 10),
+        (70, 2, 1, 16, 16),
+        (130, 5, 3, 24, 8),
+    ],
 )
 def test_moe_mlp(num_tokens, num_experts, top_k, num_hidden, num_inner, activation, device, dtype):
     torch.manual_seed(3)
