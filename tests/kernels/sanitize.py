@@ -23,6 +23,7 @@ from tests.kernels import (
     test_moe,
     test_norm_rope_act,
     test_paged_attention_triton,
+    test_sample_rows,
     test_step_inputs,
 )
 from tests.support.kernel_names import kernel_names
@@ -75,6 +76,12 @@ def experts() -> Iterator[Case]:
     yield tests.test_padding_of_nan_changes_no_other_token, BF16
 
 
+def sampling() -> Iterator[Case]:
+    tests = test_sample_rows
+    yield tests.test_tokens_are_those_of_the_naive_loop, {"vocab_size": 1001, **BF16}
+    yield tests.test_a_vocabulary_of_several_chunks, {"num_rows": 13, **BF16}
+
+
 def step_inputs() -> Iterator[Case]:
     tests = test_step_inputs
     yield tests.test_inputs_follow_from_the_packed_plan, {"plan": tests.MIXED, "room": (160, 8, 6, 8)}
@@ -82,7 +89,7 @@ def step_inputs() -> Iterator[Case]:
     yield tests.test_tokens_are_kept_for_the_next_step_and_for_the_host, {}
 
 
-FAMILIES = (elementwise, attention, products, experts, step_inputs)
+FAMILIES = (elementwise, attention, products, experts, sampling, step_inputs)
 
 
 def main() -> int:
