@@ -12,14 +12,17 @@ The torch path goes through the slices one by one, with what `prefill_index` mad
 kernel of paged_prefill_triton.py takes the step's own tensors, `PrefillTables`, and all slices at once. Which of the
 two a step is given decides what runs.
 
-Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023,
-arXiv:2309.06180.
+Batch invariance: the kernel's result for a token is the same bits however its sequence was cut into slices, whatever
+other slices there are. On torch that holds with `invariant` alone.
+
+Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +61,19 @@ def prefill_index(
     block_size: int,
     window: int | None,
     dtype: torch.dtype,
+    invariant: bool = False,
 ) -> tuple[PrefillSlice, ...]:
-    """One entry per slice. `starts` [S + 1] and lengths are host integers.
+    """One entry per slice, or with `invariant` per token. `starts` [S + 1] and lengths are host integers.
 
+    Torch sums a row of a product in an order that depends on its neighbours: a token by itself, over exactly the keys
+    that it sees, is the same bits in any slice and any step. Each then gathers its own context, a cost for tests only.
     Raises ValueError where a slice exceeds its context or table.
     """
+    if invariant:
+        starts, context_lens, block_tables = _one_token_each(starts, context_lens, block_tables)
     heads = torch.arange(2 * num_kv_heads, device=block_tables.device)[:, None]
     slices = []
-    for table, first, end, context_len in zip(block_tables, starts[:-1], starts[1:], context_lens, strict=True):
+    for table, (first, end), context_len in zip(block_tables, pairwise(starts), context_lens, strict=True):
         query_len = end - first
         if not 0 < query_len <= context_len <= len(table) * block_size:
             raise ValueError(
@@ -80,6 +88,16 @@ def prefill_index(
             mask = _causal_mask(query_len, length, window, dtype, block_tables.device)
         slices.append(PrefillSlice(rows, start - first_block * block_size, length, first, query_len, mask))
     return tuple(slices)
+
+
+def _one_token_each(
+    starts: Sequence[int], context_lens: Sequence[int], block_tables: torch.Tensor
+) -> tuple[Sequence[int], Sequence[int], torch.Tensor]:
+    """The same slices cut into slices of one token."""
+    query_lens = [end - first for first, end in pairwise(starts)]
+    lens = [length - n + i + 1 for n, length in zip(query_lens, context_lens, strict=True) for i in range(n)]
+    repeats = torch.tensor(query_lens, device=block_tables.device)
+    return range(starts[0], starts[-1] + 1), lens, block_tables.repeat_interleave(repeats, 0)
 
 
 def _causal_mask(

@@ -84,10 +84,10 @@ def _attend_turns(
     places = (slots % BLOCK_SIZE)[:, None] * HEAD_DIM + dims
     num_blocks = last_position // BLOCK_SIZE + 1
     # Blocks are looked up one turn ahead, or the loads that need them would be pipelined two stages less.
-    block, second = _load_blocks(table_ptr, begin, num_blocks, PAIRS)
+    block, second = _load_blocks(table_ptr, begin, num_blocks, PAIRS)  # pyright: ignore[reportGeneralTypeIssues]
     # A tile has one or two masked turns: little to fill a pipeline with.
     for turn in tl.range(begin, stop, num_stages=min(STAGES, 2) if MASKED else STAGES):
-        next_block, next_second = _load_blocks(table_ptr, turn + 1, num_blocks, PAIRS)
+        next_block, next_second = _load_blocks(table_ptr, turn + 1, num_blocks, PAIRS)  # pyright: ignore[reportGeneralTypeIssues]
         blocks = block
         if PAIRS:
             blocks = tl.where(slots < BLOCK_SIZE, block, second)[:, None]

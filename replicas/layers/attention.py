@@ -31,11 +31,14 @@ class AttentionStep:
     Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` the layers' rope names. What the
     attention operators read depends on their backend: torch needs indices that the host works out, Triton the tensors
     of the metadata as they are.
+
+    Batch-invariant steps have nothing to decode: slices of one token are prefilled like all others, so that a token's
+    attention is the same bits however its sequence was cut into slices and whatever else is in the step.
     """
 
     store: torch.Tensor  # from store_rows: where in the cache the step writes
-    decode: Mapping[int | None, DecodeIndex | DecodeTables]
-    prefill: Mapping[int | None, tuple[PrefillSlice, ...] | PrefillTables]
+    decode: Mapping[int | None, DecodeIndex | DecodeTables]  # empty without decode slices
+    prefill: Mapping[int | None, Sequence[Sequence[PrefillSlice] | PrefillTables]]  # one launch after the other
     ropes: Mapping[str | None, RopeRows]
 
     @classmethod
@@ -49,25 +52,33 @@ class AttentionStep:
         block_size: int,
         head_dim: int,
         dtype: torch.dtype,
+        batch_invariant: bool = False,
     ) -> AttentionStep:
         """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
         shape = {"num_kv_heads": num_kv_heads, "block_size": block_size}
-        decode: dict[int | None, DecodeIndex | DecodeTables] = {}
-        prefill: dict[int | None, tuple[PrefillSlice, ...] | PrefillTables] = {}
         on_torch = backend_of(metadata.slot_mapping) is Backend.TORCH
         lens, tables = metadata.decode_lens, metadata.decode_tables
-        for window in windows if len(lens) else ():
-            if on_torch:
-                decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
-            else:
-                decode[window] = decode_tables(lens, tables, window=window, **shape)
-        starts, lens, tables = metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables
-        for window in windows if len(lens) else ():
-            if on_torch:
-                on_host = starts.tolist(), lens.tolist()
-                prefill[window] = prefill_index(*on_host, tables, window=window, dtype=dtype, **shape)
-            else:
-                prefill[window] = PrefillTables(starts, lens, tables, window)
+        cuts = [(metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables)]
+        decode: dict[int | None, DecodeIndex | DecodeTables] = {}
+        if batch_invariant:
+            # In a CUDA graph the device alone knows how many of these are padding: a launch of their own skips them.
+            cuts.append((torch.arange(len(lens) + 1, dtype=torch.int32, device=lens.device), lens, tables))
+        elif len(lens):
+            for window in windows:
+                if on_torch:
+                    decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
+                else:
+                    decode[window] = decode_tables(lens, tables, window=window, **shape)
+
+        def prefills(window: int | None) -> Iterator[tuple[PrefillSlice, ...] | PrefillTables]:
+            for starts, lens, tables in cuts:
+                if len(lens) and on_torch:
+                    on_host = starts.tolist(), lens.tolist(), tables
+                    yield prefill_index(*on_host, window=window, dtype=dtype, invariant=batch_invariant, **shape)
+                elif len(lens):
+                    yield PrefillTables(starts, lens, tables, window)
+
+        prefill = {window: tuple(prefills(window)) for window in windows}
         return cls(store_rows(metadata.slot_mapping, num_kv_heads, block_size), decode, prefill, ropes)
 
 
@@ -129,8 +140,8 @@ class Attention(Layer):
         window = self.layer.window
         if step.decode:
             paged_decode(q, cache, step.decode[window], scale=self.scale, softcap=self.softcap, out=out)
-        if step.prefill:
-            paged_prefill(q, cache, step.prefill[window], scale=self.scale, softcap=self.softcap, out=out)
+        for slices in step.prefill[window]:
+            paged_prefill(q, cache, slices, scale=self.scale, softcap=self.softcap, out=out)
         return out
 
     def _norm_weights(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ The torch path has its own wider tests in test_paged_attention.py; here it runs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,59 @@ def test_prefill_by_head_dim_and_block_size(device, head_dim, block_size):
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_prefill_in_half_precision_over_several_tiles(device, dtype):
     check_prefill(device, [150, 2], [160, 40], heads=2, kv_heads=1, dtype=dtype, window=90)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, 3.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_a_token_is_the_same_bits_in_any_slice_of_any_step(device, dtype, window, softcap):
+    """A sequence of 70 tokens in one slice, in chunks, and token by token, each beside other slices.
+
+    numpy's products, of which the interpreter's are made, depend on a row's place in its tile of eight tokens: there
+    the sequence is cut at tiles.
+    """
+    heads, kv_heads, head_dim, length = 4, 2, 32, 70
+    cache, tables = (each.to(device) for each in paged_cache([50, length, 9], kv_heads, BLOCK_SIZE, head_dim, dtype))
+    q = torch.randn(length, heads, head_dim, dtype=dtype, device=device)
+    interpreted = backend_of(q) is Backend.INTERPRET
+
+    def attend(query_lens: list[int], context_lens: list[int], rows: list[int]) -> torch.Tensor:
+        """The part of sequence 1, which is all q but for as many tokens as stand beside it."""
+        starts, sequence = starts_after(2, query_lens), rows.index(1)
+        tokens = slice(starts[sequence], starts[sequence + 1])
+        all_q = torch.randn(starts[-1], heads, head_dim, dtype=dtype, device=device)
+        all_q[tokens] = q[context_lens[sequence] - query_lens[sequence] : context_lens[sequence]]
+        slices: Sequence[PrefillSlice] | PrefillTables
+        if backend_of(q) is Backend.TORCH:
+            slices = prefill_index(
+                starts, context_lens, tables[rows], num_kv_heads=kv_heads, block_size=BLOCK_SIZE, window=window,
+                dtype=q.dtype, invariant=True,
+            )  # fmt: skip
+        else:
+            on_device = (torch.tensor(each, dtype=torch.int32, device=device) for each in (starts, context_lens))
+            slices = PrefillTables(*on_device, tables[rows], window)
+        out = torch.empty_like(all_q)
+        paged_prefill(all_q, cache, slices, scale=0.3, softcap=softcap, out=out)
+        return out[tokens]
+
+    cuts = ((32, 32), (16, 48), (22, 70)) if interpreted else ((33, 33), (30, 63), (7, 70))
+    whole = attend([length], [length], [1])
+    chunks = [attend([3, n, 9], [50, end, 9], [0, 1, 2]) for n, end in cuts]
+    assert torch.equal(torch.cat(chunks), whole)
+    for end in (1, 17, 33, 65) if interpreted else (1, 16, 17, 32, 65, 70):
+        assert torch.equal(attend([1, 1], [end, 2], [1, 2]), whole[end - 1 : end])
+
+
+def test_prefill_of_padding_writes_nothing(device):
+    """A CUDA graph has room for slices that are not there: of no tokens, or of one token and no context."""
+    if backend_of(torch.empty(0, device=device)) is Backend.TORCH:
+        pytest.skip("torch prepares its index from the slices that are there")
+    cache = torch.full((2, 2, 1, BLOCK_SIZE, 32), torch.nan, device=device)
+    lens, tables = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((3,), (3, 4)))
+    for starts in ([1, 1, 1, 1], [0, 1, 2, 3]):
+        slices = PrefillTables(torch.tensor(starts, dtype=torch.int32, device=device), lens, tables, None)
+        out = torch.full((4, 2, 32), 7.0, device=device)
+        paged_prefill(torch.ones(4, 2, 32, device=device), cache, slices, scale=0.2, out=out)
+        assert (out == 7).all()
 
 
 @pytest.mark.gpu
