@@ -10,7 +10,7 @@ from tests.support import paged
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "qwen3_moe"])
 def test_mixed_steps_of_chunks_and_decode(family, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process, not interpreted")
