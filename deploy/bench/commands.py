@@ -119,6 +119,29 @@ def serve(
     finish(report, json)
 
 
+@app.command()
+def kernels(
+    model: Model = "8b",
+    tokens: Annotated[str, typer.Option(help="Rows of a step; up to 256 of them also decode.")] = "1,32,256,4096",
+    contexts: Annotated[str, typer.Option(help="Of attention.")] = "1024,8192",
+    only: Annotated[str | None, typer.Option(help="A regular expression of kernels' names.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Json = Path("bench_kernels.json"),
+    commit: Commit = None,
+) -> None:
+    """Microseconds, GB/s and TFLOP/s of every operator at a dense model's sizes, and its share of the limit."""
+    from ...replicas.device import choose_device
+    from .kernels import cases_of, run_kernels, serving_dtype
+    from .shapes import open_model
+
+    report = new_report(json, commit, model=model)
+    token_list, context_list, chosen = numbers(tokens), numbers(contexts), choose_device(device)
+    dtype = serving_dtype(chosen)
+    with open_model(model) as (folder, _):
+        run_kernels(report, cases_of(folder, token_list, context_list, chosen, dtype), chosen, dtype, only)
+    finish(report, json)
+
+
 def finish(report: Report, path: Path) -> None:
     report.show()
     typer.echo(f"written to {report.write(path)}")

@@ -1,0 +1,86 @@
+"""What a step does beside its layers' rows: choosing tokens, copying blocks; and mixtures of experts.
+
+B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ...kernels.block_copy import block_copy, block_copy_cost
+from ...kernels.moe import moe_mlp, moe_mlp_cost, route
+from ...kernels.sample import SamplingRows, sample_rows, sample_rows_cost
+from .kernel_cases import Built, Case, Sizes
+
+_NUM_COPIES = 8
+# temperature, top_k, top_p
+_SAMPLERS = {"greedy": (0.0, 0, 1.0), "temperature": (0.6, 0, 1.0), "top-k 50, top-p 0.9": (0.6, 50, 0.9)}
+
+
+def step_cases(sizes: Sizes, batches: Sequence[int]) -> Iterator[Case]:
+    """The sampler at every batch, and copy-on-write of some blocks of one layer."""
+    for batch in batches:
+        cost = sample_rows_cost(batch, sizes.vocab_size, sizes.dtype)
+        for name, settings in _SAMPLERS.items():
+            # A greedy row draws no noise: it is one pass over its logits.
+            own = (cost[0], batch * sizes.vocab_size) if name == "greedy" else cost
+            yield Case(f"sample {name}", f"B={batch}", own, _sample(batch, sizes.vocab_size, *settings))
+    block_numel = 2 * sizes.num_kv_heads * sizes.block_size * sizes.head_dim
+    cost = block_copy_cost(_NUM_COPIES, block_numel, sizes.dtype)
+    yield Case("block_copy", f"{_NUM_COPIES} blocks", cost, _block_copy(sizes))
+
+
+def _sample(
+    batch: int, vocab_size: int, temperature: float, top_k: int, top_p: float
+) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        logits = torch.randn(batch, vocab_size, device=device, dtype=dtype)
+
+        def same(value: float, kind: torch.dtype) -> torch.Tensor:
+            return torch.full((batch,), value, dtype=kind, device=device)
+
+        rows = torch.arange(batch, device=device)
+        params = SamplingRows(
+            temperature=same(temperature, torch.float32),
+            top_k=same(top_k, torch.int32),
+            top_p=same(top_p, torch.float32),
+            min_p=same(0.0, torch.float32),
+            seed=torch.arange(batch, device=device),
+        )
+        peers = {"torch": lambda: logits.argmax(-1)} if temperature == 0.0 else {}
+        return Built(lambda: sample_rows(logits, rows, params, rows), peers)
+
+    return build
+
+
+def _block_copy(sizes: Sizes) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        num_blocks = 8 * _NUM_COPIES
+        shape = (num_blocks, 2, sizes.num_kv_heads, sizes.block_size, sizes.head_dim)
+        cache = torch.randn(shape, device=device, dtype=dtype)
+        source, target = torch.randperm(num_blocks, device=device)[: 2 * _NUM_COPIES].chunk(2)
+        return Built(lambda: block_copy(cache, source, target))
+
+    return build
+
+
+def moe_cases(tokens: Sequence[int], num_experts: int, top_k: int, hidden: int, inner: int) -> Iterator[Case]:
+    """The experts of one layer, chosen evenly by random logits."""
+    for num in tokens:
+        cost = moe_mlp_cost(num, num_experts, top_k, hidden, inner, torch.bfloat16)
+        shape = f"T={num} E={num_experts} k={top_k} {hidden}x{inner}"
+        yield Case("moe_mlp", shape, cost, _moe(num, num_experts, top_k, hidden, inner))
+
+
+def _moe(num: int, num_experts: int, top_k: int, hidden: int, inner: int) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        x = torch.randn(num, hidden, device=device, dtype=dtype)
+        gate_up = torch.randn(num_experts, 2 * inner, hidden, device=device, dtype=dtype).mul_(hidden**-0.5)
+        down = torch.randn(num_experts, hidden, inner, device=device, dtype=dtype).mul_(inner**-0.5)
+        logits = torch.randn(num, num_experts, device=device, dtype=dtype)
+        weights, experts = route(logits, top_k, renormalize=True)
+        return Built(lambda: moe_mlp(x, gate_up, down, weights, experts))
+
+    return build
