@@ -174,6 +174,7 @@ class DecoderModel(Layer):
             block_size=kv_cache.block_size,
             head_dim=self.spec.head_dim,
             dtype=self.dtype,
+            batch_invariant=self.batch_invariant,
         )
         pending = None
         for layer in self.layers:
