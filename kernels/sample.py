@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .backend import Backend, backend_of
+from .score import score as score
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -130,18 +131,3 @@ def sample_rows_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tupl
     """(bytes, flops): the logits are read once; noise takes 90 operations a token, of which 40 are Philox."""
     size = num_rows * vocab_size
     return size * dtype.itemsize, 90 * size
-
-
-def score(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of `token_ids` int64 [P] under `logits` float32 [P, V].
-
-    Returns logprobs float32 [P], ranks int64 [P] (1 is the likeliest; ties rank equal), and the `num_top` likeliest
-    tokens of each row: ids int64 [P, num_top] and logprobs float32 [P, num_top].
-    """
-    logprobs = logits.log_softmax(dim=1)
-    chosen = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    top_logprobs, top_ids = logprobs.topk(num_top, dim=1)
-    return chosen.squeeze(1), ranks, top_ids, top_logprobs

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shoal.kernels.sample import SamplingRows, filter_logits, gumbel_noise, philox, sample_rows, score
+from shoal.kernels.sample import SamplingRows, filter_logits, gumbel_noise, philox, sample_rows
 
 MASK = 0xFFFFFFFF
 
@@ -112,16 +112,3 @@ def test_filters_keep_what_the_naive_loop_keeps(vocab_size):
         assert kept == naive_filter(logits[row].tolist(), *case), case
         index = sorted(kept)
         assert torch.equal(filtered[row, index], logits[row, index])
-
-
-def test_score_equals_log_softmax():
-    logits = torch.randn(5, 33, generator=torch.Generator().manual_seed(2))
-    token_ids = torch.tensor([0, 32, 5, 9, 11])
-    logprobs, ranks, top_ids, top_logprobs = score(logits, token_ids, 4)
-    reference = logits.double() - logits.double().exp().sum(1, keepdim=True).log()
-    for p, token in enumerate(token_ids.tolist()):
-        assert logprobs[p].item() == pytest.approx(reference[p, token].item(), abs=1e-5)
-        ordered = sorted(range(33), key=lambda v: -reference[p, v].item())
-        assert ranks[p] == ordered.index(token) + 1
-        assert top_ids[p].tolist() == ordered[:4]
-        assert torch.allclose(top_logprobs[p].double(), reference[p, ordered[:4]], atol=1e-5)
