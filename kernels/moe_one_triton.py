@@ -25,7 +25,7 @@ def _products(w, x):
 
 
 @triton.jit
-def _gate_up_one_kernel(
+def _gate_up_few_experts_kernel(
     x_ptr,
     gate_up_ptr,
     scale_ptr,
@@ -71,7 +71,7 @@ def _gate_up_one_kernel(
 
 
 @triton.jit
-def _down_one_kernel(
+def _down_few_experts_kernel(
     hidden_ptr,
     down_ptr,
     experts_ptr,
@@ -127,11 +127,11 @@ def moe_one_token_triton(
     hidden = torch.empty(top_k, num_inner, dtype=torch.float32, device=x.device)
     out = torch.empty(1, num_hidden, dtype=x.dtype, device=x.device)
     first: dict[str, Any] = {"GELU": activation != "silu", **one_token_launch(num_hidden, gated=True), **pdl_launch(x)}
-    _gate_up_one_kernel[(triton.cdiv(num_inner, first["BLOCK_FEATURES"]), top_k)](
+    _gate_up_few_experts_kernel[(triton.cdiv(num_inner, first["BLOCK_FEATURES"]), top_k)](
         x.contiguous(), gate_up, weights.contiguous(), experts.contiguous(), hidden, num_inner, num_hidden, **first
     )
     second: dict[str, Any] = {"TOP_K": top_k, **one_token_launch(num_inner, gated=False), **pdl_launch(x)}
-    _down_one_kernel[(triton.cdiv(num_hidden, second["BLOCK_FEATURES"]),)](
+    _down_few_experts_kernel[(triton.cdiv(num_hidden, second["BLOCK_FEATURES"]),)](
         hidden, down, experts.contiguous(), out, num_hidden, num_inner, **second
     )
     return out

@@ -23,7 +23,7 @@ UNCOUNTED_CHUNKS = 8  # so many, or fewer, are counted by every program; more by
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _route_kernel(
+def _route_experts_kernel(
     logits_ptr,
     weights_ptr,
     experts_ptr,
@@ -84,7 +84,7 @@ def _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K: tl.constexpr, BLOCK_T:
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _count_kernel(
+def _count_experts_kernel(
     experts_ptr,
     counts_ptr,
     num_tokens,
@@ -102,7 +102,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_tiles", "tile_rows"])
-def _sort_kernel(
+def _sort_experts_kernel(
     experts_ptr,
     counts_ptr,
     order_ptr,
@@ -181,7 +181,7 @@ def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tupl
         return weights, experts
     launch: dict[str, Any] = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "RENORMALIZE": renormalize}
     launch |= route_launch(num_experts, top_k) | pdl_launch(logits)
-    _route_kernel[(triton.cdiv(num_tokens, launch["BLOCK_ROWS"]),)](
+    _route_experts_kernel[(triton.cdiv(num_tokens, launch["BLOCK_ROWS"]),)](
         logits, weights, experts, logits.stride(0), num_tokens, **launch
     )  # fmt: skip
     return weights, experts
@@ -212,7 +212,7 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> t
     counted, counts = num_chunks > UNCOUNTED_CHUNKS, order
     if counted:
         counts = torch.empty(num_chunks, shape["BLOCK_E"], dtype=torch.int32, device=experts.device)
-        _count_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
+        _count_experts_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
     launch |= {"ALONE": num_chunks == 1, "COUNTED": counted}
-    _sort_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, tile_rows, **launch)
+    _sort_experts_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, tile_rows, **launch)
     return order, tiles

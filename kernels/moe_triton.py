@@ -38,7 +38,7 @@ def _program_tile(max_tiles, num_features, BLOCK_FEATURES: tl.constexpr, GROUP: 
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
-def _gate_up_kernel(
+def _gate_up_experts_kernel(
     x_ptr,
     gate_up_ptr,
     hidden_ptr,
@@ -97,7 +97,7 @@ def _gate_up_kernel(
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
-def _down_kernel(
+def _down_experts_kernel(
     hidden_ptr,
     down_ptr,
     scale_ptr,
@@ -147,7 +147,9 @@ def _down_kernel(
 
 
 @triton.jit
-def _combine_kernel(parts_ptr, out_ptr, num_features, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+def _combine_experts_kernel(
+    parts_ptr, out_ptr, num_features, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
     """out[t] = the sum of parts[t * k .. t * k + k - 1], first to last."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -232,15 +234,15 @@ def moe_mlp_triton(
         even = length % product["BLOCK_INNER"] == 0
         return {"EVEN": even, "BLOCK_ROWS": tile_rows, **product, **pdl, **more}
 
-    _gate_up_kernel[(max_tiles * triton.cdiv(num_inner, launch.gate_up["BLOCK_FEATURES"]),)](
+    _gate_up_experts_kernel[(max_tiles * triton.cdiv(num_inner, launch.gate_up["BLOCK_FEATURES"]),)](
         x, gate_up, hidden, order, tiles, x.stride(0), max_tiles, num_inner, num_hidden,
         **constants(launch.gate_up, num_hidden, TOP_K=top_k, GELU=activation != "silu"),
     )  # fmt: skip
-    _down_kernel[(max_tiles * triton.cdiv(num_hidden, launch.down["BLOCK_FEATURES"]),)](
+    _down_experts_kernel[(max_tiles * triton.cdiv(num_hidden, launch.down["BLOCK_FEATURES"]),)](
         hidden, down, weights.contiguous(), parts, order, tiles, max_tiles, num_hidden, num_inner,
         **constants(launch.down, num_inner),
     )  # fmt: skip
-    _combine_kernel[(num_tokens, triton.cdiv(num_hidden, COMBINE_N))](
+    _combine_experts_kernel[(num_tokens, triton.cdiv(num_hidden, COMBINE_N))](
         parts, out, num_hidden, TOP_K=top_k, BLOCK_N=COMBINE_N, num_warps=COMBINE_WARPS, **pdl  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out

@@ -72,6 +72,7 @@ def experts() -> Iterator[Case]:
     yield tests.test_route_takes_the_largest_probabilities, {**shape, "renormalize": True, **BF16}
     features = {"num_hidden": 40, "num_inner": 24, "activation": "silu"}
     yield tests.test_moe_mlp, {**shape, **features, **BF16}
+    yield tests.test_moe_mlp, {**shape, **features, **BF16, "num_tokens": 1}
     yield tests.test_moe_mlp, {**features, "num_tokens": 600, "num_experts": 100, "top_k": 3, **BF16}  # many chunks
     yield tests.test_padding_of_nan_changes_no_other_token, BF16
 

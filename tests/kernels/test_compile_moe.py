@@ -27,18 +27,20 @@ def _variant(kernel: str, types: dict[str, str], launch: dict[str, int], **const
 def _route(dtype: str, num_experts: int, top_k: int) -> Variant:
     types = {"logits_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "experts_ptr": "*i64"}
     launch = route_launch(num_experts, top_k)
-    return _variant(f"{ROUTE}:_route_kernel", types, launch, NUM_EXPERTS=num_experts, TOP_K=top_k, RENORMALIZE=True)
+    return _variant(
+        f"{ROUTE}:_route_experts_kernel", types, launch, NUM_EXPERTS=num_experts, TOP_K=top_k, RENORMALIZE=True
+    )
 
 
 def _sort(num_tokens: int, num_experts: int, *, alone: bool = False, counted: bool = False) -> Variant:
     types = {"experts_ptr": "*i64", "counts_ptr": "*i32"} | ROW_TABLES
     launch = sort_launch(num_tokens, num_experts)
-    return _variant(f"{ROUTE}:_sort_kernel", types, launch, TOP_K=8, ALONE=alone, COUNTED=counted)
+    return _variant(f"{ROUTE}:_sort_experts_kernel", types, launch, TOP_K=8, ALONE=alone, COUNTED=counted)
 
 
 def _count(num_tokens: int, num_experts: int) -> Variant:
     types = {"experts_ptr": "*i64", "counts_ptr": "*i32"}
-    return _variant(f"{ROUTE}:_count_kernel", types, sort_launch(num_tokens, num_experts), TOP_K=8)
+    return _variant(f"{ROUTE}:_count_experts_kernel", types, sort_launch(num_tokens, num_experts), TOP_K=8)
 
 
 def _gate_up(dtype: str, num_tokens: int, *, gelu: bool = False, even: bool = True, invariant: bool = False) -> Variant:
@@ -46,7 +48,13 @@ def _gate_up(dtype: str, num_tokens: int, *, gelu: bool = False, even: bool = Tr
     types = dict.fromkeys(("x_ptr", "gate_up_ptr", "hidden_ptr"), f"*{dtype}") | ROW_TABLES
     types |= {"num_inner": "i32/16", "num_features": "i32/16"}
     return _variant(
-        f"{MOE}:_gate_up_kernel", types, launch.gate_up, TOP_K=8, GELU=gelu, EVEN=even, BLOCK_ROWS=launch.tile_rows
+        f"{MOE}:_gate_up_experts_kernel",
+        types,
+        launch.gate_up,
+        TOP_K=8,
+        GELU=gelu,
+        EVEN=even,
+        BLOCK_ROWS=launch.tile_rows,
     )
 
 
@@ -54,24 +62,26 @@ def _down(dtype: str, num_tokens: int, *, even: bool = True) -> Variant:
     launch = moe_launch(num_tokens, 128, 8, DTYPES[dtype], invariant=False)
     types = dict.fromkeys(("hidden_ptr", "down_ptr", "scale_ptr", "parts_ptr"), f"*{dtype}") | ROW_TABLES
     types |= {"num_inner": "i32/16", "num_features": "i32/16"}
-    return _variant(f"{MOE}:_down_kernel", types, launch.down, EVEN=even, BLOCK_ROWS=launch.tile_rows)
+    return _variant(f"{MOE}:_down_experts_kernel", types, launch.down, EVEN=even, BLOCK_ROWS=launch.tile_rows)
 
 
 def _combine(dtype: str) -> Variant:
     types = {"parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "num_features": "i32/16"}
-    return _variant(f"{MOE}:_combine_kernel", types, {"BLOCK_N": COMBINE_N, "num_warps": COMBINE_WARPS}, TOP_K=8)
+    return _variant(
+        f"{MOE}:_combine_experts_kernel", types, {"BLOCK_N": COMBINE_N, "num_warps": COMBINE_WARPS}, TOP_K=8
+    )
 
 
 def _gate_up_one(dtype: str) -> Variant:
     types = dict.fromkeys(("x_ptr", "gate_up_ptr", "scale_ptr"), f"*{dtype}")
     types |= {"experts_ptr": "*i64", "hidden_ptr": "*fp32", "num_inner": "i32/16", "num_features": "i32/16"}
-    return _variant(f"{ONE}:_gate_up_one_kernel", types, one_token_launch(4096, gated=True), GELU=False)
+    return _variant(f"{ONE}:_gate_up_few_experts_kernel", types, one_token_launch(4096, gated=True), GELU=False)
 
 
 def _down_one(dtype: str, num_inner: int) -> Variant:
     types = {"down_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "experts_ptr": "*i64", "hidden_ptr": "*fp32"}
     types |= {"num_inner": "i32/16", "num_features": "i32/16"}
-    return _variant(f"{ONE}:_down_one_kernel", types, one_token_launch(num_inner, gated=False), TOP_K=8)
+    return _variant(f"{ONE}:_down_few_experts_kernel", types, one_token_launch(num_inner, gated=False), TOP_K=8)
 
 
 VARIANTS = {
