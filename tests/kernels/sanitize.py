@@ -18,12 +18,15 @@ from typing import Any
 import torch
 
 from tests.kernels import (
+    test_embedding,
     test_gemm,
     test_kv_store,
     test_moe,
     test_norm_rope_act,
     test_paged_attention_triton,
+    test_penalties,
     test_sample_rows,
+    test_score,
     test_step_inputs,
 )
 from tests.support.kernel_names import kernel_names
@@ -72,6 +75,7 @@ def experts() -> Iterator[Case]:
     yield tests.test_route_takes_the_largest_probabilities, {**shape, "renormalize": True, **BF16}
     features = {"num_hidden": 40, "num_inner": 24, "activation": "silu"}
     yield tests.test_moe_mlp, {**shape, **features, **BF16}
+    yield tests.test_moe_mlp, {**shape, **features, "num_tokens": 1, **BF16}
     yield tests.test_moe_mlp, {**shape, **features, **BF16, "num_tokens": 1}
     yield tests.test_moe_mlp, {**features, "num_tokens": 600, "num_experts": 100, "top_k": 3, **BF16}  # many chunks
     yield tests.test_padding_of_nan_changes_no_other_token, BF16
@@ -81,6 +85,10 @@ def sampling() -> Iterator[Case]:
     tests = test_sample_rows
     yield tests.test_tokens_are_those_of_the_naive_loop, {"vocab_size": 1001, **BF16}
     yield tests.test_a_vocabulary_of_several_chunks, {"num_rows": 13, **BF16}
+    yield test_penalties.test_penalties_equal_the_loop, {}
+    yield test_penalties.test_counting_goes_on_where_the_history_began, {}
+    yield test_score.test_scores_equal_log_softmax, {"vocab_size": 9001, "num_top": 5, **BF16}
+    yield test_embedding.test_ranks_add_up_to_the_whole_table, {"num_features": 1500, **BF16}
 
 
 def step_inputs() -> Iterator[Case]:
