@@ -62,8 +62,10 @@ class Replica:
         self._failure: BaseException | None = None
         self._exiting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        secret = await self._directory.secret()
-        self._engine = await asyncio.to_thread(self.build_engine, config)
+        # The directory may have to be started, which takes a second: the model loads meanwhile.
+        secret, self._engine = await asyncio.gather(
+            self._directory.secret(), asyncio.to_thread(self.build_engine, config)
+        )
         self._watchdog = StepWatchdog(FLOOR["cpu" if self._engine.config.device == "cpu" else "cuda"])
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
