@@ -75,8 +75,10 @@ def rms_norm_triton(
         raise ValueError(f"x has {num_features} features; the kernel takes at most {MAX_FEATURES}")
     if residual is not None and not residual.is_contiguous():
         raise ValueError(f"the residual has strides {residual.stride()}; it must be contiguous")
-    if residual is None and x.dim() == 3 and x.stride(2) == 1:
+    if x.dim() == 3 and x.stride(2) == 1:
         num_inner, stride_outer, stride_inner = x.shape[1], x.stride(0), x.stride(1)
+    elif x.dim() == 2 and x.stride(1) == 1:
+        num_inner, stride_outer, stride_inner = 1, x.stride(0), 0
     else:
         x = x.contiguous()
         num_inner, stride_outer, stride_inner = 1, num_features, 0

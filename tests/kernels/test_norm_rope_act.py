@@ -49,6 +49,12 @@ def test_rms_norm_of_a_view_with_an_fp32_weight_keeps_the_dtype(dtype, device):
     assert got.dtype == dtype
     assert_close(got, rms_norm_ref(x, weight, 1e-6))
     assert_close(rms_norm(x[:, 0], weight, 1e-6), got[:, 0])
+    whole = torch.ones(3 * 18, device=device)
+    assert_close(rms_norm(x.flatten(1), whole, 1e-6), rms_norm_ref(x.flatten(1), whole, 1e-6))
+    residual = torch.randn(5, 3, 18, dtype=dtype, device=device)
+    want, total = add_rms_norm_ref(x, residual, weight, 1e-6)
+    assert_close(add_rms_norm(x, residual, weight, 1e-6), want)
+    assert torch.equal(residual, total)
 
 
 def test_rms_norm_of_zeros_is_zero(device):
