@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 Answer = dict[str, Any]
@@ -57,9 +58,9 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
     ):
         os.environ.setdefault(name, value)
     import torch
-    from vllm import LLM, SamplingParams, __version__  # pyright: ignore[reportMissingImports]
 
-    llm = LLM(
+    vllm: Any = import_module("vllm")  # by name: it is no requirement of this project
+    llm = vllm.LLM(
         **settings,
         skip_tokenizer_init=True,
         dtype="bfloat16",
@@ -72,7 +73,7 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
         lengths, temperature = order["num_new_tokens"], order["temperature"]
         prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
         sampling = [
-            SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature, detokenize=False)
+            vllm.SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature, detokenize=False)
             for length in lengths
         ]
         begin = time.perf_counter()
@@ -82,7 +83,7 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
             raise RuntimeError("a sequence is not as long as asked")
         return {"seconds": elapsed}
 
-    return answer, {"engine": f"vLLM {__version__}", "device": torch.cuda.get_device_name()}
+    return answer, {"engine": f"vLLM {vllm.__version__}", "device": torch.cuda.get_device_name()}
 
 
 def main() -> None:
