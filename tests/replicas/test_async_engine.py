@@ -12,6 +12,7 @@ import pytest
 from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.engine import Engine
 from shoal.replicas.errors import EngineError, RequestError
+from shoal.replicas.plan import StepPlan
 from shoal.replicas.protocol import FinishReason, Request, SamplingParams, TokenDelta
 from tests.support.engines import Transcript, make_engine, naive
 from tests.support.fake_executor import FakeExecutor
@@ -116,6 +117,27 @@ def test_calls_run_between_steps_and_return_their_errors(client: Client):
     assert client.thread.call(lambda engine: engine.reset_prefix_cache()).result(PATIENCE) is True
     with pytest.raises(ZeroDivisionError):
         client.thread.call(lambda _: 1 // 0).result(PATIENCE)
+
+
+def test_many_arrivals_do_not_hold_up_the_first_of_them():
+    client = Client()
+    known: list[int] = []  # requests that the engine had accepted when it planned a step
+    check = client.executor.on_submit
+    assert check is not None
+
+    def submitted(plan: StepPlan) -> None:
+        check(plan)
+        known.append(len(client.engine.scheduler.requests))
+
+    client.executor.on_submit = submitted
+    requests = [request(str(i), max_tokens=2) for i in range(300)]
+    for each in requests:
+        client.thread.submit(each)
+    client.thread.start()
+    client.wait_for(*(each.request_id for each in requests))
+    client.thread.stop(PATIENCE)
+    assert known[0] < 100
+    assert [client.transcript.outcome(each) for each in requests] == [naive(each) for each in requests]
 
 
 def test_a_stuck_step_shows_in_last_progress_and_idleness_does_not(client: Client):
