@@ -21,7 +21,7 @@ pytestmark = [
 ]
 CONFIG = EngineConfig(
     ModelConfig(str(TINY), dtype="float32", max_model_len=512),
-    CacheConfig(block_size=16, num_blocks=160),
+    CacheConfig(block_size=16, num_blocks=96),
     SchedulerConfig(max_num_seqs=24, max_num_batched_tokens=96),
     device="cuda",
 )
@@ -66,8 +66,9 @@ def test_memory_is_profiled_and_graphs_are_captured():
         EngineConfig(ModelConfig(str(TINY)), CacheConfig(gpu_memory_utilization=0.3), SchedulerConfig(), device="cuda")
     )
     try:
-        free, total = torch.cuda.mem_get_info()
-        assert total - free < 0.32 * total, "no more of the device is taken than gpu_memory_utilization says"
+        _, total = torch.cuda.mem_get_info()
+        held = torch.cuda.memory_reserved()
+        assert 0.2 * total < held < 0.31 * total, "as much of the device is taken as gpu_memory_utilization says"
         assert engine.load().num_blocks > 1000
         sampling = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
         (completion,) = generate(engine, [Request("one", tuple(range(5, 300)), sampling)])["one"]
