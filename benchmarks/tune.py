@@ -35,6 +35,21 @@ SHARED_MEMORY = 227 * 1024
 MARGIN = 0.99
 
 
+# (block_n, block_m, num_warps, num_stages, splits) for up to 64 tokens, and for more
+TILES = (
+    (
+        (64, 64, 4, 6, (1, 2, 4)), (64, 64, 4, 10, (1, 2)), (64, 128, 4, 3, (1, 2, 4)),
+        (64, 128, 4, 4, (1, 2, 3, 4)), (64, 128, 4, 6, (1, 2)), (64, 256, 4, 3, (1, 2, 4)), (64, 256, 4, 4, (1, 2)),
+        (128, 64, 4, 4, (1, 2, 3, 4, 8)), (128, 64, 4, 8, (1, 2, 4)), (128, 64, 8, 6, (1, 2, 4)),
+        (128, 128, 4, 3, (1, 2, 4)), (128, 128, 8, 4, (1, 2, 4)),
+    ),
+    (
+        (64, 64, 4, 4, (1, 2, 4)), (64, 64, 4, 5, (1, 2)), (64, 64, 8, 4, (1, 2)), (64, 128, 4, 3, (1, 2)),
+        (128, 64, 4, 4, (1, 2, 4)), (128, 64, 8, 4, (1, 2, 4)), (128, 64, 8, 5, (1, 2, 4)), (256, 64, 8, 3, (1, 2, 4)),
+    ),
+)  # fmt: skip
+
+
 class Model(NamedTuple):
     """Sizes that decide the shapes of a model's products."""
 
@@ -83,32 +98,16 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
             if 256 * num_warps <= shape.inputs:
                 yield Launch("fma", block_n, 1, 256 * num_warps, num_warps=num_warps)
         return
-    block_t = min(max(16, num_tokens), 128)
-    for block_n, block_m, num_warps, num_stages, all_splits in _tiles(num_tokens):
-        size = (block_n * (2 if shape.gated else 1) + block_t) * block_m * 2 * num_stages
-        sums = block_n * block_t * (2 if shape.gated else 1) // (32 * num_warps)
-        if size > SHARED_MEMORY or sums > 128:
-            continue
-        num_tiles = -(-shape.outputs // block_n) * -(-num_tokens // block_t)
-        for splits in all_splits:
-            if splits == 1 or num_tiles * splits <= 528:  # four to a multiprocessor: enough to share the work
-                for prefetch in (0, 256, 512):
-                    yield Launch("mma", block_n, block_t, block_m, splits, num_warps, num_stages, prefetch)
-
-
-def _tiles(num_tokens: int) -> list[tuple[int, int, int, int, tuple[int, ...]]]:
-    """(block_n, block_m, num_warps, num_stages, splits)."""
-    if num_tokens <= 16:
-        return [
-            (16, 256, 1, 4, (1,)), (32, 128, 2, 6, (1,)), (32, 256, 2, 4, (1, 2)), (64, 128, 4, 4, (1, 2, 3, 4)),
-            (64, 256, 4, 3, (1, 2, 4)), (64, 256, 4, 4, (1, 2)), (128, 128, 4, 4, (1, 4)),
-        ]  # fmt: skip
-    if num_tokens <= 64:
-        return [
-            (32, 128, 2, 6, (1,)), (64, 64, 4, 6, (1, 2)), (64, 128, 4, 4, (1, 2, 3, 4)), (64, 256, 4, 3, (1, 2, 4)),
-            (128, 64, 4, 4, (1, 2, 3, 4, 8)), (128, 64, 8, 6, (1, 2, 4)), (128, 128, 8, 4, (1, 2, 4)),
-        ]  # fmt: skip
-    return [(64, 64, 4, 5, (1, 2)), (64, 128, 4, 3, (1, 2)), (128, 64, 8, 4, (1, 2, 4))]
+    for block_t in (128, 256) if num_tokens > 128 else (max(16, num_tokens),):
+        for block_n, block_m, num_warps, num_stages, all_splits in TILES[num_tokens > 64]:
+            size = (block_n * (2 if shape.gated else 1) + block_t) * block_m * 2 * num_stages
+            sums = block_n * block_t * (2 if shape.gated else 1) // (32 * num_warps)
+            if size > SHARED_MEMORY or sums > 128:
+                continue
+            num_tiles = -(-shape.outputs // block_n) * -(-num_tokens // block_t)
+            for splits in all_splits:
+                if splits == 1 or num_tiles * splits <= 528:  # four to a multiprocessor: enough to share the work
+                    yield Launch("stream", block_n, block_t, block_m, splits, num_warps, num_stages)
 
 
 def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:
@@ -177,7 +176,7 @@ class Tuner:
 def compiled(jobs: set[tuple[Launch, bool]]) -> set[tuple[Launch, bool]]:
     """Those that compile and are right; the others are named on the screen."""
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        results = pool.map(compile_and_check, sorted(jobs, key=str), chunksize=1)
+        results = pool.map_async(compile_and_check, sorted(jobs, key=str), chunksize=1).get(timeout=1 + 5 * len(jobs))
     for launch, gated, trouble in results:
         if trouble:
             print(f"tune: left out {launch} gated={gated}: {trouble.splitlines()[0][:120]}")

@@ -165,7 +165,7 @@ def _is_last(arrivals_ptr, SPLITS: tl.constexpr):
 @triton.jit
 def _sum_of_parts(parts, SPLITS: tl.constexpr, SIZE: tl.constexpr):
     acc = tl.load(parts, cache_modifier=".cg")
-    for i in tl.static_range(1, SPLITS):
+    for i in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
         acc += tl.load(parts + i * SIZE, cache_modifier=".cg")
     return acc
 
@@ -260,13 +260,29 @@ def gemm_triton(
     gated = activation is not None
     y = torch.empty(x.shape[0], weight.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
     constants: dict[str, Any] = {
-        "GATED": gated, "GELU": gated and activation != "silu", "HAS_BIAS": bias is not None,
-        "BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m, "PREFETCH": launch.prefetch,
-        "num_warps": launch.num_warps, **pdl_launch(x),
+        "GATED": gated, "GELU": gated and activation != "silu", "HAS_BIAS": bias is not None
     }  # fmt: skip
-    run = _run_fma if launch.kernel == "fma" else _run_mma
-    run(x, weight, weight if bias is None else bias, y, launch, constants)
+    operands = x, weight, weight if bias is None else bias, y
+    if launch.kernel == "fma":
+        _run_fma(*operands, launch, constants)
+    elif launch.kernel == "stream":
+        from .gemm_stream_triton import run_stream
+
+        run_stream(*operands, *_split_buffers(y, launch, gated=gated), launch, constants)
+    else:
+        _run_mma(*operands, *_split_buffers(y, launch, gated=gated), launch, constants)
     return y
+
+
+def _split_buffers(y: torch.Tensor, launch: Launch, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs that share a tile's inputs meet: their partial sums, their counters. Unused without splits."""
+    if launch.splits == 1:
+        return y, y
+    num_tiles = -(-y.shape[1] // launch.block_n) * -(-y.shape[0] // launch.block_t)
+    if num_tiles > MAX_SPLIT_TILES:
+        raise ValueError(f"{num_tiles} tiles with split inputs, {MAX_SPLIT_TILES} at most; take larger tiles")
+    size = num_tiles * launch.splits * launch.block_n * launch.block_t * (2 if gated else 1)
+    return torch.empty(size, dtype=torch.float32, device=y.device), _arrivals(y.device)
 
 
 def _run_fma(
@@ -274,30 +290,35 @@ def _run_fma(
 ) -> None:
     if x.shape[0] != 1 or x.itemsize != 2 or x.shape[1] % 2:
         raise ValueError(f"x is {list(x.shape)} in {x.dtype}; this launch takes one token of pairs of 16-bit values")
-    constants["BF16"] = x.dtype == torch.bfloat16
+    constants |= {"BF16": x.dtype == torch.bfloat16, "BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m}
     num_programs = -(-y.shape[1] // launch.block_n)
     _fma_kernel[(num_programs,)](
-        weight.view(torch.int32), x.view(torch.int32), bias, y, y.shape[1], x.shape[1] // 2, **constants
+        weight.view(torch.int32), x.view(torch.int32), bias, y, y.shape[1], x.shape[1] // 2,
+        PREFETCH=launch.prefetch, **constants,
+        num_warps=launch.num_warps, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
 def _run_mma(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, launch: Launch, constants: dict
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    y: torch.Tensor,
+    parts: torch.Tensor,
+    arrivals: torch.Tensor,
+    launch: Launch,
+    constants: dict,
 ) -> None:
     (num_tokens, num_inputs), num_outputs = x.shape, y.shape[1]
     num_tiles = -(-num_outputs // launch.block_n) * -(-num_tokens // launch.block_t)
-    parts, arrivals = y, y
-    if launch.splits > 1:
-        if num_tiles > MAX_SPLIT_TILES:
-            raise ValueError(f"{num_tiles} tiles with split inputs, {MAX_SPLIT_TILES} at most; take larger tiles")
-        size = num_tiles * launch.splits * launch.block_n * launch.block_t * (weight.shape[0] // num_outputs)
-        parts, arrivals = torch.empty(size, dtype=torch.float32, device=x.device), _arrivals(x.device)
     tma = num_inputs * x.itemsize % 16 == 0 and (x.data_ptr() | weight.data_ptr()) % 16 == 0
     w_tiles, x_tiles = weight, x
     if tma:
         w_tiles = TensorDescriptor.from_tensor(weight, [launch.block_n, launch.block_m])
         x_tiles = TensorDescriptor.from_tensor(x, [launch.block_t, launch.block_m])
-    constants |= {"BLOCK_T": launch.block_t, "SPLITS": launch.splits, "TMA": tma, "num_stages": launch.num_stages}
     _mma_kernel[(num_tiles, launch.splits)](
-        w_tiles, x_tiles, weight, bias, y, parts, arrivals, num_tokens, num_outputs, num_inputs, **constants
+        w_tiles, x_tiles, weight, bias, y, parts, arrivals, num_tokens, num_outputs, num_inputs,
+        BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, BLOCK_M=launch.block_m, SPLITS=launch.splits,
+        PREFETCH=launch.prefetch if tma else 0, TMA=tma, **constants,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

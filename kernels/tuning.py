@@ -26,11 +26,12 @@ TOKEN_BUCKETS = (1, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One way to run gemm_triton.py.
+    """One way to run a product.
 
-    `kernel` is "fma" (one token) or "mma". A program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a
-    time; `splits` programs share the inputs of a tile. `prefetch` inputs of each of a program's weight rows are on
-    their way to the L2 cache before the kernel waits for the one before it.
+    `kernel` is "fma" (one token) or "mma", both in gemm_triton.py, or "stream", gemm_stream_triton.py, on Hopper. A
+    program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead; `splits`
+    programs share the inputs of a tile. `prefetch` inputs of each of a program's weight rows are on their way to the L2
+    cache before an fma or mma kernel waits for the one before it.
     """
 
     kernel: str
@@ -81,20 +82,24 @@ def _chosen(
     by_bucket = table.get(shape_key(num_outputs, num_inputs, gated))
     if by_bucket is not None:
         return next((launch for bucket, launch in by_bucket.items() if bucket >= num_tokens), None)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    if major < 9:
         return None
-    return default_launch(num_outputs, num_inputs, num_tokens, gated=gated)
+    return default_launch(num_outputs, num_inputs, num_tokens, gated=gated, hopper=device.type == "cuda" and major == 9)
 
 
-def default_launch(num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool) -> Launch | None:
+def default_launch(
+    num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool, hopper: bool = True
+) -> Launch | None:
     """A sound choice for a shape that was not tuned."""
     if num_tokens == 1:
-        num_warps = 4 if num_inputs >= 4096 else 2
+        num_warps = 4 if num_inputs >= 1024 else 1
         return Launch("fma", 2, 1, 256 * num_warps, num_warps=num_warps)
+    kernel = "mma"
     if num_tokens <= 16:
-        return Launch("mma", 64, 16, 128, num_warps=4, num_stages=4, prefetch=256)
+        return Launch(kernel, 64, 16, 128, num_warps=4, num_stages=4)
     if gated and num_tokens <= 128:
-        return Launch("mma", 64, 64 if num_tokens <= 64 else 128, 64, num_warps=4, num_stages=5, prefetch=256)
+        return Launch(kernel, 64, 64 if num_tokens <= 64 else 128, 64, num_warps=4, num_stages=5)
     return None
 
 

@@ -31,7 +31,22 @@ def variant(launch: Launch, gated: bool, itemsize: int = 2) -> Variant:
         "x_tiles": f"tensordesc<{dtype}[{launch.block_t}, {launch.block_m}]>",
         "parts_ptr": "*fp32", "arrivals_ptr": "*i32", "num_inputs": "i32/16",
     }  # fmt: skip
-    constants |= {"BLOCK_T": launch.block_t, "SPLITS": launch.splits, "TMA": True}
+    constants |= {"BLOCK_T": launch.block_t, "SPLITS": launch.splits}
+    if launch.kernel == "stream":
+        from triton.experimental.gluon import language as gl
+
+        from shoal.kernels.gemm_stream_triton import ring_layouts
+
+        w_layout, x_layout = ring_layouts(launch, gl.bfloat16)
+        types |= {
+            "w_desc": f"{types.pop('w_tiles')[:-1]},{w_layout!r}>",
+            "x_desc": f"{types.pop('x_tiles')[:-1]},{x_layout!r}>",
+        }
+        types.pop("w_ptr")
+        constants |= {"STAGES": launch.num_stages, "num_warps": launch.num_warps}
+        del constants["PREFETCH"], constants["PDL"]
+        return Variant("shoal.kernels.gemm_stream_triton:_stream_kernel", types, constants, options)
+    constants |= {"TMA": True}
     return Variant("shoal.kernels.gemm_triton:_mma_kernel", types, constants, options)
 
 

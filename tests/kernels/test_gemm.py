@@ -17,6 +17,10 @@ WIDE = Launch("mma", 64, 16, 64, splits=2, num_warps=4, num_stages=3, prefetch=1
 FMA = Launch("fma", 4, 1, 256, num_warps=1, prefetch=256)
 
 
+STREAM = Launch("stream", 64, 16, 64, splits=1, num_warps=4, num_stages=3)
+STREAM_SPLIT = Launch("stream", 128, 32, 128, splits=3, num_warps=8, num_stages=2)
+
+
 def operands(num_tokens: int, num_rows: int, num_inputs: int, dtype: torch.dtype, device: torch.device):
     x = torch.randn(num_tokens, num_inputs, dtype=dtype, device=device)
     weight = torch.randn(num_rows, num_inputs, dtype=dtype, device=device) / num_inputs**0.5
@@ -63,11 +67,17 @@ def test_gated_linear(shape, activation, invariant, dtype, device):
         (SPLIT, (18, 20, 104)),
         (SPLIT, (2, 20, 40)),  # fewer steps than splits
         (WIDE, (9, 70, 136)),
+        (STREAM, (9, 70, 136)),
+        (STREAM, (33, 64, 1024)),
+        (STREAM_SPLIT, (40, 200, 1032)),
+        (STREAM_SPLIT, (2, 20, 40)),
     ],
 )
 def test_every_way_to_launch(launch, shape, gated, dtype, device):
     if backend_of(torch.empty(0, device=device)) is Backend.TORCH or (launch is FMA and dtype == torch.float32):
         pytest.skip("torch has one way, and one token in fp32 is not for this kernel")
+    if launch.kernel == "stream" and (device.type != "cuda" or dtype == torch.float32):
+        pytest.skip("Gluon is not interpreted, and wgmma would round fp32")
     from shoal.kernels.gemm_triton import gemm_triton
 
     num_tokens, num_outputs, num_inputs = shape

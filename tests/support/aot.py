@@ -107,6 +107,7 @@ def _compile(variant: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, _, name = variant["kernel"].partition(":")
     kernel = getattr(importlib.import_module(module), name)
@@ -120,7 +121,7 @@ def _compile(variant: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         signature[argument] = kind.removesuffix("/16")
         if kind.startswith("*") or kind.endswith("/16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=variant["options"])
     cubin = compiled.asm["cubin"]
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
