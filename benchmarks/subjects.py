@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,12 @@ WORKER = Path(__file__).resolve().parent / "worker.py"
 START_TIMEOUT_S = 240.0
 RUN_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 20.0
+VLLM_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is built at run time, and sampling is not what is compared
+}
 
 
 class Worker:
@@ -88,14 +94,16 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Python:
-    """An interpreter, and where it finds packages: None is where this process does."""
+    """An interpreter, where it finds packages (None: where this process does), and more of its environment."""
 
     executable: str = sys.executable
     path: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
-        return dict(os.environ) | ({} if self.path is None else {"PYTHONPATH": self.path})
+        path = {} if self.path is None else {"PYTHONPATH": self.path}
+        return {**os.environ, **path, **self.variables}
 
 
 @contextmanager

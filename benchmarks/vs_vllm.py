@@ -25,7 +25,15 @@ from typing import Any, TypeVar
 from benchmarks.alternate import OURS, PEER, Decode, Goals, Http, Offline, Row, alternate
 from benchmarks.load import free_port
 from benchmarks.report import RESULTS, Report
-from benchmarks.subjects import Python, Worker, shoal_arguments, started_server, started_worker, vllm_arguments
+from benchmarks.subjects import (
+    VLLM_VARIABLES,
+    Python,
+    Worker,
+    shoal_arguments,
+    started_server,
+    started_worker,
+    vllm_arguments,
+)
 from shoal.deploy.bench import serving
 from shoal.deploy.bench.http_client import Target
 from shoal.deploy.bench.latency import NUM_DECODED
@@ -249,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.commit is not None:
         report.commit = options.commit
     options.out.mkdir(parents=True, exist_ok=True)
-    peer_python = Python(options.peer_python, options.peer_path)
+    peer_python = Python(options.peer_python, options.peer_path, VLLM_VARIABLES)
     run = Run(group, report, options.out, options.peer_engine, peer_python, shlex.split(options.shoal_args))
     with open_model(group.model) as (folder, dummy):
         (compare_servers if group.http else compare_engines)(run, folder, dummy=dummy)

@@ -50,13 +50,6 @@ def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
 
 def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
     """vLLM's offline class, with the settings its users would compare by: no prefix cache, no detokenizing."""
-    for name, value in (
-        ("VLLM_LOGGING_LEVEL", "WARNING"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("VLLM_USE_FLASHINFER_SAMPLER", "0"),  # its kernels are built at run time, where there is a compiler
-        ("HF_HUB_OFFLINE", "1"),
-    ):
-        os.environ.setdefault(name, value)
     import torch
 
     vllm: Any = import_module("vllm")  # by name: it is no requirement of this project

@@ -130,7 +130,9 @@ def imported(*folders: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(FOLDERS, ()), (("tests", "benchmarks", "examples"), ("test", "bench"))], ids=["code", "tests"]
+    ("folders", "extras"),
+    [(FOLDERS, ()), (("tests", "benchmarks", "examples"), ("test", "bench"))],
+    ids=["code", "tests"],
 )
 def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     project = PROJECT["project"]
