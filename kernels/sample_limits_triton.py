@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .sample import SamplingRows
 
 PIVOTS = tl.constexpr(16)
-CHUNK, CAPACITY = 2048, 1024
+CHUNK, CAPACITY, TURN = 4096, 1024, 512
 PROFILE_WARPS, GATHER_WARPS, LIMITS_WARPS = 8, 8, 16
 SEARCH_WIDTH = 16  # candidates of each chunk that one turn of the search looks at
 
@@ -64,6 +64,31 @@ def _mass(x, highest, temperature):
 
 
 @triton.jit
+def _sums_above(
+    row_ptr,
+    first,
+    vocab_size,
+    highest,
+    temperature,
+    floor,
+    BY_MASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """Count or mass of a chunk's tokens at or above each pivot, float32 [PIVOTS]."""
+    # Pivots stand first, so that a thread holds all of them for its tokens and needs each token's mass once.
+    pivots = _pivot(highest, temperature, tl.arange(0, PIVOTS))[:, None]
+    sums = tl.zeros((PIVOTS, TURN), tl.float32)
+    for start in tl.static_range(0, CHUNK, TURN):
+        tokens = first + start + tl.arange(0, TURN)
+        x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("nan")).to(tl.float32)
+        x = tl.where(_inside(x, temperature, floor), x, float("nan"))  # NaN is above no pivot
+        weight = _mass(x, highest, temperature) if BY_MASS else tl.full((TURN,), 1.0, tl.float32)
+        sums += tl.where(x[None, :] >= pivots, weight[None, :], 0.0)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
 def _profile_kernel(
     logits_ptr,
     rows_ptr,
@@ -80,6 +105,7 @@ def _profile_kernel(
     num_parts,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    TURN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     chunk, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -89,35 +115,38 @@ def _profile_kernel(
     if row < 0:
         return
     temperature = tl.load(temperature_ptr + row)
-    if not _cuts(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), vocab_size):
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    if not _cuts(temperature, top_k, top_p, vocab_size):
         return
-    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits_ptr + k * stride_row + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
     highest, best_token = best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS)
     if best_token < 0:
         return
-    inside = _inside(x, temperature, _floor(highest, temperature, tl.load(min_p_ptr + row))) & (tokens < vocab_size)
-    mass = _mass(x, highest, temperature)
-    index = tl.arange(0, PIVOTS)
-    # Pivots stand first, so that a thread holds all of them for its tokens and needs each token's mass once.
-    above = (x[None, :] >= _pivot(highest, temperature, index)[:, None]) & inside[None, :]
-    part = (k * tl.num_programs(0) + chunk) * PIVOTS + index
-    tl.store(count_ptr + part, tl.sum(above.to(tl.int32), axis=1))
-    tl.store(mass_ptr + part, tl.sum(tl.where(above, mass[None, :], 0.0), axis=1))
+    floor = _floor(highest, temperature, tl.load(min_p_ptr + row))
+    part = (k * tl.num_programs(0) + chunk) * PIVOTS + tl.arange(0, PIVOTS)
+    row_ptr = logits_ptr + k * stride_row
+    if top_k > 0:
+        sums = _sums_above(row_ptr, chunk * CHUNK, vocab_size, highest, temperature, floor, False, CHUNK, TURN)
+        tl.store(count_ptr + part, sums)
+    if top_p < 1.0:
+        sums = _sums_above(row_ptr, chunk * CHUNK, vocab_size, highest, temperature, floor, True, CHUNK, TURN)
+        tl.store(mass_ptr + part, sums)
 
 
 @triton.jit
 def _at(values, index, wanted):
     """values[wanted], 0 for -1."""
-    return tl.sum(tl.where(index == wanted, values, 0), axis=0)
+    return tl.sum(tl.where(index == wanted, values, 0.0), axis=0)
 
 
 @triton.jit
 def _bracket(count_ptr, mass_ptr, k, num_chunks, top_k, top_p, CHUNKS: tl.constexpr):
-    """(low, high, count, mass, total, by_k): pivots below and above all cuts, what lies above `high`, and all mass."""
+    """(low, high, count, mass, total, by_k): pivots below and above all cuts, what lies above `high`, and all mass.
+
+    Counts are known of rows with top-k, masses of rows with top-p; without, they are garbage, and nobody asks.
+    """
     index, chunks = tl.arange(0, PIVOTS), tl.arange(0, CHUNKS)
     offsets = (k * num_chunks + chunks[:, None]) * PIVOTS + index[None, :]
-    counts = tl.sum(tl.load(count_ptr + offsets, mask=(chunks < num_chunks)[:, None], other=0), axis=0)
+    counts = tl.sum(tl.load(count_ptr + offsets, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
     masses = tl.sum(tl.load(mass_ptr + offsets, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
     last: tl.constexpr = PIVOTS - 1
     by_k = (top_k > 0) & (_at(counts, index, last) >= top_k)
@@ -322,7 +351,7 @@ def _limits_kernel(
     ceiling = _key(tl.minimum(top, highest), SHIFT).to(tl.int64) + 1
     if by_k:
         cut = _search(
-            source_ptr, stride, lengths, longest, cut, ceiling, count.to(tl.float32), top_k.to(tl.float32),
+            source_ptr, stride, lengths, longest, cut, ceiling, count, top_k.to(tl.float32),
             bottom, top, highest, temperature, floor, False, CHUNKS, WIDTH, SHIFT,
         )  # fmt: skip
         kept = _sums(
@@ -355,7 +384,8 @@ def find_limits(
     num_parts, num_chunks = scores.shape[1], -(-vocab_size // CHUNK)
     padded = {"PARTS": int(triton.next_power_of_2(num_parts)), "CHUNK": CHUNK}
     device = logits.device
-    counts = torch.empty((num_rows, num_chunks, PIVOTS.value), dtype=torch.int32, device=device)
+    # Counts are whole numbers that float32 holds exactly.
+    counts = torch.empty((num_rows, num_chunks, PIVOTS.value), dtype=torch.float32, device=device)
     masses = torch.empty((num_rows, num_chunks, PIVOTS.value), dtype=torch.float32, device=device)
     found = torch.empty((num_rows, num_chunks, CAPACITY), dtype=logits.dtype, device=device)
     lengths = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
@@ -363,7 +393,7 @@ def find_limits(
     _profile_kernel[(num_chunks, num_rows)](
         logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses,
         logits.stride(0), vocab_size, num_parts,
-        **padded, num_warps=PROFILE_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
+        **padded, TURN=TURN, num_warps=PROFILE_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     padded |= {"CHUNKS": int(triton.next_power_of_2(num_chunks)), "CAPACITY": CAPACITY}
     _gather_kernel[(num_chunks, num_rows)](

@@ -70,7 +70,8 @@ def _best_perturbed(scaled, seed, position, chunk, CHUNK: tl.constexpr):
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, counters, low, high, 0)  # pyright: ignore[reportGeneralTypeIssues]
     even, odd = tl.split(tl.reshape(scaled, (CHUNK // 4, 2, 2)))
-    (s0, s2), (s1, s3) = tl.split(even), tl.split(odd)
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
     score, token = _better(s0 + _gumbel(w0), counters * 4, s1 + _gumbel(w1), counters * 4 + 1)
     score, token = _better(score, token, s2 + _gumbel(w2), counters * 4 + 2)
     score, token = _better(score, token, s3 + _gumbel(w3), counters * 4 + 3)

@@ -1,0 +1,154 @@
+"""Sampling, scores, penalties and embedding compile for sm_90: few registers, no spills, wide loads, cheap noise."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from shoal.kernels import embedding_triton, penalties_triton, sample_limits_triton, sample_triton, score_triton
+from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+
+LIMITS = "shoal.kernels.sample_limits_triton:"
+ROWS = {
+    "rows_ptr": "*i64", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "score_ptr": "*fp32",
+    "token_ptr": "*i32", "vocab_size": "i32/16",
+}  # fmt: skip
+SUMS = {"count_ptr": "*fp32", "mass_ptr": "*fp32"}
+PARTS, CHUNKS = 128, 32  # of a vocabulary of 128,256
+
+
+def _choose(dtype: str, chunk: int, *, filtered: bool):
+    types = ROWS | {"logits_ptr": f"*{dtype}", "positions_ptr": "*i64", "min_p_ptr": "*fp32", "seed_ptr": "*i64"}
+    constants = {"FILTERED": filtered, "CHUNK": chunk, "PDL": True}
+    options = {"num_warps": sample_triton.NUM_WARPS}
+    return Variant("shoal.kernels.sample_triton:_choose_kernel", types | {"limits_ptr": "*fp32"}, constants, options)
+
+
+def _profile(dtype: str):
+    types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "min_p_ptr": "*fp32"}
+    constants = {"PARTS": PARTS, "CHUNK": sample_limits_triton.CHUNK, "TURN": sample_limits_triton.TURN, "PDL": True}
+    return Variant(LIMITS + "_profile_kernel", types, constants, {"num_warps": sample_limits_triton.PROFILE_WARPS})
+
+
+def _found(dtype: str) -> tuple[dict[str, str], dict[str, int | bool]]:
+    types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "found_ptr": f"*{dtype}", "length_ptr": "*i32"}
+    sizes = {"CHUNK": sample_limits_triton.CHUNK, "CAPACITY": sample_limits_triton.CAPACITY}
+    return types, sizes | {"PARTS": PARTS, "CHUNKS": CHUNKS, "PDL": True}
+
+
+def _gather(dtype: str):
+    return Variant(LIMITS + "_gather_kernel", *_found(dtype), {"num_warps": sample_limits_triton.GATHER_WARPS})
+
+
+def _limits(dtype: str, shift: int):
+    types, constants = _found(dtype)
+    types |= {"min_p_ptr": "*fp32", "limits_ptr": "*fp32"}
+    constants |= {"WIDTH": sample_limits_triton.SEARCH_WIDTH, "SHIFT": shift}
+    return Variant(LIMITS + "_limits_kernel", types, constants, {"num_warps": sample_limits_triton.LIMITS_WARPS})
+
+
+def _join():
+    types = {"rows_ptr": "*i64", "score_ptr": "*fp32", "token_ptr": "*i32", "out_ptr": "*i64"}
+    return Variant("shoal.kernels.sample_triton:_join_kernel", types, {"PARTS": PARTS, "PDL": True}, {"num_warps": 1})
+
+
+PARTIALS = {"highest_ptr": "*fp32", "mass_ptr": "*fp32", "above_ptr": "*i32", "token_ptr": "*i64"}
+
+
+def _score(dtype: str):
+    types = PARTIALS | {"logits_ptr": f"*{dtype}", "vocab_size": "i32/16"}
+    constants = {"CHUNK": score_triton.CHUNK, "PDL": True}
+    options = {"num_warps": score_triton.NUM_WARPS}
+    return Variant("shoal.kernels.score_triton:_score_chunks_kernel", types, constants, options)
+
+
+def _score_join(dtype: str):
+    types = PARTIALS | {"logits_ptr": f"*{dtype}", "logprob_ptr": "*fp32", "total_ptr": "*fp32", "rank_ptr": "*i64"}
+    constants = {"CHUNKS": CHUNKS, "PDL": True}
+    return Variant("shoal.kernels.score_triton:_score_join_kernel", types, constants, {"num_warps": 1})
+
+
+def _penalties():
+    types = dict.fromkeys(("logits_ptr", "repetition_ptr", "frequency_ptr", "presence_ptr"), "*fp32")
+    types |= {"slots_ptr": "*i64", "history_ptr": "*i32", "vocab_size": "i32/16"}
+    constants = {"BLOCK_V": penalties_triton.BLOCK_V, "PDL": True}
+    options = {"num_warps": penalties_triton.NUM_WARPS, "enable_fp_fusion": False}
+    return Variant("shoal.kernels.penalties_triton:_apply_penalties_kernel", types, constants, options)
+
+
+def _count_tokens():
+    types = {"history_ptr": "*i32", "slots_ptr": "*i64", "token_ptr": "*i64"}
+    constants = {"BLOCK_K": penalties_triton.BLOCK_K, "PDL": True}
+    return Variant("shoal.kernels.penalties_triton:_count_tokens_kernel", types, constants, {"num_warps": 4})
+
+
+def _embed(dtype: str):
+    types = {"ids_ptr": "*i64", "weight_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "scale": "fp32"}
+    constants = {"BLOCK_H": embedding_triton.BLOCK_H, "PDL": True}
+    options = {"num_warps": embedding_triton.NUM_WARPS}
+    return Variant(
+        "shoal.kernels.embedding_triton:_embed_kernel", types | {"num_features": "i32/16"}, constants, options
+    )
+
+
+VARIANTS = {
+    "choose": _choose("bf16", sample_triton.LARGE_CHUNK, filtered=False),
+    "choose for few rows": _choose("bf16", sample_triton.SMALL_CHUNK, filtered=False),
+    "choose inside limits": _choose("bf16", sample_triton.LARGE_CHUNK, filtered=True),
+    "choose in fp32": _choose("fp32", sample_triton.LARGE_CHUNK, filtered=False),
+    "profile": _profile("bf16"),
+    "profile in fp32": _profile("fp32"),
+    "gather": _gather("bf16"),
+    "gather in fp32": _gather("fp32"),
+    "limits": _limits("bf16", 16),
+    "limits in fp16": _limits("fp16", 13),
+    "limits in fp32": _limits("fp32", 0),
+    "join": _join(),
+    "score": _score("bf16"),
+    "score in fp32": _score("fp32"),
+    "score join": _score_join("bf16"),
+    "penalties": _penalties(),
+    "count tokens": _count_tokens(),
+    "embedding": _embed("bf16"),
+    "embedding in fp32": _embed("fp32"),
+}
+WIDE = ("choose", "choose inside limits", "choose in fp32", "gather", "score", "penalties", "embedding")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    return compile_variants(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_spills(name, compiled):
+    kernel = compiled[name]
+    assert kernel.spilled == 0
+    assert kernel.registers <= (128 if name.startswith(("profile", "gather", "limits")) else 72)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_loads_are_16_bytes_wide(name, compiled):
+    assert "ld.global.v4.b32" in compiled[name].ptx
+
+
+@pytest.mark.parametrize("name", ["choose", "choose inside limits", "choose in fp32"])
+def test_noise_takes_at_most_115_instructions_a_token(name, compiled):
+    """Philox shared by four tokens, and two logarithms exact to the last bit; without a division by temperature."""
+    size = sample_triton.LARGE_CHUNK
+    assert lane_instructions(compiled[name].sass, sample_triton.NUM_WARPS, size) <= 115
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_read_before_earlier_kernels_have_written(name, compiled):
+    ptx = compiled[name].ptx
+    assert "griddepcontrol.wait" in ptx
+    assert "ld.global" not in ptx[: ptx.index("griddepcontrol.wait")]
+
+
+def test_penalties_are_rounded_one_by_one(compiled):
+    """Each product is rounded before it is subtracted, as on the CPU: 24 products, 16 differences, 8 tokens."""
+    kernel = compiled["penalties"]
+    assert "fma" not in kernel.ptx
+    assert kernel.count("FMUL") >= 16
