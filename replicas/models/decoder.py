@@ -183,11 +183,11 @@ class DecoderModel(Layer):
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [K, hidden] of the last stage -> float32 [K, vocab]."""
+        """hidden [K, hidden] of the last stage -> [K, vocab]: fp32; on a GPU without a soft cap the model's dtype."""
         assert self.lm_head is not None, "only the last pipeline stage has the output head"
         logits = self.lm_head(hidden)
         cap = self.spec.final_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else logits.float().div_(cap).tanh_().mul_(cap)
 
     def prepare(self) -> None:
         """Called once the weights are loaded, before the first forward: linear layers take their final form."""
