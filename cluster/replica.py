@@ -153,7 +153,7 @@ class Replica:
     # The engine's thread
 
     def _on_deltas(self, deltas: list[TokenDelta]) -> None:
-        self._watchdog.step_ended(time.monotonic() - self._thread.last_progress)
+        self._watchdog.step_ended(self._thread.step_seconds)
         # A failed engine ends every sequence with an error. Those are kept back: the connections are cut instead, and
         # the routers go on elsewhere, where the same tokens come again.
         if self._engine.failure is None:

@@ -21,7 +21,10 @@ _COMMANDS_PER_STEP = 64
 
 
 class EngineThread:
-    """Runs `engine.step` as long as there is work and sleeps otherwise; commands run between two steps, in order.
+    """Runs the engine as long as there is work and sleeps otherwise; commands run between two steps, in order.
+
+    What a step brought is delivered after the next one is submitted: nobody who works on it, here or in another
+    thread that wants the interpreter's lock, keeps the device waiting.
 
     `on_deltas` is called from the engine's thread with what one step brought. Every sequence accepted by `submit`
     gets exactly one terminal delta, also when its request is refused later, the engine fails or `stop` is called.
@@ -40,11 +43,12 @@ class EngineThread:
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._open: dict[str, set[int]] = {}  # accepted samples without a terminal delta, by request id
-        self._refused: list[TokenDelta] = []  # touched by the engine's thread alone
+        self._due: list[TokenDelta] = []  # to be delivered; touched by the engine's thread alone
         self._accepting = True
         self._stopping = False
         self._idle = True
         self._progress = time.monotonic()
+        self.step_seconds = 0.0  # what the last step took, from the one before it or from its start
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
 
     @property
@@ -115,7 +119,7 @@ class EngineThread:
         try:
             self._engine.add_request(request)
         except Exception as error:  # the engine has failed since, or holds the id from a caller of its own
-            self._refused += _errors(request.request_id, _samples(request), str(error))
+            self._due += _errors(request.request_id, _samples(request), str(error))
 
     def _run(self) -> None:
         failures: list[BaseException] = []
@@ -139,16 +143,18 @@ class EngineThread:
             self._commands.clear()
         for command in commands:
             command()
-        self._deliver(self._engine.end_all())
+        self._due += self._engine.end_all()
+        self._deliver()
         # What the step that failed had ended already is known to nobody else.
         message = f"the engine failed: {self._engine.failure}"
-        lost = [delta for request_id, samples in self._open.items() for delta in _errors(request_id, samples, message)]
-        self._deliver(lost)
+        for request_id, samples in self._open.items():
+            self._due += _errors(request_id, samples, message)
+        self._deliver()
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._commands or self._stopping or self._engine.has_work):
+                while not (self._commands or self._stopping or self._due or self._engine.has_work):
                     self._idle = True
                     self._wake.wait()
                 if self._stopping:
@@ -159,13 +165,16 @@ class EngineThread:
                 commands = [self._commands.popleft() for _ in range(min(len(self._commands), _COMMANDS_PER_STEP))]
             for command in commands:
                 command()
-            self._deliver(self._engine.step())
-            self._progress = time.monotonic()
+            self._engine.submit()
+            self._deliver()
+            self._due += self._engine.collect()
+            now = time.monotonic()
+            self.step_seconds, self._progress = now - self._progress, now
             if self._engine.failure is not None:
                 return
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
-        deltas, self._refused = self._refused + deltas, []
+    def _deliver(self) -> None:
+        deltas, self._due = self._due, []
         if not deltas:
             return
         ended = [(delta.request_id, delta.sample) for delta in deltas if delta.finish_reason is not None]

@@ -22,7 +22,8 @@ class Engine:
     """One copy of a model, served step by step. Not thread-safe; see EngineThread.
 
     Every accepted sequence gets exactly one terminal delta from `step`, also when it is aborted, when its own
-    sampling fails, or when the executor does (`failure` is set then, and nothing more is accepted).
+    sampling fails, or when the executor does (`failure` is set then, and nothing more is accepted). Whoever has work
+    of his own to do beside the device calls the halves of a step, `submit` and `collect`.
     """
 
     def __init__(self, config: EngineConfig, facts: ModelFacts, executor: Executor) -> None:
@@ -43,7 +44,9 @@ class Engine:
         self._executor = executor
         self._max_in_flight = config.scheduler.max_steps_in_flight
         self._num_in_flight = 0
-        self._undelivered: list[TokenDelta] = []  # terminal deltas of aborted sequences
+        self._undelivered: list[
+            TokenDelta
+        ] = []  # terminal deltas of aborted sequences, or of all when the engine failed
 
     @property
     def has_work(self) -> bool:
@@ -68,22 +71,33 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """Keep the shards supplied with plans, take in the oldest result, and return what it brought."""
-        deltas, self._undelivered = self._undelivered, []
+        self.submit()
+        return self.collect()
+
+    def submit(self) -> None:
+        """Keep the shards supplied with plans: the first half of a step. Returns at once."""
         if self.failure is not None:
-            return deltas
+            return
         try:
-            self._submit_plans()
-            if self._num_in_flight:
+            while self._num_in_flight < self._max_in_flight and (plan := self.scheduler.plan()) is not None:
+                self._executor.submit(plan)
+                self._num_in_flight += 1
+            assert self._num_in_flight or not self.scheduler.requests, "requests wait and nothing can run"
+        except Exception as failure:
+            self._fail(failure)
+
+    def collect(self) -> list[TokenDelta]:
+        """Wait for the oldest result, if any is due, and return what it brought: the second half of a step."""
+        deltas: list[TokenDelta] = []
+        if self._num_in_flight:
+            try:
                 result = self._executor.result()
                 self._num_in_flight -= 1
-                deltas += self._deltas(self.scheduler.update(result), result)
-            else:
-                assert not self.scheduler.requests, "requests wait and nothing can run"
-        except Exception as failure:  # whatever it was, no sequence may be left without its terminal delta
-            self.failure = failure
-            self._num_in_flight = 0
-            deltas += [_terminal(ending) for ending in self.scheduler.abandon(f"the engine failed: {failure}")]
-        return deltas
+                deltas = self._deltas(self.scheduler.update(result), result)
+            except Exception as failure:
+                self._fail(failure)
+        undelivered, self._undelivered = self._undelivered, []
+        return undelivered + deltas
 
     def load(self) -> ReplicaLoad:
         """Counts for placement and metrics."""
@@ -106,10 +120,12 @@ class Engine:
         """Stop the executor. Unfinished requests are dropped: call `end_all` first."""
         self._executor.shutdown()
 
-    def _submit_plans(self) -> None:
-        while self._num_in_flight < self._max_in_flight and (plan := self.scheduler.plan()) is not None:
-            self._executor.submit(plan)
-            self._num_in_flight += 1
+    def _fail(self, failure: Exception) -> None:
+        """Whatever it was, no sequence may be left without its terminal delta."""
+        self.failure = failure
+        self._num_in_flight = 0
+        endings = self.scheduler.abandon(f"the engine failed: {failure}")
+        self._undelivered += [_terminal(ending) for ending in endings]
 
     def _deltas(self, outcome: StepOutcome, result: StepResult) -> list[TokenDelta]:
         for arrays, owner in zip(result.prompt_logprobs, outcome.scored, strict=True):

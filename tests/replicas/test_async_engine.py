@@ -140,6 +140,26 @@ def test_many_arrivals_do_not_hold_up_the_first_of_them():
     assert [client.transcript.outcome(each) for each in requests] == [naive(each) for each in requests]
 
 
+def test_the_next_step_is_submitted_before_deltas_are_delivered():
+    engine, executor = make_engine()
+    events: list[str] = []
+    ended = threading.Event()
+    executor.on_submit = lambda plan: events.append(f"submit {plan.step}")
+
+    def on_deltas(deltas: list[TokenDelta]) -> None:
+        events.append("deliver")
+        if deltas[-1].finish_reason is not None:
+            ended.set()
+
+    thread = EngineThread(engine, on_deltas, lambda failure: None)
+    thread.submit(Request("a", PROMPT[:4], SamplingParams(max_tokens=4, ignore_eos=True)))
+    thread.start()
+    assert ended.wait(PATIENCE)
+    thread.stop(PATIENCE)
+    steps = ["submit 0", "submit 1", "submit 2", "deliver", "submit 3", "deliver", "deliver", "deliver"]
+    assert events == steps
+
+
 def test_a_stuck_step_shows_in_last_progress_and_idleness_does_not(client: Client):
     assert client.thread.last_progress == pytest.approx(time.monotonic(), abs=PATIENCE)
     gate = client.close_gate()
