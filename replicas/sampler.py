@@ -11,7 +11,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kernels.sample import SamplingRows, sample_rows, score
+from ..kernels.sample import SamplingRows, sample_rows
+from ..kernels.score import score
+from .penalty_rows import PenaltyRows
 from .plan import Ints, RowStart
 
 _NEVER = float("-inf")
@@ -29,12 +31,14 @@ class Sampler:
         self.device = device
         self._params = params
         self._num_logprobs = np.full(len(params.temperature), -1, np.int32)
+        self._penalties = PenaltyRows(vocab_size, device)
         self._adjusters: dict[int, LogitAdjuster] = {}
 
     def start(self, start: RowStart) -> None:
         """Begin a sequence in a row; whatever the row held before is forgotten."""
         row, params = start.row, start.sampling
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._penalties.start(start)
         self._adjusters.pop(row, None)
         if LogitAdjuster.needed(start):
             self._adjusters[row] = LogitAdjuster(start, self.vocab_size, self.eos_token_ids, self.device)
@@ -48,7 +52,9 @@ class Sampler:
 
     def has_wishes(self, rows: Ints) -> bool:
         """Whether one of these rows has an uncommon wish."""
-        return bool(self._adjusters) and any(row in self._adjusters for row in rows.tolist())
+        if not self._adjusters and not self._penalties:
+            return False
+        return any(row in self._adjusters or row in self._penalties for row in rows.tolist())
 
     def num_logprobs(self, rows: Ints) -> int | None:
         """The most alternatives whose log-probabilities one of these rows wants; None if none wants any."""
@@ -60,34 +66,39 @@ class Sampler:
 
         logits [>= K, V] stay as they are. positions [K] as in `choose`.
         """
-        wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters]
+        wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters or row in self._penalties]
+        row_ids = rows[wishing].tolist()
         index = torch.tensor(wishing, dtype=torch.int64, device=self.device)
         adjusted = logits.index_select(0, index).float()
-        for i, k in enumerate(wishing):
-            self._adjusters[int(rows[k])].apply(adjusted[i], int(positions[k]))
+        adjusters = [(i, self._adjusters[row]) for i, row in enumerate(row_ids) if row in self._adjusters]
+        for i, adjuster in adjusters:
+            adjuster.apply(adjusted[i], int(positions[wishing[i]]))
+        slots = self._penalties.slots(row_ids) if self._penalties else None
+        if slots is not None:
+            self._penalties.apply(adjusted, slots)
         chosen = sample_rows(
             adjusted,
-            torch.from_numpy(rows[wishing].astype(np.int64)).to(self.device),
+            torch.tensor(row_ids, dtype=torch.int64, device=self.device),
             self._params,
             torch.from_numpy(positions[wishing].astype(np.int64)).to(self.device),
         )
         tokens.index_copy_(0, index, chosen)
-        known = chosen.clamp(min=0)
-        for i, k in enumerate(wishing):
-            self._adjusters[int(rows[k])].append(known[i])
+        if slots is not None:
+            self._penalties.count(slots, chosen)
+        for i, adjuster in adjusters:
+            adjuster.append(chosen[i])
 
 
 def score_tensors(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
-    """`kernels.sample.score`: log-probabilities [P], ranks [P], and of the likeliest ids and theirs [P, num_top]."""
+    """`kernels.score.score`: log-probabilities [P], ranks [P], and of the likeliest ids and theirs [P, num_top]."""
     return list(score(logits, token_ids, min(num_top, logits.shape[1])))
 
 
 class LogitAdjuster:
-    """The uncommon wishes of one sequence: bias, allowed tokens, forbidden words, min_tokens and penalties."""
+    """The uncommon wishes of one sequence that are not penalties: bias, allowed tokens, forbidden words, min_tokens."""
 
     def __init__(self, start: RowStart, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         params = start.sampling
-        self._params = params
         self._min_position = start.prompt_len + params.min_tokens
         # ignore_eos lets a sequence run through its end-of-sequence token; min_tokens keeps it from being chosen.
         ends = (*eos_token_ids, *params.stop_token_ids) if params.min_tokens else ()
@@ -106,16 +117,11 @@ class LogitAdjuster:
         if longest and len(history):
             known = history[-longest:]
             self._tail[longest - len(known) :] = known
-        self._counts: torch.Tensor | None = None
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            emitted = history[len(start.prompt_token_ids) :]
-            self._counts = torch.bincount(emitted, minlength=vocab_size).float()
-            self._seen = torch.bincount(history, minlength=vocab_size) > 0
 
     @staticmethod
     def needed(start: RowStart) -> bool:
         params = start.sampling
-        return bool(params.logit_bias or params.allowed_token_ids or params.min_tokens or params.uses_history)
+        return bool(params.logit_bias or params.allowed_token_ids or params.min_tokens or params.bad_words)
 
     def apply(self, logits: torch.Tensor, position: int) -> None:
         """Change `logits` [V] in place, for the token at `position` of the sequence."""
@@ -129,17 +135,8 @@ class LogitAdjuster:
             logits[word[-1]] = torch.where(completes, _NEVER, logits[word[-1]])
         if len(self._ends) and position < self._min_position:
             logits[self._ends] = _NEVER
-        if self._counts is not None:
-            params = self._params
-            penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-            torch.where(self._seen, penalised, logits, out=logits)
-            logits.sub_(params.frequency_penalty * self._counts)
-            logits.sub_(params.presence_penalty * (self._counts > 0).float())
 
     def append(self, token: torch.Tensor) -> None:
         """Note the token that was chosen (an int64 scalar on the device)."""
         if len(self._tail):
             self._tail = torch.cat((self._tail[1:], token.reshape(1)))
-        if self._counts is not None:
-            self._counts.index_add_(0, token.reshape(1), torch.ones(1, device=token.device))
-            self._seen.index_fill_(0, token.reshape(1), True)
