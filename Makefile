@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-table
+.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -71,6 +71,24 @@ bench-ttft: $(STAMP) ## time to first token that router and replica add to the b
 
 bench-decode: $(STAMP) ## tokens/s on the CPU, against transformers generate
 	@$(BIN)/python -m benchmarks.decode_cpu $(ARGS)
+
+bench-kernels: $(STAMP) ## microseconds of every kernel, and its share of the device's limit (ARGS='--model 1b')
+	@$(BIN)/shoal bench kernels --json benchmarks/results/kernels.json $(ARGS)
+
+bench-latency: $(STAMP) ## milliseconds of a decode step and prompt tokens/s, by batch and context (ARGS='--trace FILE')
+	@$(BIN)/shoal bench latency --json benchmarks/results/latency.json $(ARGS)
+
+bench-throughput: $(STAMP) ## output tokens/s of a thousand requests of mixed lengths, without HTTP
+	@$(BIN)/shoal bench throughput --json benchmarks/results/throughput.json $(ARGS)
+
+bench-serve: $(STAMP) ## TTFT, ITL and goodput of the server on PORT, over HTTP
+	@$(BIN)/shoal bench serve --url http://127.0.0.1:$(PORT) --json benchmarks/results/serve.json $(ARGS)
+
+bench-vllm: $(STAMP) ## Shoal and vLLM by turns on one GPU (ARGS='--peer-python /path/to/python', that of a vLLM)
+	@for group in 8b 1b http; do $(BIN)/python -m benchmarks.vs_vllm $$group $(ARGS) || exit 1; done
+
+bench-plots: $(STAMP) ## the plots of docs/performance.md from benchmarks/results
+	@$(BIN)/python -m benchmarks.plots
 
 bench-table: $(STAMP) ## benchmarks/results as tables, into docs/performance.md
 	@$(BIN)/python -m benchmarks.table --write

@@ -17,19 +17,25 @@ MARK = "<!-- What follows is written by `python -m benchmarks.table --write`. --
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One report under a heading: where it was measured, with what settings, and its rows."""
-    columns = list(dict.fromkeys(key for row in report["rows"] for key in row))
+    """One report under a heading: where it was measured, with what settings, its rows, and where a step's time went."""
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
     lines = [
         f"## {report['benchmark']}",
         "",
         f"{report['device']}; commit {report['commit'] or 'none'}; {report['date'][:10]}; {settings}",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
+        *_table(report["rows"]),
     ]
-    lines += [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in report["rows"]]
+    if report.get("trace"):
+        figures = [{"a step": name, "": value} for name, value in report["trace"].items()]
+        lines += ["", *_table(figures)]
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return head + [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows]
 
 
 def tables(folder: Path) -> str:
