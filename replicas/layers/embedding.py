@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ...kernels.embedding import embed
 from ...quant.methods import LinearMethod
 from ..comm import ParallelContext
 from .weights import Layer, Source, WeightSlot, empty_parameter
@@ -39,13 +40,9 @@ class VocabParallelEmbedding(Layer):
         self.weight[self.num_filled :].zero_()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.comm.tp_size > 1:
-            local = input_ids - self.first_row
-            foreign = (local < 0) | (local >= self.num_rows)
-            x = F.embedding(local.masked_fill(foreign, 0), self.weight)
-            x = self.comm.all_reduce(x.masked_fill_(foreign[:, None], 0.0))
-        else:
-            x = F.embedding(input_ids, self.weight)
+        if self.comm.tp_size > 1 or self.weight.is_cuda:
+            return self.comm.all_reduce(embed(input_ids, self.weight, self.first_row, self.scale))
+        x = F.embedding(input_ids, self.weight)  # every id is this rank's: nothing to mask
         return x if self.scale == 1.0 else x * self.scale
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
