@@ -3,9 +3,9 @@
 Legend: T tokens, E experts, k experts per token; slot t * k + i is token t's i-th expert, S = T * k slots.
 
 The slots are sorted by expert, those of one expert in their own order, and each expert's run is cut into tiles of at
-most `tile_rows` rows: `order` int32 [S] holds the sorted slots, `tiles` int32 [3, N] the expert of each tile (-1
-behind the last), its first row in the sorted order, and the end of its expert's rows. N is the most tiles that S slots
-can make, so grids follow from shapes alone. Nothing depends on the order in which programs run.
+most `tile_rows` rows. `order` int32 [S] holds the sorted slots. `tiles` int32 [1 + 3 N] holds the number of tiles, then
+of each tile its expert, then of each its first row in the sorted order, then of each the end of its expert's rows. N is
+the most tiles that S slots can make, so grids follow from shapes alone. Nothing depends on which program runs first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
-CHUNK = 4096  # pairs of token and expert in a program that sorts
-UNCOUNTED_CHUNKS = 8  # so many, or fewer, are counted by every program; more by a kernel of their own
+CHUNK = 4096  # pairs of token and expert in a program that sorts; where one does not hold all, another kernel counts
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -114,7 +113,6 @@ def _sort_experts_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ALONE: tl.constexpr,
-    COUNTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Places the slots of one chunk of tokens, and writes its share of `tiles`."""
@@ -122,24 +120,20 @@ def _sort_experts_kernel(
     release_dependents(PDL)
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_E)
+    before = tl.zeros([BLOCK_E], tl.int32)  # how many slots of earlier chunks chose each expert
     chose, slot = _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
-    counts = tl.zeros([BLOCK_E], tl.int32)
-    before = tl.zeros([BLOCK_E], tl.int32)  # of those, in earlier chunks
     if ALONE:
         counts = tl.sum(chose, 0)
-    elif COUNTED:
+    else:
+        every = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+        earlier = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         for first in range(0, num_chunks, BLOCK_T):
             chunks = first + tl.arange(0, BLOCK_T)
             part_ptrs = counts_ptr + chunks[:, None] * BLOCK_E + columns[None, :]
             part = tl.load(part_ptrs, mask=(chunks < num_chunks)[:, None], other=0)
-            counts += tl.sum(part, 0)
-            before += tl.sum(tl.where((chunks < chunk)[:, None], part, 0), 0)
-    else:
-        for other in range(num_chunks):
-            others, _ = _chunk_choices(experts_ptr, other, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
-            part = tl.sum(others, 0)
-            counts += part
-            before += tl.where(other < chunk, part, 0)
+            every += part
+            earlier += tl.where((chunks < chunk)[:, None], part, 0)
+        counts, before = tl.sum(every, 0), tl.sum(earlier, 0)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
     place = (starts + before)[None, :] + tl.cumsum(chose, 0) - 1
@@ -147,16 +141,13 @@ def _sort_experts_kernel(
 
     num_tiles = (counts + tile_rows - 1) // tile_rows
     tile_ends = tl.cumsum(num_tiles, 0)
-    for first in range(chunk * BLOCK_T, max_tiles, num_chunks * BLOCK_T):
-        tiles = first + tl.arange(0, BLOCK_T)
-        expert = tl.sum((tile_ends[None, :] <= tiles[:, None]).to(tl.int32), 1)
-        inside = expert < BLOCK_E
-        known = tl.where(inside, expert, 0)
-        first_row = tl.gather(starts, known, 0) + (tiles - tl.gather(tile_ends - num_tiles, known, 0)) * tile_rows
-        mask = tiles < max_tiles
-        tl.store(tiles_ptr + tiles, tl.where(inside, expert, -1), mask=mask)
-        tl.store(tiles_ptr + max_tiles + tiles, first_row, mask=mask)
-        tl.store(tiles_ptr + 2 * max_tiles + tiles, tl.gather(ends, known, 0), mask=mask)
+    if chunk == 0:
+        tl.store(tiles_ptr, tl.sum(num_tiles, 0))
+    for i in range(chunk, tl.max(num_tiles, 0), num_chunks):  # every expert's tile i
+        tile_ptrs = tiles_ptr + 1 + tile_ends - num_tiles + i
+        tl.store(tile_ptrs, columns, mask=i < num_tiles)
+        tl.store(tile_ptrs + max_tiles, starts + i * tile_rows, mask=i < num_tiles)
+        tl.store(tile_ptrs + 2 * max_tiles, ends, mask=i < num_tiles)
 
 
 def route_launch(num_experts: int, top_k: int) -> dict[str, int]:
@@ -208,11 +199,11 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> t
     num_chunks = -(-num_tokens // shape["BLOCK_T"])
     max_tiles = most_tiles(experts.numel(), num_experts, tile_rows)
     order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
-    tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=experts.device)
-    counted, counts = num_chunks > UNCOUNTED_CHUNKS, order
-    if counted:
+    tiles = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=experts.device)
+    counts = order
+    if num_chunks > 1:
         counts = torch.empty(num_chunks, shape["BLOCK_E"], dtype=torch.int32, device=experts.device)
         _count_experts_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
-    launch |= {"ALONE": num_chunks == 1, "COUNTED": counted}
+    launch["ALONE"] = num_chunks == 1
     _sort_experts_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, tile_rows, **launch)
     return order, tiles

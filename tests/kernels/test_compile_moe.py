@@ -32,10 +32,10 @@ def _route(dtype: str, num_experts: int, top_k: int) -> Variant:
     )
 
 
-def _sort(num_tokens: int, num_experts: int, *, alone: bool = False, counted: bool = False) -> Variant:
+def _sort(num_tokens: int, num_experts: int, *, alone: bool = False) -> Variant:
     types = {"experts_ptr": "*i64", "counts_ptr": "*i32"} | ROW_TABLES
     launch = sort_launch(num_tokens, num_experts)
-    return _variant(f"{ROUTE}:_sort_experts_kernel", types, launch, TOP_K=8, ALONE=alone, COUNTED=counted)
+    return _variant(f"{ROUTE}:_sort_experts_kernel", types, launch, TOP_K=8, ALONE=alone)
 
 
 def _count(num_tokens: int, num_experts: int) -> Variant:
@@ -43,26 +43,28 @@ def _count(num_tokens: int, num_experts: int) -> Variant:
     return _variant(f"{ROUTE}:_count_experts_kernel", types, sort_launch(num_tokens, num_experts), TOP_K=8)
 
 
-def _gate_up(dtype: str, num_tokens: int, *, gelu: bool = False, even: bool = True, invariant: bool = False) -> Variant:
+def _gate_up(dtype: str, num_tokens: int, *, gelu: bool = False, tma: bool = True, invariant: bool = False) -> Variant:
     launch = moe_launch(num_tokens, 128, 8, DTYPES[dtype], invariant=invariant)
-    types = dict.fromkeys(("x_ptr", "gate_up_ptr", "hidden_ptr"), f"*{dtype}") | ROW_TABLES
+    types = dict.fromkeys(("x_ptr", "gate_up", "hidden_ptr"), f"*{dtype}") | ROW_TABLES
     types |= {"num_inner": "i32/16", "num_features": "i32/16"}
-    return _variant(
-        f"{MOE}:_gate_up_experts_kernel",
-        types,
-        launch.gate_up,
-        TOP_K=8,
-        GELU=gelu,
-        EVEN=even,
-        BLOCK_ROWS=launch.tile_rows,
-    )
+    if tma:
+        types["gate_up"] = _descriptor(dtype, launch.gate_up["BLOCK_FEATURES"], launch.gate_up)
+    constants = {"TOP_K": 8, "GELU": gelu, "BLOCK_ROWS": launch.tile_rows, "TMA": tma}
+    return _variant(f"{MOE}:_gate_up_experts_kernel", types, launch.gate_up, **constants)
 
 
-def _down(dtype: str, num_tokens: int, *, even: bool = True) -> Variant:
-    launch = moe_launch(num_tokens, 128, 8, DTYPES[dtype], invariant=False)
-    types = dict.fromkeys(("hidden_ptr", "down_ptr", "scale_ptr", "parts_ptr"), f"*{dtype}") | ROW_TABLES
+def _down(dtype: str, num_tokens: int, *, tma: bool = True, invariant: bool = False) -> Variant:
+    launch = moe_launch(num_tokens, 128, 8, DTYPES[dtype], invariant=invariant)
+    types = dict.fromkeys(("hidden", "down", "scale_ptr", "parts_ptr"), f"*{dtype}") | ROW_TABLES
     types |= {"num_inner": "i32/16", "num_features": "i32/16"}
-    return _variant(f"{MOE}:_down_experts_kernel", types, launch.down, EVEN=even, BLOCK_ROWS=launch.tile_rows)
+    if tma:
+        types["hidden"] = _descriptor(dtype, launch.tile_rows, launch.down)
+        types["down"] = _descriptor(dtype, launch.down["BLOCK_FEATURES"], launch.down)
+    return _variant(f"{MOE}:_down_experts_kernel", types, launch.down, BLOCK_ROWS=launch.tile_rows, TMA=tma)
+
+
+def _descriptor(dtype: str, rows: int, launch: dict[str, int]) -> str:
+    return f"tensordesc<{dtype}[{rows},{launch['BLOCK_INNER']}]>"
 
 
 def _combine(dtype: str) -> Variant:
@@ -89,19 +91,23 @@ VARIANTS = {
     "route, most experts": _route("fp32", 256, 16),
     "count": _count(8192, 128),
     "sort of one token": _sort(1, 128, alone=True),
-    "sort of few chunks": _sort(1024, 8),
-    "sort of counted chunks": _sort(8192, 256, counted=True),
+    "sort of one chunk": _sort(256, 8, alone=True),
+    "sort of many chunks": _sort(1024, 8),
+    "sort of many experts": _sort(8192, 256),
     "gate and up, 16 rows": _gate_up("bf16", 1),
-    "gate and up, 32 rows": _gate_up("bf16", 192),
+    "gate and up, 32 rows": _gate_up("bf16", 160),
     "gate and up, 64 rows": _gate_up("fp16", 512, gelu=True),
     "gate and up, 128 rows": _gate_up("bf16", 2048),
-    "gate and up, 128 rows, odd": _gate_up("bf16", 2048, even=False),
+    "gate and up, odd, 128 rows": _gate_up("bf16", 2048, tma=False),
+    "gate and up, invariant, 64 rows": _gate_up("bf16", 1, invariant=True),
     "gate and up in fp32": _gate_up("fp32", 64),
     "down, 16 rows": _down("bf16", 1),
-    "down, 32 rows": _down("bf16", 192),
+    "down, 32 rows": _down("bf16", 160),
     "down, 64 rows": _down("fp16", 512),
     "down, 128 rows": _down("bf16", 2048),
-    "down in fp32, odd": _down("fp32", 64, even=False),
+    "down, odd, 128 rows": _down("bf16", 2048, tma=False),
+    "down, invariant, 64 rows": _down("bf16", 1, invariant=True),
+    "down in fp32, odd": _down("fp32", 64, tma=False),
     "combine": _combine("bf16"),
     "gate and up of one token": _gate_up_one("bf16"),
     "down of one token": _down_one("bf16", 768),
@@ -126,9 +132,8 @@ def test_compiles_without_spills(name, compiled):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_run_on_tensor_cores_while_weights_are_copied(name, compiled):
     ptx = compiled[name].ptx
-    small = name == "gate and up, 16 rows"  # 32 features: below the 64 of wgmma
-    assert ("mma.sync" if small else "wgmma.mma_async") in ptx
-    assert "cp.async.cg.shared.global" in ptx  # 16 bytes each, past the registers
+    assert "wgmma.mma_async" in ptx
+    assert ("cp.async.cg.shared.global" if "odd" in name else "cp.async.bulk.tensor") in ptx  # past the registers
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "of one token" in name and "sort" not in name])
