@@ -26,6 +26,7 @@ from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 from .tuning import Launch
 
 MAX_SPLIT_TILES = 4096
+MAX_STREAMS = 64  # torch has 32 to a device and priority
 
 
 @triton.jit
@@ -239,12 +240,26 @@ def _mma_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (tokens < num_tokens)[None, :])
 
 
+class _Arrivals:
+    """Counters of splits that ended, one a tile, a row of them for each stream: what shares counters runs in order.
+
+    Each product leaves its counters at zero for the next one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a product with split inputs must run once before one is captured, for its counters")
+        self._rows = torch.zeros(MAX_STREAMS, MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+        self._streams: dict[int, int] = {}
+
+    def of_current_stream(self) -> torch.Tensor:
+        stream = torch.cuda.current_stream(self._rows.device).cuda_stream if self._rows.is_cuda else 0
+        return self._rows[self._streams.setdefault(stream, len(self._streams))]
+
+
 @cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """Counters of splits that ended, one a tile. Each product leaves them at zero for the next on its stream."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a product with split inputs must run once before it is captured, for its counters")
-    return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+def _arrivals(device: torch.device) -> _Arrivals:
+    return _Arrivals(device)
 
 
 def gemm_triton(
@@ -282,7 +297,7 @@ def _split_buffers(y: torch.Tensor, launch: Launch, *, gated: bool) -> tuple[tor
     if num_tiles > MAX_SPLIT_TILES:
         raise ValueError(f"{num_tiles} tiles with split inputs, {MAX_SPLIT_TILES} at most; take larger tiles")
     size = num_tiles * launch.splits * launch.block_n * launch.block_t * (2 if gated else 1)
-    return torch.empty(size, dtype=torch.float32, device=y.device), _arrivals(y.device)
+    return torch.empty(size, dtype=torch.float32, device=y.device), _arrivals(y.device).of_current_stream()
 
 
 def _run_fma(
