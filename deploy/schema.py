@@ -340,12 +340,11 @@ def prompt_list(value: Any) -> Prompts:
         raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
     if not value:
         raise ValueError("must not be an empty list")
-    if all(type(item) is int for item in value):
+    kinds = set(map(type, value))  # no Python step for each of what may be a million integers
+    if kinds == {int}:
         return [value]
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"has {len(value)} prompts; the limit is {MAX_PROMPTS}")
-    if all(isinstance(item, str) for item in value):
-        return value
-    if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+    if kinds == {str} or (kinds == {list} and all(set(map(type, item)) <= {int} for item in value)):
         return value
     raise ValueError("mixes kinds: every item must be a string, or every one a list of token ids, or every one an id")
