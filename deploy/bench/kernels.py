@@ -45,7 +45,7 @@ def cases_of(
         row_cases(sizes, tokens),
         gemm_cases(sizes, tokens),
         attention_cases(sizes, batches, contexts),
-        step_cases(sizes, batches),
+        step_cases(sizes, tokens, batches),
         moe_cases(tokens, *experts),
     )
 

@@ -1,4 +1,4 @@
-"""What a step does beside its layers' rows: choosing tokens, copying blocks; and mixtures of experts.
+"""What a step does beside its layers: embedding, choosing and scoring tokens, copying blocks; mixtures of experts.
 
 B sequences, T tokens.
 """
@@ -8,25 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ...kernels.block_copy import block_copy, block_copy_cost
+from ...kernels.embedding import embed, embed_cost
 from ...kernels.moe import moe_mlp, moe_mlp_cost, route
+from ...kernels.penalties import PenaltySlots, apply_penalties, apply_penalties_cost
 from ...kernels.sample import SamplingRows, sample_rows, sample_rows_cost
+from ...kernels.score import score, score_cost
 from .kernel_cases import Built, Case, Sizes
 
 _NUM_COPIES = 8
+_NUM_TOP = 5
 # temperature, top_k, top_p
 _SAMPLERS = {"greedy": (0.0, 0, 1.0), "temperature": (0.6, 0, 1.0), "top-k 50, top-p 0.9": (0.6, 50, 0.9)}
 
 
-def step_cases(sizes: Sizes, batches: Sequence[int]) -> Iterator[Case]:
-    """The sampler at every batch, and copy-on-write of some blocks of one layer."""
+def step_cases(sizes: Sizes, tokens: Sequence[int], batches: Sequence[int]) -> Iterator[Case]:
+    """The embedding of all tokens, the sampler at every batch, and copy-on-write of some blocks of one layer."""
+    for num in tokens:
+        yield Case("embed", f"T={num}", embed_cost(num, sizes.hidden, sizes.dtype), _embed(num, sizes))
     for batch in batches:
         cost = sample_rows_cost(batch, sizes.vocab_size, sizes.dtype)
         for name, settings in _SAMPLERS.items():
             # A greedy row draws no noise: it is one pass over its logits.
             own = (cost[0], batch * sizes.vocab_size) if name == "greedy" else cost
             yield Case(f"sample {name}", f"B={batch}", own, _sample(batch, sizes.vocab_size, *settings))
+        cost = apply_penalties_cost(batch, sizes.vocab_size)
+        yield Case("apply_penalties", f"B={batch}", cost, _penalties(batch, sizes.vocab_size))
+        cost = score_cost(batch, sizes.vocab_size, sizes.dtype)
+        yield Case(f"score, top {_NUM_TOP}", f"B={batch}", cost, _score(batch, sizes.vocab_size))
     block_numel = 2 * sizes.num_kv_heads * sizes.block_size * sizes.head_dim
     cost = block_copy_cost(_NUM_COPIES, block_numel, sizes.dtype)
     yield Case("block_copy", f"{_NUM_COPIES} blocks", cost, _block_copy(sizes))
@@ -51,6 +62,37 @@ def _sample(
         )
         peers = {"torch": lambda: logits.argmax(-1)} if temperature == 0.0 else {}
         return Built(lambda: sample_rows(logits, rows, params, rows), peers)
+
+    return build
+
+
+def _embed(num: int, sizes: Sizes) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        weight = torch.randn(sizes.vocab_size, sizes.hidden, device=device, dtype=dtype)
+        ids = torch.randint(sizes.vocab_size, (num,), device=device)
+        return Built(lambda: embed(ids, weight), {"torch": lambda: F.embedding(ids, weight)})
+
+    return build
+
+
+def _penalties(batch: int, vocab_size: int) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        del dtype  # penalised logits are fp32
+        logits = torch.randn(batch, vocab_size, device=device)
+        history = torch.randint(5, (batch, vocab_size), dtype=torch.int32, device=device)
+        repetition, frequency, presence = (torch.full((batch,), value, device=device) for value in (1.0, 1e-3, 1e-3))
+        slots = torch.arange(batch, device=device)
+        penalties = PenaltySlots(history, repetition, frequency, presence)
+        return Built(lambda: apply_penalties(logits, slots, penalties))
+
+    return build
+
+
+def _score(batch: int, vocab_size: int) -> Callable[[str, torch.dtype], Built]:
+    def build(device: str, dtype: torch.dtype) -> Built:
+        logits = torch.randn(batch, vocab_size, device=device, dtype=dtype)
+        token_ids = torch.randint(vocab_size, (batch,), device=device)
+        return Built(lambda: score(logits, token_ids, _NUM_TOP))
 
     return build
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def test_kernels(tmp_path: Path) -> None:
     options = ["--tokens", "1,3", "--contexts", "24", "--device", "cpu"]
     bench("kernels", "--model", "tiny", *options, "--json", path, "--commit", "abc")
     report = read(path)
-    assert {row["kernel"].partition(" ")[0] for row in report["rows"]} == {
+    assert {re.split("[ ,]", row["kernel"])[0] for row in report["rows"]} == {
         *("rms_norm", "add_rms_norm", "silu_mul", "rope_kv_store", "linear", "gated_linear"),
-        *("paged_decode", "paged_prefill", "sample", "block_copy", "moe_mlp"),
+        *("paged_decode", "paged_prefill", "embed", "sample", "apply_penalties", "score"),
+        *("block_copy", "moe_mlp"),
     }
     assert [row["note"] for row in report["rows"] if "note" in row] == []
     assert all(row["us"] > 0 and row["of limit"] > 0 for row in report["rows"])
