@@ -46,25 +46,24 @@ def _route_experts_kernel(
     logits = tl.where(real, logits.to(tl.float32), float("-inf"))
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
-    # Padding may be NaN, which is not greater than anything: as -1 it is chosen last, and always inside the row.
-    choice = tl.where(real, tl.where(p == p, p, -1.0), -2.0)
+    # One number that orders as p does (not negative, so as its bits do), then as the lowest expert: one maximum finds
+    # both. NaN, which padding may be, is the largest p.
+    bits = (p.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    keys = tl.where(real, (bits << 16) | (0xFFFF - columns)[None, :], -1)
     places = tl.arange(0, BLOCK_K)
-    weights = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.float32)
-    experts = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.int32)
+    chosen = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.int64)
     for i in tl.static_range(TOP_K):
-        best = tl.argmax(choice, 1, tie_break_left=True)
-        chosen = columns[None, :] == best[:, None]
-        weight = tl.sum(tl.where(chosen, p, 0.0), 1)
-        choice = tl.where(chosen, -3.0, choice)
-        here = places[None, :] == i
-        weights = tl.where(here, weight[:, None], weights)
-        experts = tl.where(here, best[:, None], experts)
+        best = tl.max(keys, 1)[:, None]
+        keys = tl.where(keys == best, -1, keys)
+        chosen = tl.where(places[None, :] == i, best, chosen)
+    experts = 0xFFFF - (chosen & 0xFFFF)
+    weights = (chosen >> 16).to(tl.int32).to(tl.float32, bitcast=True)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, 1)[:, None]
     out = rows[:, None] * TOP_K + places[None, :]
     mask = live[:, None] & (places < TOP_K)[None, :]
     tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
-    tl.store(experts_ptr + out, experts.to(tl.int64), mask=mask)
+    tl.store(experts_ptr + out, experts, mask=mask)
 
 
 @triton.jit
@@ -151,10 +150,10 @@ def _sort_experts_kernel(
 
 
 def route_launch(num_experts: int, top_k: int) -> dict[str, int]:
-    """512 logits to a program of four warps, so that a row of 128 is one warp's."""
+    """Four warps and at least as many rows: no warp waits for another to find a row's maximum."""
     block_e = int(triton.next_power_of_2(num_experts))
     return {
-        "BLOCK_ROWS": max(1, 512 // block_e),
+        "BLOCK_ROWS": max(4, 512 // block_e),
         "BLOCK_E": block_e,
         "BLOCK_K": int(triton.next_power_of_2(top_k)),
         "num_warps": 4,
