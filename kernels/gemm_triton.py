@@ -31,13 +31,22 @@ MAX_STREAMS = 64  # torch has 32 to a device and priority
 
 @triton.jit
 def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sends for a tile of the weight, as far as the L2 cache: one bulk copy a row, which no thread waits for."""
+    """Sends for a tile of the weight, as far as the L2 cache: one bulk copy a row, which no thread waits for.
+
+    Thread i has row i, and copies of the rows are in the threads beyond: they are told apart by the thread's number.
+    """
     SIZE: tl.constexpr = COLUMNS * w_ptr.dtype.element_ty.primitive_bitwidth // 8
     if column + COLUMNS <= num_columns:
         rows = tl.minimum(first_row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
         tl.inline_asm_elementwise(
-            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
-            [w_ptr + rows * num_columns + column, SIZE], dtype=tl.int32, is_pure=False, pack=1,
+            """{
+            .reg .pred mine; .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.lt.u32 mine, thread, $3;
+            @mine cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r", [w_ptr + rows * num_columns + column, SIZE, ROWS], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
