@@ -1,16 +1,16 @@
 """Triton kernels of sample.py: scores and the best token of each chunk of a row, then the best of the row.
 
-Legend: K rows, V vocabulary, C chunks of a row. Row k of the logits begins at `k * stride_row`.
+Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k of the logits is at `k * stride_row`.
 
-    choose   grid [C, K]   (score, token) of the best of a chunk: the logit itself, or the logit over the temperature
-                           plus noise; of filtered rows the logit, which gives the row's maximum
-    (limits) sample_limits_triton.py: where the filters of a row cut, for rows that have any
-    choose   grid [C, K]   once more, for filtered rows alone, among the tokens inside the limits
-    join     grid [K]      the best of the chunks
+    choose          grid [P, K]   (score, token) of the best of a part: the logit itself, or the logit over the
+                                  temperature plus noise; of filtered rows the logit: the row's maximum is needed
+    (limits)        sample_limits_triton.py: where the filters of a row cut, for rows that have any
+    choose inside   grid [P, K]   once more, for filtered rows alone, among the tokens inside the limits
+    join            grid [K]      the best of the parts
 
-A token id of -1 marks a chunk that holds NaN or +inf. All rows pass through all launches, so that one CUDA graph serves
+A token id of -1 marks a part that holds NaN or +inf. All rows pass through all launches, so that one CUDA graph serves
 every mixture; a program that has nothing to do reads its row's parameters and ends. What a row gives depends on its own
-logits and parameters alone: chunks of another size find the same maximum.
+logits and parameters alone: parts of another size find the same maximum.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from .sample import SamplingRows
 
 NUM_WARPS = 8
-LARGE_CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a program; small where few rows would leave multiprocessors idle
+LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small where few rows would leave multiprocessors idle
 FEW_ROWS = 8
+PROGRAMS = 132 * 8
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def is_filtered(temperature, top_k, top_p, min_p, vocab_size):
 
 @triton.jit
 def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
-    """(score, token) of a row from those of its chunks; the token is -1 where a chunk's is, the lowest among ties."""
+    """(score, token) of a row from those of its parts; the token is -1 where a part's is, the lowest among ties."""
     parts = tl.arange(0, PARTS)
     scores = tl.load(score_ptr + k * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
     tokens = tl.load(token_ptr + k * num_parts + parts, mask=parts < num_parts, other=2147483647)
@@ -63,8 +64,8 @@ def _better(score, token, other, other_token):
 
 
 @triton.jit
-def _best_perturbed(scaled, seed, position, chunk, CHUNK: tl.constexpr):
-    """(score, token) of the best of `scaled` [CHUNK] after noise was added to it."""
+def _perturb(scaled, seed, position, chunk, score, token, CHUNK: tl.constexpr):
+    """The best (score, token) [CHUNK // 4] so far and of `scaled` [CHUNK], after noise was added to it."""
     # Philox gives four words for four consecutive tokens.
     counters = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
@@ -72,11 +73,70 @@ def _best_perturbed(scaled, seed, position, chunk, CHUNK: tl.constexpr):
     even, odd = tl.split(tl.reshape(scaled, (CHUNK // 4, 2, 2)))
     s0, s2 = tl.split(even)
     s1, s3 = tl.split(odd)
-    score, token = _better(s0 + _gumbel(w0), counters * 4, s1 + _gumbel(w1), counters * 4 + 1)
+    score, token = _better(score, token, s0 + _gumbel(w0), counters * 4)
+    score, token = _better(score, token, s1 + _gumbel(w1), counters * 4 + 1)
     score, token = _better(score, token, s2 + _gumbel(w2), counters * 4 + 2)
-    score, token = _better(score, token, s3 + _gumbel(w3), counters * 4 + 3)
-    best = tl.max(score, axis=0)
-    return best, tl.min(tl.where(score == best, token, 2147483647), axis=0)
+    return _better(score, token, s3 + _gumbel(w3), counters * 4 + 3)
+
+
+@triton.jit
+def _store_best(score_ptr, token_ptr, part, scores, tokens, unusable):
+    best = tl.max(scores, axis=0)
+    token = tl.min(tl.where(scores == best, tokens, 2147483647), axis=0)
+    tl.store(score_ptr + part, best)
+    tl.store(token_ptr + part, tl.where(tl.max(unusable, axis=0) > 0, -1, token))
+
+
+@triton.jit
+def _load_chunk(row_ptr, chunk, vocab_size, CHUNK: tl.constexpr):
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK: tl.constexpr):
+    """Stores the best logit of this program's part of a row."""
+    columns = tl.arange(0, CHUNK)
+    scores, best = tl.full((CHUNK,), float("-inf"), tl.float32), columns
+    unusable = tl.zeros((CHUNK,), tl.int32)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
+        unusable |= (x < float("inf")).to(tl.int32) ^ 1  # NaN and +inf alone are not below infinity
+        scores, best = _better(scores, best, x, chunk * CHUNK + columns)
+    _store_best(score_ptr, token_ptr, part, scores, best, unusable)
+
+
+@triton.jit
+def _choose_perturbed(
+    row_ptr,
+    score_ptr,
+    token_ptr,
+    part,
+    temperature,
+    seed,
+    position,
+    lowest,
+    floor,
+    vocab_size,
+    num_chunks,
+    FILTERED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Stores the best perturbed logit of this program's part of a row, FILTERED: among those inside the limits."""
+    inverse = tl.div_rn(1.0, temperature)
+    scores, best = tl.full((CHUNK // 4,), float("-inf"), tl.float32), tl.zeros((CHUNK // 4,), tl.int32)
+    unusable = tl.zeros((CHUNK,), tl.int32)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
+        if FILTERED:
+            inside = (x >= lowest) & (x * inverse >= floor)
+            if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks hold no token that stays, and need no noise
+                scaled = tl.where(inside, x * inverse, float("-inf"))
+                scores, best = _perturb(scaled, seed, position, chunk, scores, best, CHUNK)
+        else:
+            unusable |= (x < float("inf")).to(tl.int32) ^ 1
+            scores, best = _perturb(x * inverse, seed, position, chunk, scores, best, CHUNK)
+    _store_best(score_ptr, token_ptr, part, scores, best, unusable)
 
 
 @triton.jit
@@ -94,46 +154,39 @@ def _choose_kernel(
     token_ptr,
     stride_row,
     vocab_size,
+    num_chunks,
     FILTERED: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    chunk, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
     row = tl.load(rows_ptr + k)
     if row < 0:
         return
     temperature = tl.load(temperature_ptr + row)
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-    filtered = is_filtered(temperature, top_k, top_p, tl.load(min_p_ptr + row), vocab_size)
+    top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    filtered = is_filtered(temperature, top_k, top_p, min_p, vocab_size)
+    seed, position = tl.load(seed_ptr + row), tl.load(positions_ptr + k)
+    row_ptr, part = logits_ptr + k * stride_row, k * tl.num_programs(0) + tl.program_id(0)
     if FILTERED:
         if not filtered:
             return
-        lowest = tl.load(limits_ptr + 2 * k)
-        floor = tl.load(limits_ptr + 2 * k + 1)
+        lowest, floor = tl.load(limits_ptr + 2 * k), tl.load(limits_ptr + 2 * k + 1)
         if lowest != lowest:
             return
-    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits_ptr + k * stride_row + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    part = k * tl.num_programs(0) + chunk
-    noisy = temperature != 0.0
-    inverse = tl.div_rn(1.0, temperature)
-    if FILTERED:
-        kept = (x >= lowest) & (x * inverse >= floor)
-        x = tl.where(kept, x, float("-inf"))
-        noisy = tl.max(kept.to(tl.int32), axis=0) > 0
+        _choose_perturbed(
+            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, lowest, floor, vocab_size, num_chunks,
+            True, CHUNK,
+        )  # fmt: skip
+    elif (temperature == 0.0) | filtered:
+        _choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK)
     else:
-        noisy = noisy & (not filtered)
-    if noisy:
-        best, token = _best_perturbed(x * inverse, tl.load(seed_ptr + row), tl.load(positions_ptr + k), chunk, CHUNK)
-    else:
-        best = tl.max(x, axis=0)
-        token = tl.min(tl.where(x == best, tokens, 2147483647), axis=0)
-    # NaN and +inf alone are not below infinity.
-    unusable = tl.max((x < float("inf")).to(tl.int32) ^ 1, axis=0) > 0
-    tl.store(score_ptr + part, best)
-    tl.store(token_ptr + part, tl.where(unusable, -1, token))
+        _choose_perturbed(
+            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, 0.0, 0.0, vocab_size, num_chunks,
+            False, CHUNK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -151,8 +204,13 @@ def _join_kernel(
 
 
 def chunk_size(num_rows: int) -> int:
-    """Tokens of a row that one program handles."""
+    """Tokens of a row that a program handles at a time."""
     return SMALL_CHUNK if num_rows <= FEW_ROWS else LARGE_CHUNK
+
+
+def num_programs(num_rows: int, num_chunks: int, programs: int) -> int:
+    """Programs of a row: as many as fill the device, so that a launch that has nothing to do ends at once."""
+    return min(max(programs // num_rows, 1), num_chunks)
 
 
 def sample_rows_triton(
@@ -166,15 +224,16 @@ def sample_rows_triton(
     if num_rows == 0:
         return out
     chunk = chunk_size(num_rows)
-    num_parts = -(-vocab_size // chunk)
+    num_chunks = -(-vocab_size // chunk)
+    num_parts = num_programs(num_rows, num_chunks, PROGRAMS)
     scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
     tokens = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
-    limits = torch.empty((num_rows, 2), dtype=torch.float32, device=logits.device)
+    limits = scores  # not read by the first launch
     for filtered in (False, True):
         if filtered:
-            find_limits(logits, rows, params, scores, tokens, limits)
+            limits = find_limits(logits, rows, params, scores, tokens)
         _choose_kernel[(num_parts, num_rows)](
-            logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size,
+            logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size, num_chunks,
             FILTERED=filtered, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     _join_kernel[(num_rows,)](
