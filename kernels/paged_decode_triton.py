@@ -30,9 +30,7 @@ from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 _LOG2_E = 1 / math.log(2)
 SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
-_JOINED_AT_A_TIME = (
-    2048  # numbers of all splits that are read at once: more take more registers than the loop over keys
-)
+_JOINED_AT_A_TIME = 8192  # numbers of all splits that are read at once, 64 for each thread of four warps
 _MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 products hold as much again
 
 
@@ -52,36 +50,42 @@ def _join_splits(
     lse_ptr,
     num_used,
     GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The G * D features of one kv head, each a column of its own; CHUNK splits at a time, in order."""
-    columns, offsets = tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
-    in_group = columns < GROUP * HEAD_DIM
-    highest = tl.full([COLUMNS], -1.0e30, tl.float32)
-    total = tl.zeros([COLUMNS], tl.float32)
-    acc = tl.zeros([COLUMNS], tl.float32)
+    """All query heads of one kv head; CHUNK splits at a time, in order, whose loads wait for memory together."""
+    heads, dims, offsets = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
+    tile = heads[:, None] * HEAD_DIM + dims[None, :]
+    in_group = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    highest = tl.full([PADDED_GROUP], -1.0e30, tl.float32)
+    total = tl.zeros([PADDED_GROUP], tl.float32)
+    acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
     for begin in range(0, num_used, CHUNK):
-        splits = (begin + offsets)[:, None]
-        used = (splits < num_used) & in_group[None, :]
+        splits = begin + offsets
+        used = splits < num_used
         # Past the first level of cache: other multiprocessors wrote these.
+        parts = tl.load(
+            parts_ptr + splits[:, None, None] * (GROUP * HEAD_DIM) + tile[None],
+            mask=used[:, None, None] & in_group[None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         lse = tl.load(
-            lse_ptr + splits * GROUP + columns[None, :] // HEAD_DIM,
-            mask=used,
+            lse_ptr + splits[:, None] * GROUP + heads[None, :],
+            mask=used[:, None] & (heads < GROUP)[None, :],
             other=float("-inf"),
             cache_modifier=".cg",
         )
-        part_ptrs = parts_ptr + splits * (GROUP * HEAD_DIM) + columns[None, :]
-        parts = tl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")
         higher = tl.maximum(highest, tl.max(lse, 0))
         shrink = tl.exp2(highest - higher)
         weights = tl.exp2(lse - higher[None, :])
         total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink + tl.sum(weights * parts, 0)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * parts, 0)
         highest = higher
-    total = tl.where(in_group, total, 1.0)
-    tl.store(out_ptr + columns, (acc / total).to(out_ptr.dtype.element_ty), mask=in_group)
+    total = tl.where(heads < GROUP, total, 1.0)
+    tl.store(out_ptr + tile, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_group)
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
@@ -111,7 +115,7 @@ def _paged_decode_kernel(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     SPLIT: tl.constexpr,
-    JOIN_COLUMNS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     JOIN_CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -140,7 +144,7 @@ def _paged_decode_kernel(
 
     # The maximum begins at a finite number: -inf minus -inf would be NaN.
     highest = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: rows are summed once, warps wait for it in each turn
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
     block = tl.load(table_ptr + begin).to(tl.int64)
@@ -160,11 +164,12 @@ def _paged_decode_kernel(
         higher = tl.maximum(highest, tl.max(scores, 1) * unit)
         shrink = tl.exp2(highest - higher)
         p = tl.exp2(scores * unit - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        totals = totals * shrink[:, None] + p
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         highest = higher
         block = next_block
 
+    total = tl.sum(totals, 1)
     acc /= total[:, None]
     pair = seq * NUM_KV_HEADS + kv_head
     tile = rows[:, None] * HEAD_DIM + dims[None, :]
@@ -180,7 +185,9 @@ def _paged_decode_kernel(
             tl.store(lse_ptr + split * GROUP + rows, highest + tl.log2(total), mask=rows < GROUP)
             tl.debug_barrier()  # one thread arrives for all: what they wrote must lie before it
             if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel", scope="gpu") == num_used - 1:
-                _join_splits(out_ptr, parts_ptr, lse_ptr, num_used, GROUP, HEAD_DIM, JOIN_COLUMNS, JOIN_CHUNK)
+                _join_splits(
+                    out_ptr, parts_ptr, lse_ptr, num_used, GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, JOIN_CHUNK
+                )
                 tl.store(arrivals_ptr + pair, 0)
     else:
         tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=in_group)
@@ -223,6 +230,11 @@ def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str
     return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}
 
 
+def join_chunk(padded_group: int, head_dim: int) -> int:
+    """Splits that are joined at a time."""
+    return max(1, _JOINED_AT_A_TIME // (padded_group * padded_dim(head_dim)))
+
+
 def paged_decode_triton(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -243,19 +255,19 @@ def paged_decode_triton(
         parts = torch.empty((*pairs, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
     inner, unit = score_factors(scale, softcap)
-    columns = triton.next_power_of_2(group * head_dim)
+    padded_group = int(triton.next_power_of_2(group))
     launch: dict[str, Any] = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
-        "ROWS": max(16, triton.next_power_of_2(group)),
+        "ROWS": max(16, padded_group),
         "BLOCK_SIZE": block_size,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_dim(head_dim),
         "WINDOWED": tables.window is not None,
         "CAPPED": softcap is not None,
         "SPLIT": num_splits > 1,
-        "JOIN_COLUMNS": columns,
-        "JOIN_CHUNK": max(1, _JOINED_AT_A_TIME // columns),
+        "PADDED_GROUP": padded_group,
+        "JOIN_CHUNK": join_chunk(padded_group, head_dim),
         **decode_launch(block_size, head_dim, q.element_size()),
         **pdl_launch(q),
     }

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from shoal.kernels.paged_decode_triton import decode_launch, padded_dim
+from shoal.kernels.paged_decode_triton import decode_launch, join_chunk, padded_dim
 from shoal.kernels.paged_prefill_triton import prefill_launch
 from tests.support.aot import Compiled, Variant, compile_variants
 
@@ -21,9 +21,9 @@ def _shape(head_dim: int, block_size: int) -> dict[str, int | bool]:
 def _decode(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False, split=True) -> Variant:
     types = {**SETTINGS, "parts_ptr": "*fp32", "lse_ptr": "*fp32", "arrivals_ptr": "*i32"}
     types |= dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
-    columns = 512 if head_dim < 256 else 1024
+    padded_group = 1 << (group - 1).bit_length()
     constants = {"NUM_KV_HEADS": 8, "GROUP": group, "ROWS": 16, "WINDOWED": windowed, "CAPPED": capped, "SPLIT": split}
-    constants |= {"JOIN_COLUMNS": columns, "JOIN_CHUNK": 2048 // columns, "PDL": True}
+    constants |= {"PADDED_GROUP": padded_group, "JOIN_CHUNK": join_chunk(padded_group, head_dim), "PDL": True}
     return Variant(
         "shoal.kernels.paged_decode_triton:_paged_decode_kernel",
         types,
@@ -34,10 +34,9 @@ def _decode(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False
 
 def _prefill(dtype: str, head_dim: int, *, block_size=64, group=4, windowed=False, capped=False) -> Variant:
     types = {**SETTINGS, "starts_ptr": "*i32"} | dict.fromkeys(("out_ptr", "q_ptr", "cache_ptr"), f"*{dtype}")
-    plain = not (windowed or capped)
-    launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype], plain=plain)
+    launch = prefill_launch(group, block_size, head_dim, ELEMENT_SIZE[dtype])
     constants = {"NUM_KV_HEADS": 8, "GROUP": group, "WINDOWED": windowed, "CAPPED": capped}
-    constants |= {name: launch.pop(name) for name in ("BLOCK_ROWS", "BLOCK_KEYS", "STAGES")} | {"PDL": True}
+    constants |= {name: launch.pop(name) for name in ("BLOCK_ROWS", "STAGES")} | {"PDL": True}
     constants |= _shape(head_dim, block_size)
     return Variant("shoal.kernels.paged_prefill_triton:_paged_prefill_kernel", types, constants, launch)
 
