@@ -31,6 +31,7 @@ from typing import Any, cast
 
 import numpy as np
 import uvloop
+from numpy.typing import NDArray
 
 from benchmarks.load import StreamClient, cpu_seconds, descendants, post
 from benchmarks.report import ROOT, Report
@@ -41,6 +42,7 @@ from shoal.cluster.server import ReplicaServer
 from shoal.deploy.environment import prepare_environment
 from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
+from shoal.replicas.detokenizer import REPLACEMENT
 from shoal.replicas.engine import Engine
 from shoal.replicas.plan import StepPlan, StepResult
 from shoal.replicas.tokenizer import Tokenizer
@@ -58,6 +60,13 @@ def step_seconds(num_sequences: int) -> float:
     return STEP_S + STEP_S_PER_SEQUENCE * num_sequences
 
 
+def whole_tokens() -> NDArray[np.int32]:
+    """Tokens of whole characters: of any other an event may have to wait for the next."""
+    tokenizer = Tokenizer.from_folder(TOKENIZER)
+    whole = [token for token in range(300, VOCAB_SIZE) if REPLACEMENT not in tokenizer.token_text(token)]
+    return np.array(whole, np.int32)
+
+
 class SimulatedExecutor:
     """A device that runs plans one after the other, each as long as its number of decodes says."""
 
@@ -65,6 +74,7 @@ class SimulatedExecutor:
         self.num_blocks = num_blocks
         self.host_us: list[float] = []
         self.late_us: list[float] = []
+        self._tokens = whole_tokens()
         self._ends: deque[tuple[StepPlan, float]] = deque()
         self._free_at = 0.0  # when the device has done all that was submitted
         self._resumed_at = 0.0
@@ -83,8 +93,8 @@ class SimulatedExecutor:
         self.host_us.append((begin - self._resumed_at) * 1e6)
         self.late_us.append((now - end) * 1e6)
         self._resumed_at = now
-        tokens = (plan.sample_rows * 31 + plan.step * 17) % 1000 + 100
-        return StepResult(plan.step, tokens.astype(np.int32))
+        tokens = self._tokens[(plan.sample_rows * 31 + plan.step * 17) % len(self._tokens)]
+        return StepResult(plan.step, tokens)
 
     def shutdown(self) -> None:
         self._ends.clear()
@@ -99,7 +109,9 @@ class SimulatedExecutor:
 def build_engine(num_streams: int) -> tuple[Engine, SimulatedExecutor]:
     num_blocks = num_streams * MAX_MODEL_LEN // 64
     config = EngineConfig(
-        ModelConfig("simulated"), CacheConfig(64, num_blocks), SchedulerConfig(num_streams, max_num_batched_tokens=2048)
+        ModelConfig("simulated"),
+        CacheConfig(64, num_blocks),
+        SchedulerConfig(num_streams, max_num_batched_tokens=num_streams * 1024),  # every prompt that is there
     )
     executor = SimulatedExecutor(num_blocks)
     return Engine(config.resolve(FACTS, "cuda"), FACTS, executor), executor
