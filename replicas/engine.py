@@ -55,9 +55,13 @@ class Engine:
 
     def add_request(self, request: Request) -> None:
         """Accept a request. Raises RequestError before anything is allocated, EngineError after a failure."""
+        self.limits.check(request)
+        self.add_checked(request)
+
+    def add_checked(self, request: Request) -> None:
+        """Accept a request that `limits` has checked, perhaps in another thread. Raises as `add_request` does."""
         if self.failure is not None:
             raise EngineError(f"the engine has failed and takes no requests: {self.failure}")
-        self.limits.check(request)
         if request.request_id in self.scheduler.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.scheduler.add(request)

@@ -136,7 +136,7 @@ def test_many_arrivals_do_not_hold_up_the_first_of_them():
     client.thread.start()
     client.wait_for(*(each.request_id for each in requests))
     client.thread.stop(PATIENCE)
-    assert known[0] < 100
+    assert known[0] < len(requests) / 2
     assert [client.transcript.outcome(each) for each in requests] == [naive(each) for each in requests]
 
 
