@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Programs that keep a GPU busy: four for each of the 132 multiprocessors of an H200, two of them resident at a time.
-_PROGRAMS = 528
-# Tokens of a split: fewer are not worth a program; more than the largest keep one program at work after all others.
-_SHORT_SPLIT, _MEDIUM_SPLIT, _LONG_SPLIT = 256, 2048, 8192
+# Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what a program more adds to
+# the joining costs more than it saves. Many: two rounds of the three that a multiprocessor holds, for an even end.
+_FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
+_SHORT_SPLIT, _MEDIUM_SPLIT, _LONG_SPLIT = 64, 2048, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ def decode_tables(
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
-    wanted = -(-_PROGRAMS // (num_seqs * num_kv_heads))
+    num_pairs = num_seqs * num_kv_heads
+    wanted = -(-(_FEW_PROGRAMS if num_pairs <= _FEW_PROGRAMS else _MANY_PROGRAMS) // num_pairs)
     shortest = _SHORT_SPLIT if wanted > 1 else _MEDIUM_SPLIT
     num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))
     arrivals = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)

@@ -257,13 +257,13 @@ def test_splits_fill_the_machine_and_no_more():
         made = decode_tables(lens, tables, num_kv_heads=8, block_size=64, window=window)
         return made.num_splits, made.min_blocks
 
-    assert splits(1, 4) == (1, 4)  # 256 tokens
-    assert splits(1, 16) == (4, 4)
-    assert splits(1, 2048) == (66, 4)  # 528 programs over 8 kv heads
-    assert splits(8, 128) == (9, 4)
+    assert splits(1, 4) == (4, 1)  # 64 tokens each
+    assert splits(1, 2048) == (17, 1)  # 132 programs over 8 kv heads
+    assert splits(8, 128) == (3, 1)
+    assert splits(32, 128) == (3, 1)  # 768 programs over 256
     assert splits(256, 16) == (1, 32)
     assert splits(256, 2048) == (16, 32)  # 8192 tokens each
-    assert splits(1, 2048, window=1024) == (4, 4)
+    assert splits(1, 2048, window=512) == (8, 1)
 
 
 def test_costs():
