@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from shoal.kernels.paged_decode_triton import decode_launch, join_chunk, padded_dim
 from shoal.kernels.paged_prefill_triton import prefill_launch
-from tests.support.aot import Compiled, Variant, compile_variants
+from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
 
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 SETTINGS = {"context_lens_ptr": "*i32", "block_tables_ptr": "*i32", "inner": "fp32", "unit": "fp32"}
@@ -78,3 +78,19 @@ def test_products_run_on_tensor_cores_while_blocks_are_copied(name, compiled):
     ptx = compiled[name].ptx
     assert ("wgmma.mma_async" if name.startswith("prefill") else "mma.sync") in ptx
     assert "cp.async.cg.shared.global" in ptx  # 16 bytes each, past the registers
+
+
+@pytest.mark.parametrize("name", ["decode", "decode in one split"])
+def test_decode_issues_a_fifth_of_what_full_bandwidth_allows(name, compiled):
+    """15.6 instructions of a lane for each bf16 element; a turn reads 64 keys and 64 values of 128."""
+    assert lane_instructions(compiled[name].loops[0], 4, 2 * 64 * 128) < 15.6 / 5
+
+
+@pytest.mark.parametrize("name", [name for name in HALF_PRECISION if name.startswith("prefill")])
+def test_products_of_a_turn_run_one_after_the_other(name, compiled):
+    """Where the compiler cannot keep wgmma asynchronous it says so with a wait after each."""
+    turn = compiled[name].loops[-1]
+    num_products = sum(each.opcode.startswith("HGMMA") for each in turn)
+    num_waits = sum(each.opcode.startswith("WARPGROUP") for each in turn)
+    assert num_products >= 8
+    assert num_waits <= 4
