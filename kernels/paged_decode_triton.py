@@ -88,6 +88,56 @@ def _join_splits(
     tl.store(out_ptr + tile, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_group)
 
 
+@triton.jit
+def _attend(
+    q,
+    tile_ptrs,
+    table_ptr,
+    begin,
+    stop,
+    context_len,
+    window,
+    inner,
+    unit,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Online softmax over blocks begin .. stop - 1: result, sum and maximum of each row."""
+    ROWS: tl.constexpr = q.shape[0]
+    PADDED_DIM: tl.constexpr = q.shape[1]
+    slots, in_dim = tl.arange(0, BLOCK_SIZE), tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
+    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    highest = tl.full([ROWS], -1.0e30, tl.float32)
+    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: rows are summed once, warps wait for it in each turn
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
+    block = tl.load(table_ptr + begin).to(tl.int64)
+    for index in range(begin, stop):
+        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
+        k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+        positions = index * BLOCK_SIZE + slots
+        seen = positions < context_len
+        if WINDOWED:
+            seen &= positions >= context_len - window
+        k = tl.load(k_ptrs, mask=in_dim, other=0.0)
+        # A slot that is not seen may hold another sequence's NaN, and 0 * NaN is NaN.
+        v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
+        scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
+        shrink = tl.exp2(highest - higher)
+        p = tl.exp2(scores * unit - higher[:, None])
+        totals = totals * shrink[:, None] + p
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        highest = higher
+        block = next_block
+    total = tl.sum(totals, 1)
+    return acc / total[:, None], total, highest
+
+
 @triton.jit(do_not_specialize=["num_splits", "min_blocks", "window"])
 def _paged_decode_kernel(
     out_ptr,
@@ -135,42 +185,16 @@ def _paged_decode_kernel(
 
     rows, dims, slots = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_SIZE)
     heads = kv_head * GROUP + rows
-    in_dim = dims[None, :] < HEAD_DIM
-    in_group = (rows < GROUP)[:, None] & in_dim
+    in_group = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = q_ptr + seq * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
     q = tl.load(q_rows, mask=in_group, other=0.0)
-    table_ptr = block_tables_ptr + seq * stride_table
     tile_ptrs = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM) + slots[:, None] * HEAD_DIM + dims[None, :]
 
-    # The maximum begins at a finite number: -inf minus -inf would be NaN.
-    highest = tl.full([ROWS], -1.0e30, tl.float32)
-    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: rows are summed once, warps wait for it in each turn
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
-    block = tl.load(table_ptr + begin).to(tl.int64)
     release_dependents(PDL)
-    for index in range(begin, stop):
-        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
-        k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
-        positions = index * BLOCK_SIZE + slots
-        seen = positions < context_len
-        if WINDOWED:
-            seen &= positions >= context_len - window
-        k = tl.load(k_ptrs, mask=in_dim, other=0.0)
-        # A slot that is not seen may hold another sequence's NaN, and 0 * NaN is NaN.
-        v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
-        scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
-        shrink = tl.exp2(highest - higher)
-        p = tl.exp2(scores * unit - higher[:, None])
-        totals = totals * shrink[:, None] + p
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        highest = higher
-        block = next_block
-
-    total = tl.sum(totals, 1)
-    acc /= total[:, None]
+    acc, total, highest = _attend(  # pyright: ignore[reportGeneralTypeIssues]
+        q, tile_ptrs, block_tables_ptr + seq * stride_table, begin, stop, context_len, window, inner, unit,
+        NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED,
+    )  # fmt: skip
     pair = seq * NUM_KV_HEADS + kv_head
     tile = rows[:, None] * HEAD_DIM + dims[None, :]
     out_ptr += pair * (GROUP * HEAD_DIM)
