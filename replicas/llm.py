@@ -60,13 +60,16 @@ def generate(engine: Engine, requests: Iterable[Request]) -> dict[str, list[Comp
         engine.limits.check(request)
     completions: dict[str, list[Completion]] = {}
     for request in requests:
-        engine.add_request(request)
+        engine.add_checked(request)
         samples = range(request.first_sample, request.first_sample + request.num_samples)
         completions[request.request_id] = [Completion(request.request_id, sample) for sample in samples]
     first_samples = {request.request_id: request.first_sample for request in requests}
-    while engine.has_work:
-        for delta in engine.step():
+    deltas: list[TokenDelta] = []
+    while deltas or engine.has_work:
+        engine.submit()
+        for delta in deltas:  # of the step before, while the device works on the next
             completions[delta.request_id][delta.sample - first_samples[delta.request_id]].append(delta)
+        deltas = engine.collect()
     if engine.failure is not None:
         raise EngineError(f"the engine failed: {engine.failure}") from engine.failure
     return completions
