@@ -57,7 +57,7 @@ def moe_mlp_ref(
     activation: str = "silu",
 ) -> torch.Tensor:
     """Token by token in fp32; result [T, H] in x's dtype."""
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for token in range(x.shape[0]):
         for weight, expert in zip(weights[token].tolist(), experts[token].tolist(), strict=True):
             hidden = silu_mul_ref(gate_up[expert].float() @ x[token].float(), activation)
