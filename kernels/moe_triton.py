@@ -205,7 +205,7 @@ _INVARIANT = MoeLaunch(64, _gemm(64, 64, 4, 4, 16), _gemm(128, 64, 4, 4, 16))
 
 
 def moe_launch(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, *, invariant: bool) -> MoeLaunch:
-    """Tiles 1.3 to 4 times as high as the rows that a chosen expert gets when all experts are as likely."""
+    """Tiles at least 4/3 as high as the rows that a chosen expert gets when all are as likely, but of 128 at most."""
     if dtype == torch.float32:
         return MoeLaunch(16, *_FP32)
     if invariant:
