@@ -150,7 +150,7 @@ def _sums_above(
 
 
 @triton.jit
-def profile_kernel(
+def sample_profile_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
@@ -207,7 +207,7 @@ def profile_kernel(
 
 
 @triton.jit
-def gather_kernel(
+def sample_gather_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,

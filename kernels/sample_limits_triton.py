@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .sample_bracket_triton import PIVOTS, bracket, cuts, gather_kernel, inside, lowest_inside, mass_of, profile_kernel
+from .sample_bracket_triton import (
+    PIVOTS,
+    bracket,
+    cuts,
+    inside,
+    lowest_inside,
+    mass_of,
+    sample_gather_kernel,
+    sample_profile_kernel,
+)
 from .sample_triton import best_of_parts, is_filtered, num_programs
 
 if TYPE_CHECKING:
@@ -115,7 +124,7 @@ def _search(
 
 
 @triton.jit
-def _limits_kernel(
+def _sample_limits_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
@@ -219,15 +228,15 @@ def find_limits(
     padded = {"PARTS": int(triton.next_power_of_2(num_parts)), "CHUNKS": int(triton.next_power_of_2(num_chunks))}
     padded |= {"CHUNK": CHUNK, **pdl_launch(logits)}
     for second in (False, True):
-        profile_kernel[grid](
+        sample_profile_kernel[grid](
             logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, *sizes,
             SECOND=second, TURN=TURN, num_warps=PROFILE_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
         )  # fmt: skip
-    gather_kernel[grid](
+    sample_gather_kernel[grid](
         logits, rows, temperature, top_k, top_p, scores, tokens, counts, masses, found, lengths, *sizes,
         CAPACITY=CAPACITY, num_warps=GATHER_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
-    _limits_kernel[(num_rows,)](
+    _sample_limits_kernel[(num_rows,)](
         logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, found, lengths, limits, *sizes,
         CAPACITY=CAPACITY, WIDTH=SEARCH_WIDTH, SHIFT=UNUSED_BITS[logits.dtype],
         num_warps=LIMITS_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -140,7 +140,7 @@ def _choose_perturbed(
 
 
 @triton.jit
-def _choose_kernel(
+def _sample_choose_kernel(
     logits_ptr,
     rows_ptr,
     positions_ptr,
@@ -190,7 +190,7 @@ def _choose_kernel(
 
 
 @triton.jit
-def _join_kernel(
+def _sample_join_kernel(
     rows_ptr, score_ptr, token_ptr, out_ptr, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64)
@@ -232,11 +232,11 @@ def sample_rows_triton(
     for filtered in (False, True):
         if filtered:
             limits = find_limits(logits, rows, params, scores, tokens)
-        _choose_kernel[(num_parts, num_rows)](
+        _sample_choose_kernel[(num_parts, num_rows)](
             logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size, num_chunks,
             FILTERED=filtered, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    _join_kernel[(num_rows,)](
+    _sample_join_kernel[(num_rows,)](
         rows, scores, tokens, out, num_parts,
         PARTS=int(triton.next_power_of_2(num_parts)), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

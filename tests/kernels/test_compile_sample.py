@@ -22,21 +22,23 @@ def _choose(dtype: str, chunk: int, *, filtered: bool):
     types = ROWS | {"logits_ptr": f"*{dtype}", "positions_ptr": "*i64", "min_p_ptr": "*fp32", "seed_ptr": "*i64"}
     constants = {"FILTERED": filtered, "CHUNK": chunk, "PDL": True}
     options = {"num_warps": sample_triton.NUM_WARPS}
-    return Variant("shoal.kernels.sample_triton:_choose_kernel", types | {"limits_ptr": "*fp32"}, constants, options)
+    return Variant(
+        "shoal.kernels.sample_triton:_sample_choose_kernel", types | {"limits_ptr": "*fp32"}, constants, options
+    )
 
 
 def _profile(dtype: str, *, second: bool):
     types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "min_p_ptr": "*fp32"}
     constants = SIZES | {"SECOND": second, "TURN": sample_limits_triton.TURN}
     options = {"num_warps": sample_limits_triton.PROFILE_WARPS}
-    return Variant("shoal.kernels.sample_bracket_triton:profile_kernel", types, constants, options)
+    return Variant("shoal.kernels.sample_bracket_triton:sample_profile_kernel", types, constants, options)
 
 
 def _gather(dtype: str):
     types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "found_ptr": f"*{dtype}", "length_ptr": "*i32"}
     constants = SIZES | {"CAPACITY": sample_limits_triton.CAPACITY}
     options = {"num_warps": sample_limits_triton.GATHER_WARPS}
-    return Variant("shoal.kernels.sample_bracket_triton:gather_kernel", types, constants, options)
+    return Variant("shoal.kernels.sample_bracket_triton:sample_gather_kernel", types, constants, options)
 
 
 def _limits(dtype: str):
@@ -45,12 +47,14 @@ def _limits(dtype: str):
     shift = {"bf16": 16, "fp16": 13, "fp32": 0}[dtype]
     constants = {"CAPACITY": sample_limits_triton.CAPACITY, "WIDTH": sample_limits_triton.SEARCH_WIDTH, "SHIFT": shift}
     options = {"num_warps": sample_limits_triton.LIMITS_WARPS}
-    return Variant("shoal.kernels.sample_limits_triton:_limits_kernel", types, SIZES | constants, options)
+    return Variant("shoal.kernels.sample_limits_triton:_sample_limits_kernel", types, SIZES | constants, options)
 
 
 def _join():
     types = {"rows_ptr": "*i64", "score_ptr": "*fp32", "token_ptr": "*i32", "out_ptr": "*i64"}
-    return Variant("shoal.kernels.sample_triton:_join_kernel", types, {"PARTS": PARTS, "PDL": True}, {"num_warps": 1})
+    return Variant(
+        "shoal.kernels.sample_triton:_sample_join_kernel", types, {"PARTS": PARTS, "PDL": True}, {"num_warps": 1}
+    )
 
 
 PARTIALS = {"highest_ptr": "*fp32", "mass_ptr": "*fp32", "above_ptr": "*i32", "token_ptr": "*i64"}
