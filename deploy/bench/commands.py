@@ -48,7 +48,16 @@ def latency(
     report = new_report(json, commit, model=model, rounds=rounds)
     batch_list, context_list = numbers(batches), numbers(contexts)
     with open_engine(model, parse_settings(settings or [])) as opened:
-        run_latency(report, opened, batch_list, context_list, num_decoded=decoded, rounds=rounds, trace=trace)
+        run_latency(
+            report,
+            opened,
+            batch_list,
+            context_list,
+            num_decoded=decoded,
+            rounds=rounds,
+            trace=trace,
+            after_each=lambda: report.keep(json),
+        )
     finish(report, json)
 
 
@@ -69,7 +78,14 @@ def throughput(
 
     report = new_report(json, commit, model=model, shortest=shortest, longest=longest)
     with open_engine(model, parse_settings(settings or [])) as opened:
-        run_throughput(report, opened, num_requests=requests, lengths=(shortest, longest), trace=trace)
+        run_throughput(
+            report,
+            opened,
+            num_requests=requests,
+            lengths=(shortest, longest),
+            trace=trace,
+            after_each=lambda: report.keep(json),
+        )
     finish(report, json)
 
 
@@ -116,6 +132,7 @@ def serve(
         for at_a_time in numbers(concurrency or "1,64,256"):
             num_requests = requests or max(16, 4 * at_a_time)
             report.add(**serving.measure(target, shape, num_requests, concurrency=at_a_time, objectives=objectives))
+            report.keep(json)
     finish(report, json)
 
 
@@ -138,7 +155,8 @@ def kernels(
     token_list, context_list, chosen = numbers(tokens), numbers(contexts), choose_device(device)
     dtype = serving_dtype(chosen)
     with open_model(model) as (folder, _):
-        run_kernels(report, cases_of(folder, token_list, context_list, chosen, dtype), chosen, dtype, only)
+        cases = cases_of(folder, token_list, context_list, chosen, dtype)
+        run_kernels(report, cases, chosen, dtype, only, after_each=lambda: report.keep(json))
     finish(report, json)
 
 

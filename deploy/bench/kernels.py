@@ -8,7 +8,7 @@ both measured in this run, over the time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,14 @@ def serving_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def run_kernels(report: Report, cases: Iterable[Case], device: str, dtype: torch.dtype, only: str | None) -> None:
+def run_kernels(
+    report: Report,
+    cases: Iterable[Case],
+    device: str,
+    dtype: torch.dtype,
+    only: str | None = None,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
     """A row for each case whose name matches `only`. A case that fails has a row that says so."""
     rates = measure_rates(device, dtype)
     report.device = device_name(device)
@@ -67,6 +74,7 @@ def run_kernels(report: Report, cases: Iterable[Case], device: str, dtype: torch
     for case in cases:
         if only is None or re.search(only, case.operator):
             report.add(**measure(case, device, dtype, rates))
+            after_each()
 
 
 def measure(case: Case, device: str, dtype: torch.dtype, rates: Rates) -> dict[str, Any]:

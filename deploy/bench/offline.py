@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def run_latency(
     num_decoded: int = latency.NUM_DECODED,
     rounds: int = 2,
     trace: Path | None = None,
+    after_each: Callable[[], None] = lambda: None,
 ) -> None:
     """A row for each context and batch; with `trace`, one traced run of the first of each."""
     vocab_size = opened.engine.facts.vocab_size
@@ -43,6 +45,7 @@ def run_latency(
             for _ in range(rounds):
                 timing.add_round(run, draw, vocab_size)
             report.add(**latency.row(timing, dense, rates))
+            after_each()
     if trace is not None:
         workload = fixed_lengths(draw, batches[0], contexts[0], _room(opened, contexts[0]), vocab_size)
         _trace(report, opened, workload, trace, until_finished=0)
@@ -55,6 +58,7 @@ def run_throughput(
     num_requests: int = 1000,
     lengths: tuple[int, int] = (100, 1024),
     trace: Path | None = None,
+    after_each: Callable[[], None] = lambda: None,
 ) -> None:
     """One row: all requests handed over at once, until the last token of the last."""
     engine = opened.engine
@@ -78,6 +82,7 @@ def run_throughput(
         least = throughput_limit_s(dense, rates, workload, engine.config.scheduler.max_num_seqs)
         row |= {"limit tok/s": workload.num_output_tokens / least, "of limit": least / elapsed}
     report.add(**row)
+    after_each()
     if trace is not None:
         _trace(report, opened, workload, trace, until_finished=1)
 

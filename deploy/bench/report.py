@@ -68,6 +68,13 @@ class Report:
     def add(self, **row: Any) -> None:
         self.rows.append(row)
 
+    def keep(self, path: Path) -> None:
+        """Write what there is so far and show the last row, so that a run that is cut short is not lost."""
+        self.write(path)
+        if self.rows:
+            last = ", ".join(f"{name} {cell(value)}" for name, value in self.rows[-1].items() if value is not None)
+            print(f"{self.benchmark}: {last}", file=sys.stderr, flush=True)
+
     def show(self) -> None:
         """Print the rows as a table, and the trace's figures as another; numbers to three figures or more."""
         # A pipe has no width, and a table that is cut to 80 columns is not worth writing.
