@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .runner import StepOutputs
 
 
+_FEW = 16  # sequences
+
+
 def decode_rooms(max_rows: int) -> list[Room]:
     """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
     sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
@@ -30,13 +33,22 @@ def decode_rooms(max_rows: int) -> list[Room]:
 
 
 def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
-    """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding."""
+    """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
+
+    Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
+    decodes there is room for, and one long context among room for 256 would have little of it.
+    """
     sizes, size = [], 64
     while size < max_tokens:
         sizes.append(size)
         size += max(64, size // 8 // 64 * 64)
     sizes.append(max_tokens)
-    return [Room(size, min(size, max_rows), min(max_rows, max(size // 2, 1)), min(size, max_rows)) for size in sizes]
+    rooms = []
+    for size in sizes:
+        for decodes in sorted({0, min(_FEW, size, max_rows), min(size, max_rows)}):
+            samples = min(decodes + _FEW, size, max_rows)
+            rooms.append(Room(size, decodes, min(max_rows, max(size // 2, 1)), samples))
+    return rooms
 
 
 class StepGraphs:

@@ -73,6 +73,8 @@ def test_rooms_of_graphs_cover_every_step_they_may():
     assert all(any(room.holds(Room(size, size, 0, size)) for room in decode) for size in range(1, 201))
     assert mixed[-1].tokens == 2048
     for tokens in range(2, 2049):
-        fitting = next(room for room in mixed if room.holds(Room(tokens, 1, 1, 2)))
-        assert fitting.tokens - tokens < max(64, tokens / 7), "padding costs as much as what is served"
+        for decodes in {0, 1, min(tokens - 1, 16), min(tokens - 1, 200)}:
+            fitting = next(room for room in mixed if room.holds(Room(tokens, decodes, 1, min(decodes + 1, 200))))
+            assert fitting.tokens - tokens < max(64, tokens / 7), "padding costs as much as what is served"
+            assert fitting.decodes == decodes or fitting.decodes <= 16 or decodes > 16
     assert decode_rooms(3) == [Room(1, 1, 0, 1), Room(2, 2, 0, 2), Room(3, 3, 0, 3)]
