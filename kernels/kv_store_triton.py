@@ -4,7 +4,8 @@ Legend: T tokens, H query heads, KV kv heads, B blocks, BS block_size, D head_di
 cache [B, 2, KV, BS, D] without gaps; slot_mapping int64 [T]; cos/sin cache [P, R] fp32; positions int64 [T]; weights
 of the norms of queries and keys [D]. A token whose slot is negative is padding: nothing is stored for it.
 
-How a head is summed for its norm depends on D alone, never on T: the tiles are the same for any number of tokens.
+How a head is summed for its norm depends on its size and number, never on T: more tokens take more warps, not
+more of a head in a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .rope_triton import NUM_WARPS, launch_parameters, load_cos_sin, load_halves, store_halves
+from .rope_triton import launch_parameters, load_cos_sin, load_halves, store_halves
 
 
 @triton.jit
@@ -121,10 +122,11 @@ def _rope_kv_store_kernel(
             )
 
 
-def rope_launch_parameters(num_rows: int, half: int, rest: int) -> tuple[int, int, int]:
-    """(BLOCK_HEADS, BLOCK_HALF, BLOCK_REST) for heads of two halves that are rotated and a rest that is not."""
-    block_heads, _ = launch_parameters(num_rows, max(half, rest))
-    return block_heads, int(triton.next_power_of_2(half)), int(triton.next_power_of_2(rest)) if rest else 0
+def rope_launch_parameters(num_tokens: int, num_rows: int, half: int, rest: int) -> tuple[int, int, int, int]:
+    """(BLOCK_HEADS, BLOCK_HALF, BLOCK_REST, num_warps) for heads of two rotated halves and a rest."""
+    block_heads, _, num_warps = launch_parameters(num_tokens, num_rows, max(half, rest))
+    block_rest = int(triton.next_power_of_2(rest)) if rest else 0
+    return block_heads, int(triton.next_power_of_2(half)), block_rest, num_warps
 
 
 def _check(x: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -143,11 +145,11 @@ def kv_store_triton(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.T
     if kv.numel() == 0:
         return
     num_tokens, num_rows, head_dim = kv.shape
-    block_heads, block_dim = launch_parameters(num_rows, head_dim)
+    block_heads, block_dim, num_warps = launch_parameters(num_tokens, num_rows, head_dim)
     _kv_store_kernel[(num_tokens, triton.cdiv(num_rows, block_heads))](
         kv, cache, slot_mapping, kv.stride(0), kv.stride(1),
         NUM_KV_HEADS=num_rows // 2, BLOCK_SIZE=cache.shape[3], HEAD_DIM=head_dim,
-        BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim, num_warps=NUM_WARPS, **pdl_launch(kv),  # pyright: ignore[reportCallIssue]
+        BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim, num_warps=num_warps, **pdl_launch(kv),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
@@ -170,11 +172,13 @@ def rope_kv_store_triton(
         return
     num_tokens, num_rows, head_dim = qkv.shape
     half = cos_sin.shape[1] // 2
-    block_heads, block_half, block_rest = rope_launch_parameters(num_rows, half, head_dim - 2 * half)
+    block_heads, block_half, block_rest, num_warps = rope_launch_parameters(
+        num_tokens, num_rows, half, head_dim - 2 * half
+    )
     q_norm, k_norm = norms or (qkv, qkv)
     _rope_kv_store_kernel[(num_tokens, triton.cdiv(num_rows, block_heads))](
         qkv, cos_sin, positions, cache, slot_mapping, q_norm, k_norm, eps, qkv.stride(0), qkv.stride(1),
         NUM_HEADS=num_heads, NUM_KV_HEADS=(num_rows - num_heads) // 2, BLOCK_SIZE=cache.shape[3], HEAD_DIM=head_dim,
         HALF=half, NORM=norms is not None, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
-        BLOCK_REST=block_rest, num_warps=NUM_WARPS, **pdl_launch(qkv),  # pyright: ignore[reportCallIssue]
+        BLOCK_REST=block_rest, num_warps=num_warps, **pdl_launch(qkv),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

@@ -57,10 +57,13 @@ def _rms_norm_kernel(
 
 
 def launch_parameters(num_features: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_N, num_warps): 8 values a thread up to 4096 features, short rows several to a program."""
+    """(BLOCK_ROWS, BLOCK_N, num_warps): short rows several to a program, long ones with as many threads as help.
+
+    256 rows of 4096 after an addition, bf16 on an H200: 3.4, 3.1, 2.3 us with 4, 8, 16 warps; of 2048: 2.3, 2.1, 1.8.
+    """
     block_n = int(triton.next_power_of_2(num_features))
     block_rows = max(1, 1024 // block_n)
-    return block_rows, block_n, min(block_rows * block_n // 256, 16)
+    return block_rows, block_n, 16 if block_n >= 2048 else 4
 
 
 def rms_norm_triton(

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
-BLOCK_N, NUM_WARPS = 1024, 4  # 8 values a thread: one 16-byte load of bf16 for the gate, one for up
+# 8 values a thread: one 16-byte load of bf16 for the gate, one for up. Half of it takes 4.8 instead of 3.9 us for 256
+# tokens of 14,336 features on an H200, which starts a program on a multiprocessor every 160 ns.
+BLOCK_N, NUM_WARPS = 2048, 8
 
 
 @triton.jit

@@ -36,29 +36,30 @@ def _silu_mul(dtype: str, *, gelu: bool):
     )
 
 
-WARPS = _options(rope_triton.NUM_WARPS)
-
-
 def _rope(dtype: str, num_heads: int, half: int):
-    block_heads, block_half = rope_triton.launch_parameters(num_heads, half)
+    block_heads, block_half, num_warps = rope_triton.launch_parameters(1, num_heads, half)
     constants = {"NUM_HEADS": num_heads, "HALF": half, "BLOCK_HEADS": block_heads, "BLOCK_HALF": block_half}
     types = {"x_ptr": f"*{dtype}", "cos_sin_ptr": "*fp32", "position_ptr": "*i64"}
-    return Variant("shoal.kernels.rope_triton:_rope_kernel", types, constants | {"PDL": True}, WARPS)
+    return Variant("shoal.kernels.rope_triton:_rope_kernel", types, constants | {"PDL": True}, _options(num_warps))
 
 
 def _kv_store(dtype: str, num_kv_heads: int, head_dim: int):
-    block_heads, block_dim = rope_triton.launch_parameters(2 * num_kv_heads, head_dim)
+    block_heads, block_dim, num_warps = rope_triton.launch_parameters(1, 2 * num_kv_heads, head_dim)
     constants = {
         "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": 64, "HEAD_DIM": head_dim,
         "BLOCK_HEADS": block_heads, "BLOCK_DIM": block_dim, "PDL": True,
     }  # fmt: skip
     types = {"kv_ptr": f"*{dtype}", "cache_ptr": f"*{dtype}", "slot_ptr": "*i64"}
-    return Variant("shoal.kernels.kv_store_triton:_kv_store_kernel", types, constants, WARPS)
+    return Variant("shoal.kernels.kv_store_triton:_kv_store_kernel", types, constants, _options(num_warps))
 
 
-def _rope_kv_store(dtype: str, num_heads: int, num_kv_heads: int, head_dim: int, half: int, *, norm: str = ""):
+def _rope_kv_store(
+    dtype: str, num_heads: int, num_kv_heads: int, head_dim: int, half: int, *, norm: str = "", num_tokens: int = 1
+):
     num_rows = num_heads + 2 * num_kv_heads
-    block_heads, block_half, block_rest = kv_store_triton.rope_launch_parameters(num_rows, half, head_dim - 2 * half)
+    block_heads, block_half, block_rest, num_warps = kv_store_triton.rope_launch_parameters(
+        num_tokens, num_rows, half, head_dim - 2 * half
+    )
     constants = {
         "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": 64, "HEAD_DIM": head_dim, "HALF": half,
         "NORM": bool(norm), "BLOCK_HEADS": block_heads, "BLOCK_HALF": block_half, "BLOCK_REST": block_rest, "PDL": True,
@@ -67,7 +68,7 @@ def _rope_kv_store(dtype: str, num_heads: int, num_kv_heads: int, head_dim: int,
         "qkv_ptr": f"*{dtype}", "cos_sin_ptr": "*fp32", "position_ptr": "*i64", "cache_ptr": f"*{dtype}",
         "slot_ptr": "*i64", "eps": "fp32", "q_norm_ptr": f"*{norm or dtype}", "k_norm_ptr": f"*{norm or dtype}",
     }  # fmt: skip
-    return Variant("shoal.kernels.kv_store_triton:_rope_kv_store_kernel", types, constants, WARPS)
+    return Variant("shoal.kernels.kv_store_triton:_rope_kv_store_kernel", types, constants, _options(num_warps))
 
 
 def _block_copy(dtype: str):
@@ -92,6 +93,7 @@ VARIANTS = {
     "store": _kv_store("bf16", 8, 128),
     "rope and store": _rope_kv_store("bf16", 32, 8, 128, 64),
     "rope and store, part of a head": _rope_kv_store("bf16", 32, 32, 80, 16),
+    "rope and store, many tokens": _rope_kv_store("bf16", 32, 8, 128, 64, num_tokens=2048),
     "norm, rope and store": _rope_kv_store("bf16", 32, 8, 128, 64, norm="bf16"),
     "norm, rope and store, fp32 weight": _rope_kv_store("bf16", 8, 4, 256, 128, norm="fp32"),
     "norm, rope and store, part of a head": _rope_kv_store("bf16", 32, 32, 80, 16, norm="bf16"),
@@ -111,6 +113,7 @@ MOVED = {
     "rope": 4 * rope_triton.TILE,
     "store": 2 * rope_triton.TILE,
     "rope and store": 4 * rope_triton.TILE,
+    "rope and store, many tokens": 8 * rope_triton.TILE,
     "norm, rope and store": 4 * rope_triton.TILE,
     "block copy": 2 * block_copy_triton.MAX_COPIES * block_copy_triton.BLOCK_N,
 }

@@ -96,23 +96,25 @@ def test_padding_is_not_stored(normed, device):
     assert torch.equal(qkv[:, 5:], kept[:, 5:])
 
 
-def test_a_token_is_normed_alike_in_any_batch(device):
-    """To the last bit, whatever stands beside it: tiles follow from the shape of a token."""
-    qkv, factors = torch.randn(9, 12, 24, device=device), rope_cache(30, 24).to(device)
-    norms = torch.rand(2, 24, device=device)
-    positions, slots = torch.arange(9, device=device) * 3, torch.arange(9, device=device)
+@pytest.mark.parametrize("head_dim", [24, 128])
+def test_a_token_is_normed_alike_in_any_batch(head_dim, dtype, device):
+    """To the last bit, whatever stands beside it; 600 tokens are more than the smallest programs are for."""
+    num_tokens = 600 if device.type == "cuda" else 9
+    qkv, factors = torch.randn(num_tokens, 24, head_dim, device=device).to(dtype), rope_cache(30, head_dim).to(device)
+    norms = torch.rand(2, head_dim, device=device).to(dtype)
+    positions, slots = torch.arange(num_tokens, device=device) % 30, torch.arange(num_tokens, device=device)
 
     def run(tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        part, cache = qkv[tokens].clone(), torch.zeros(1, 2, 2, 16, 24, device=device)
+        part, cache = qkv[tokens].clone(), torch.zeros(38, 2, 2, 16, head_dim, dtype=dtype, device=device)
         rows, turning = store_rows(slots[tokens], 2, 16), rope_rows(factors, positions[tokens], qkv.dtype)
-        rope_kv_store(part, 8, turning, cache, rows, q_norm=norms[0], k_norm=norms[1], eps=1e-6)
-        return part[:, :8], cache[0, :, :, slots[tokens]]
+        rope_kv_store(part, 20, turning, cache, rows, q_norm=norms[0], k_norm=norms[1], eps=1e-6)
+        return part[:, :20], cache[slots[tokens] // 16, :, :, slots[tokens] % 16]
 
-    queries, pairs = run(slice(0, 9))
-    for token in range(9):
+    queries, pairs = run(slice(0, num_tokens))
+    for token in range(0, num_tokens, num_tokens // 9):
         alone = run(slice(token, token + 1))
         assert torch.equal(alone[0][0], queries[token])
-        assert torch.equal(alone[1][:, :, 0], pairs[:, :, token])
+        assert torch.equal(alone[1][0], pairs[token])
 
 
 def test_kv_store_refuses_what_does_not_fit(device):
