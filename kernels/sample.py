@@ -115,15 +115,18 @@ def sample_rows_ref(
     """`sample_rows` in plain torch, with a sort. It looks at the parameters, to leave out what no row asks for."""
     wide = logits.float()
     usable = wide.amax(dim=1).isfinite() & (rows >= 0)
-    temperature, top_k, top_p, min_p, seed = (values[rows.clamp(min=0)] for values in params)
     tokens = wide.argmax(dim=1)
-    greedy = temperature == 0.0
-    if not greedy.all():
+    known = rows.clamp(min=0)
+    temperature = params.temperature[known]
+    if temperature.any():
+        top_k, top_p, min_p = params.top_k[known], params.top_p[known], params.min_p[known]
+        greedy = temperature == 0.0
         scaled = wide * torch.where(greedy, 1.0, temperature).reciprocal().unsqueeze(1)
         narrowed = ((top_k > 0) & (top_k < wide.shape[1])) | (top_p < 1.0) | (min_p > 0.0)
         if narrowed.any():
             scaled = filter_logits(scaled, top_k, top_p, min_p)
-        tokens = torch.where(greedy, tokens, (scaled + gumbel_noise(seed, positions, wide.shape[1])).argmax(dim=1))
+        noise = gumbel_noise(params.seed[known], positions, wide.shape[1])
+        tokens = torch.where(greedy, tokens, (scaled + noise).argmax(dim=1))
     return torch.where(usable, tokens, -1)
 
 
