@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .sample import SamplingRows
 
 CHUNK, TURN = 4096, 512  # tokens of a chunk, and those that a program compares with the pivots at a time
-CAPACITY = 256
+CAPACITY = 512  # of the 4096; 8 MB for 256 rows of 128,256 logits in half precision
 PROGRAMS = 132 * 4
 PROFILE_WARPS, GATHER_WARPS, LIMITS_WARPS = 8, 8, 8
 SEARCH_WIDTH = 16  # candidates of each chunk that one turn of the search looks at
