@@ -2,8 +2,8 @@
 
 Legend as in paged_prefill.py. The rows of a tile are tokens times the G query heads of one kv head: BLOCK_ROWS // G
 tokens, so that a block of keys is read once for all of them and the diagonal is short. The last tile of a slice, which
-sees the most keys, starts first. Blocks that every row sees whole skip the mask: they lie between those at the left
-edge of a window and those at the diagonal.
+sees the most keys, starts first. Blocks that every row sees whole come without a mask, between those at the left edge
+of a window and those at the diagonal. (One loop that skips the mask by a branch: 387 TFLOP/s for 492.)
 
 No value comes back to the host. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
@@ -45,13 +45,18 @@ def _find_tile(starts_ptr, num_slices, program, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def _attend_blocks(
+    acc,
+    total,
+    highest,
     q,
     positions,
     first_position,
     last_position,
     tile_ptr,
     table_ptr,
+    begin,
+    stop,
     window,
     inner,
     unit,
@@ -61,48 +66,36 @@ def _attend(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Online softmax over the blocks that a tile sees; result and row sums.
+    """Online softmax over blocks begin .. stop - 1 of the table.
 
     A block of which a row sees nothing leaves the row's sums bit for bit, and one of which it sees all is the same with
     and without the mask: so a row's result does not depend on the rows that share its tile.
     """
-    BLOCK_ROWS: tl.constexpr = q.shape[0]
-    PADDED_DIM: tl.constexpr = q.shape[1]
-    dims, slots = tl.arange(0, PADDED_DIM)[None, :], tl.arange(0, BLOCK_SIZE)
+    dims, slots = tl.arange(0, q.shape[1])[None, :], tl.arange(0, BLOCK_SIZE)
     in_dim = dims < HEAD_DIM
     tile_ptrs = tile_ptr + slots[:, None] * HEAD_DIM + dims
-    last = last_position // BLOCK_SIZE
-    # Blocks from `left` to before `right` are seen whole by every row.
-    begin, left, right = 0, 0, (first_position + 1) // BLOCK_SIZE
-    if WINDOWED:
-        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE
-        left = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_SIZE)
-
-    # The maximum begins at a finite number: -inf minus -inf would be NaN.
-    highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
     # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
-    block = tl.load(table_ptr + begin).to(tl.int64)
-    for index in tl.range(begin, last + 1, num_stages=STAGES):
-        next_block = tl.load(table_ptr + index + 1, mask=index < last, other=0).to(tl.int64)
+    block = tl.load(table_ptr + begin, mask=begin < stop, other=0).to(tl.int64)
+    for index in tl.range(begin, stop, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
         k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
-        keys = index * BLOCK_SIZE + slots
-        # A slot that no row sees may hold another sequence's NaN, and 0 * NaN is NaN.
-        read = keys <= last_position
-        masked = index >= right
-        if WINDOWED:
-            read &= keys > first_position - window
-            masked |= index < left
+        v_ptrs = k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
         k = tl.load(k_ptrs, mask=in_dim, other=0.0)
-        v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=read[:, None] & in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
-        if masked:
+        if MASKED:
+            keys = index * BLOCK_SIZE + slots
+            # A slot that no row sees may hold another sequence's NaN, and 0 * NaN is NaN.
+            read = keys <= last_position
             seen = keys[None, :] <= positions[:, None]
             if WINDOWED:
+                read &= keys > first_position - window
                 seen &= keys[None, :] > positions[:, None] - window
+            v = tl.load(v_ptrs, mask=read[:, None] & in_dim, other=0.0)
             scores = tl.where(seen, scores, float("-inf"))
+        else:
+            v = tl.load(v_ptrs, mask=in_dim, other=0.0)
         higher = tl.maximum(highest, tl.max(scores, 1) * unit)
         shrink = tl.exp2(highest - higher)
         p = tl.exp2(scores * unit - higher[:, None])
@@ -110,7 +103,7 @@ def _attend(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         highest = higher
         block = next_block
-    return acc, total
+    return acc, total, highest
 
 
 @triton.jit(do_not_specialize=["num_slices", "window"])
@@ -161,15 +154,35 @@ def _paged_prefill_kernel(
     in_tile = ((rows < TOKENS * GROUP) & (tokens < query_len))[:, None] & (dims < HEAD_DIM)[None, :]
     q_tokens, heads = (query_start + tokens).to(tl.int64), kv_head * GROUP + rows % GROUP
     q_ptrs = q_ptr + q_tokens[:, None] * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
-    acc, total = _attend(  # pyright: ignore[reportGeneralTypeIssues]
-        tl.load(q_ptrs, mask=in_tile, other=0.0),
-        context_len - query_len + tokens,
-        first_position,
-        last_position,
-        cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM),
-        block_tables_ptr + index.to(tl.int64) * stride_table,
-        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES,
+    q = tl.load(q_ptrs, mask=in_tile, other=0.0)
+    positions = context_len - query_len + tokens
+    tile_ptr = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    table_ptr = block_tables_ptr + index.to(tl.int64) * stride_table
+
+    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
+    left = 0
+    if WINDOWED:
+        edge = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE
+        left = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_SIZE)
+        left = tl.minimum(left, last_position // BLOCK_SIZE + 1)
+        acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
+            acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, edge, left,
+            window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, 2, True,
+        )  # fmt: skip
+    right = tl.maximum(left, (first_position + 1) // BLOCK_SIZE)
+    acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
+        acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, left, right,
+        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES, False,
     )  # fmt: skip
+    acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
+        acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, right,
+        last_position // BLOCK_SIZE + 1, window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED,
+        2, True,
+    )  # fmt: skip
+
     total = tl.where(total == 0.0, 1.0, total)  # rows beyond the slice may have seen nothing
     out_ptrs = out_ptr + (q_tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
