@@ -29,7 +29,7 @@ from .config import EngineConfig, ModelFacts
 from .plan import DEVICE_TOKEN, BlockCopy, Ints, StepPlan, StepResult
 from .plan_draft import Chunk, PlanDraft, Rows
 from .protocol import BlockReport, FinishReason, ReplicaLoad, Request
-from .sequence import Ending, Phase, RequestState, Sequence, SequenceTable
+from .sequence import Ending, Phase, RequestState, Sequence, SequenceTable, true_rows
 from .step_outcome import StepInFlight, StepOutcome
 from .waiting_line import WaitingLine
 
@@ -138,7 +138,7 @@ class Scheduler:
         """One token of each decoding sequence that may have another; preempts until their blocks suffice."""
         table, pool = self.table, self.pool
         while True:
-            rows = np.flatnonzero(table.decoding & (table.length < table.max_length))
+            rows = true_rows(table.decoding & (table.length < table.max_length))
             if not rows.size:
                 return
             starts = table.computed[rows]
@@ -146,7 +146,7 @@ class Scheduler:
             lacking = indices >= table.num_blocks[rows]
             shared = (pool.ref_counts[table.last_block[rows]] > 1) & ~lacking
             num_lacking = int(np.count_nonzero(lacking))
-            num_copies = pool.num_copies(table.last_block[rows[shared]]) if shared.any() else 0
+            num_copies = pool.num_copies(table.last_block[rows[shared]]) if np.count_nonzero(shared) else 0
             if num_lacking + num_copies <= pool.num_free:
                 break
             self._preempt_last()
@@ -158,7 +158,7 @@ class Scheduler:
             table.num_blocks[growing] += 1
         in_flight = table.in_flight[rows]
         tokens = np.full(rows.size, DEVICE_TOKEN, np.int32)
-        read_back = np.flatnonzero(in_flight == 0)
+        read_back = true_rows(in_flight == 0)
         if read_back.size:
             tokens[read_back] = table.tokens[rows[read_back], starts[read_back]]
         table.computed[rows] = starts + 1
@@ -305,7 +305,7 @@ class Scheduler:
         scored = [self._scored(step, chunk) for chunk in step.scored]
         failures = self._fail(step, result) if result.failed_rows else []
         rows, token_ids = step.sample_rows, result.token_ids
-        samples = np.flatnonzero(table.epoch[rows] == step.sample_epochs)
+        samples = true_rows(table.epoch[rows] == step.sample_epochs)
         if samples.size < rows.size:
             rows, token_ids = rows[samples], token_ids[samples]
         positions = table.known[rows]
@@ -314,17 +314,17 @@ class Scheduler:
         table.known[rows] = known
         table.in_flight[rows] -= 1
         self.counters.generation_tokens += rows.size
-        sequences = table.sequences[rows]
+        sequences, names = table.sequences[rows], (table.request_ids[rows], table.sample_numbers[rows])
         stopped = table.stopped(rows, token_ids) & (known >= table.min_length[rows])
         endings: dict[int, Ending] = {}
-        for i in np.flatnonzero(stopped | (known >= table.max_length[rows])).tolist():
+        for i in true_rows(stopped | (known >= table.max_length[rows])).tolist():
             reason = FinishReason.STOP if stopped[i] else FinishReason.LENGTH
             token = int(token_ids[i])
             at_eos = table.stops_at_eos[rows[i]] and table.is_eos[token]
             stop_reason = token if stopped[i] and not at_eos else None
-            endings[i] = self._end(sequences[i], reason, stop_reason)
-        firsts = np.flatnonzero(positions == table.context_length[rows])
-        return StepOutcome(samples, sequences, token_ids, firsts, endings, failures, scored)
+            endings[i] = self._end(sequences.item(i), reason, stop_reason)
+        firsts = true_rows(positions == table.context_length[rows])
+        return StepOutcome(samples, sequences, *names, token_ids, firsts, endings, failures, scored)
 
     def _scored(self, step: StepInFlight, chunk: Chunk) -> tuple[Sequence, int] | None:
         if self.table.epoch[chunk.row] != step.chunk_epochs[chunk.row]:

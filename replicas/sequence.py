@@ -87,6 +87,11 @@ class Ending(NamedTuple):
     error: str | None = None
 
 
+def true_rows(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Where a vector is true: np.flatnonzero without its 0.7 us of Python, of which a step would have six."""
+    return mask.nonzero()[0]
+
+
 class SequenceTable:
     """What each step reads and writes of every sequence: one row per admitted sequence, one array per field.
 
@@ -116,6 +121,8 @@ class SequenceTable:
         self.num_blocks: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.last_block: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # blocks[row, num_blocks[row] - 1]
         self.sequences: NDArray[np.object_] = np.full(num_rows, None, object)
+        self.request_ids: NDArray[np.object_] = np.full(num_rows, None, object)
+        self.sample_numbers: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
@@ -128,6 +135,7 @@ class SequenceTable:
         sampling, prompt_len = request.sampling, len(request.prompt_token_ids)
         row = sequence.row = self._free_rows.pop()
         self.sequences[row] = sequence
+        self.request_ids[row], self.sample_numbers[row] = sequence.request_id, sequence.sample
         self.tokens[row, : len(context)] = context
         self.context_length[row] = self.known[row] = self.length[row] = len(context)
         self.computed[row] = self.in_flight[row] = self.num_blocks[row] = 0
@@ -146,7 +154,7 @@ class SequenceTable:
     def stopped(self, rows: NDArray[np.intp], token_ids: Ints) -> NDArray[np.bool_]:
         """Which rows got their end-of-sequence or one of their stop tokens."""
         stopped = self.is_eos[token_ids] & self.stops_at_eos[rows]
-        watchful = np.flatnonzero(self.has_stop_ids[rows])
+        watchful = true_rows(self.has_stop_ids[rows])
         if watchful.size:
             stopped[watchful] |= (self.stop_ids[rows[watchful]] == token_ids[watchful, None]).any(axis=1)
         return stopped

@@ -27,12 +27,14 @@ class StepInFlight:
 class StepOutcome:
     """What a result brought: sequence `sequences[i]` got token `token_ids[i]`, sample `samples[i]` of the plan.
 
-    `firsts` are those i where it was the first one; `endings` is by i where it was the last one; `failures` ended
-    without a token.
+    It is sample `sample_numbers[i]` of request `request_ids[i]`. `firsts` are those i where the token was the first
+    one; `endings` is by i where it was the last one; `failures` ended without a token.
     """
 
     samples: Rows
     sequences: NDArray[np.object_]
+    request_ids: NDArray[np.object_]
+    sample_numbers: Ints
     token_ids: Ints
     firsts: Rows
     endings: dict[int, Ending]
