@@ -2,8 +2,9 @@
 
 Legend as in paged_prefill.py. The rows of a tile are tokens times the G query heads of one kv head: BLOCK_ROWS // G
 tokens, so that a block of keys is read once for all of them and the diagonal is short. The last tile of a slice, which
-sees the most keys, starts first. Blocks that every row sees whole come without a mask, between those at the left edge
-of a window and those at the diagonal. (One loop that skips the mask by a branch: 387 TFLOP/s for 492.)
+sees the most keys, starts first. Blocks that every row sees whole come without a mask, before those at the diagonal.
+One loop that skips the mask by a branch runs at 387 TFLOP/s for 492 on an H200; with a third loop, for the left edge of
+a window, ptxas keeps no product asynchronous, so that windows have the masked loop alone.
 
 No value comes back to the host. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
@@ -77,10 +78,10 @@ def _attend_blocks(
     in_dim = dims < HEAD_DIM
     tile_ptrs = tile_ptr + slots[:, None] * HEAD_DIM + dims
     # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
-    block = tl.load(table_ptr + begin, mask=begin < stop, other=0).to(tl.int64)
+    block = tl.load(table_ptr + begin, mask=begin < stop, other=0)
     for index in tl.range(begin, stop, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
-        k_ptrs = tile_ptrs + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+        next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0)
+        k_ptrs = tile_ptrs + block.to(tl.int64) * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
         v_ptrs = k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
         k = tl.load(k_ptrs, mask=in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
@@ -163,24 +164,19 @@ def _paged_prefill_kernel(
     highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
-    left = 0
+    begin, end = 0, last_position // BLOCK_SIZE + 1
     if WINDOWED:
-        edge = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE
-        left = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_SIZE)
-        left = tl.minimum(left, last_position // BLOCK_SIZE + 1)
+        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_SIZE
+    else:
+        whole = (first_position + 1) // BLOCK_SIZE
         acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
-            acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, edge, left,
-            window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, 2, True,
+            acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, 0, whole,
+            window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES, False,
         )  # fmt: skip
-    right = tl.maximum(left, (first_position + 1) // BLOCK_SIZE)
+        begin = whole
     acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
-        acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, left, right,
-        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES, False,
-    )  # fmt: skip
-    acc, total, highest = _attend_blocks(  # pyright: ignore[reportGeneralTypeIssues]
-        acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, right,
-        last_position // BLOCK_SIZE + 1, window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED,
-        2, True,
+        acc, total, highest, q, positions, first_position, last_position, tile_ptr, table_ptr, begin, end,
+        window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES, True,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # rows beyond the slice may have seen nothing

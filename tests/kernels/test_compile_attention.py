@@ -52,6 +52,7 @@ VARIANTS = {
     "decode in fp32": _decode("fp32", 32, block_size=16),
     "prefill": _prefill("bf16", 128),
     "prefill, window and soft cap": _prefill("bf16", 128, windowed=True, capped=True),
+    "prefill, soft cap": _prefill("bf16", 128, capped=True),
     "prefill, small heads": _prefill("fp16", 64, group=7),
     "prefill, odd heads": _prefill("bf16", 96, group=1),
     "prefill, large heads": _prefill("bf16", 256, group=2, windowed=True, capped=True),
@@ -87,10 +88,8 @@ def test_decode_issues_a_fifth_of_what_full_bandwidth_allows(name, compiled):
 
 
 @pytest.mark.parametrize("name", [name for name in HALF_PRECISION if name.startswith("prefill")])
-def test_products_of_a_turn_run_one_after_the_other(name, compiled):
-    """Where the compiler cannot keep wgmma asynchronous it says so with a wait after each."""
+def test_products_of_a_turn_do_not_wait_for_each_other(name, compiled):
+    """Small changes to the kernel make ptxas put a wait after each wgmma of all its loops, for no stated reason."""
     turn = compiled[name].loops[-1]
-    num_products = sum(each.opcode.startswith("HGMMA") for each in turn)
-    num_waits = sum(each.opcode.startswith("WARPGROUP") for each in turn)
-    assert num_products >= 8
-    assert num_waits <= 4
+    assert sum(each.opcode.startswith("HGMMA") for each in turn) >= 8
+    assert sum(each.opcode.startswith("WARPGROUP") for each in turn) <= 4
