@@ -2,11 +2,12 @@
 
 python -m benchmarks.tune [--models 8b 1b] [--tp 1 2] [--budget SECONDS]
 
-Candidates are timed against cuBLAS in CUDA graphs, each product after the norm that goes before it in a model, so that
-what overlaps with a kernel before it counts; weights rotate through 240 MB, so that the L2 cache holds none. Candidates
-are compiled, and held against the fp32 formula, in one process a core before anything is timed. Where no candidate is
-1 % faster than cuBLAS the table says cuBLAS. The table goes to kernels/tuned/<device>.json, the times to
-benchmarks/results/tune.json: microseconds of the best candidate / of cuBLAS, by tokens, norm included.
+Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (a norm,
+or attention over 1024 tokens a sequence), so that what overlaps with that kernel counts; weights rotate through 240 MB,
+so that the L2 cache holds none. Candidates are compiled, and held against the fp32 formula, in one process a core before
+anything is timed. Where no candidate is 1 % faster than cuBLAS the table says cuBLAS. The table goes to
+kernels/tuned/<device>.json, the times to benchmarks/results/tune.json: microseconds of the best candidate / of cuBLAS,
+by tokens, the kernel before included.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import triton
 from benchmarks.report import RESULTS, Report
 from shoal.kernels.gemm import gated_linear_ref, linear_ref
 from shoal.kernels.gemm_triton import gemm_triton
+from shoal.kernels.paged_decode import decode_tables, paged_decode
 from shoal.kernels.rms_norm import rms_norm
 from shoal.kernels.silu_mul import silu_mul
 from shoal.kernels.tuning import TABLES, TOKEN_BUCKETS, Launch, format_table, shape_key, table_name
 
 ROTATED_BYTES = 240_000_000  # four times the L2 cache of an H200
+CONTEXT = 1024
 SHARED_MEMORY = 227 * 1024
 MARGIN = 0.99
 
@@ -68,11 +71,12 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """A product: outputs (after the gate, where there is one) and inputs."""
+    """A product: outputs (after the gate, where there is one), inputs, and which kernel goes before it."""
 
     outputs: int
     inputs: int
     gated: bool = False
+    after: str = "norm"  # or attention, or product
 
     @property
     def rows(self) -> int:
@@ -84,9 +88,9 @@ def shapes_of(model: Model, tp: int) -> list[Shape]:
     queries, keys = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp
     return [
         Shape(queries + 2 * keys, model.hidden),
-        Shape(model.hidden, queries),
+        Shape(model.hidden, queries, after="attention"),
         Shape(model.intermediate // tp, model.hidden, gated=True),
-        Shape(model.hidden, model.intermediate // tp),
+        Shape(model.hidden, model.intermediate // tp, after="product"),
         Shape(-(-model.vocab // tp), model.hidden),
     ]
 
@@ -95,8 +99,13 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
     """Launches worth a try for this many tokens."""
     if num_tokens == 1:
         for block_n, num_warps in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (2, 8), (4, 2), (8, 2), (8, 1)):
-            if 256 * num_warps <= shape.inputs:
-                yield Launch("fma", block_n, 1, 256 * num_warps, num_warps=num_warps)
+            block_m = 256 * num_warps
+            rest = shape.inputs - block_m
+            if rest < 0:
+                continue
+            # Attention of one sequence leaves the memory idle: time to send for more than the first tile.
+            for prefetch in {0, min(1024, rest), rest} if shape.after == "attention" else {0}:
+                yield Launch("fma", block_n, 1, block_m, num_warps=num_warps, prefetch=prefetch)
         return
     for block_t in (128, 256) if num_tokens > 128 else (max(16, num_tokens),):
         for block_n, block_m, num_warps, num_stages, all_splits in TILES[num_tokens > 64]:
@@ -153,24 +162,48 @@ class Tuner:
         self._pool = torch.empty(numel, dtype=torch.bfloat16, device="cuda").normal_().mul_(0.02)
 
     def measure(self, shape: Shape, num_tokens: int, launches: list[Launch]) -> tuple[float, dict[Launch, float]]:
-        """Microseconds of cuBLAS and of each launch, the norm before the product included."""
+        """Microseconds of cuBLAS and of each launch, the kernel before the product included."""
         numel = shape.rows * shape.inputs
         copies = max(1, min(self._pool.numel() // numel, -(-ROTATED_BYTES // (2 * numel))))
         weights = self._pool[: copies * numel].view(copies, shape.rows, shape.inputs)
-        hidden = torch.randn(num_tokens, shape.inputs, dtype=torch.bfloat16, device="cuda")
-        scale = torch.ones(shape.inputs, dtype=torch.bfloat16, device="cuda")
         inner = copies * max(1, 6 // copies)
+        inputs = kernel_before(shape, num_tokens)
 
         def cublas(i: int) -> torch.Tensor:
-            y = torch.nn.functional.linear(rms_norm(hidden, scale, 1e-6), weights[i % copies])
+            y = torch.nn.functional.linear(inputs(), weights[i % copies])
             return silu_mul(y, "silu") if shape.gated else y
 
         def ours(launch: Launch, i: int) -> torch.Tensor:
-            x = rms_norm(hidden, scale, 1e-6)
-            return gemm_triton(x, weights[i % copies], None, "silu" if shape.gated else None, launch)
+            return gemm_triton(inputs(), weights[i % copies], None, "silu" if shape.gated else None, launch)
 
         times = {launch: microseconds(lambda i, launch=launch: ours(launch, i), inner) for launch in launches}
         return microseconds(cublas, inner), times
+
+
+def kernel_before(shape: Shape, num_tokens: int) -> Callable[[], torch.Tensor]:
+    """What makes a product's x [T, M] in a model."""
+    hidden = torch.randn(num_tokens, shape.inputs, dtype=torch.bfloat16, device="cuda")
+    if shape.after == "product":
+        return lambda: hidden
+    if shape.after == "norm":
+        scale = torch.ones(shape.inputs, dtype=torch.bfloat16, device="cuda")
+        return lambda: rms_norm(hidden, scale, 1e-6)
+    num_heads, head_dim, block_size = max(1, shape.inputs // 128), min(128, shape.inputs), 64
+    num_kv_heads, num_blocks = max(1, num_heads // 4), CONTEXT // block_size
+    cache = torch.zeros(
+        num_tokens * num_blocks, 2, num_kv_heads, block_size, head_dim, dtype=torch.bfloat16, device="cuda"
+    ).normal_()
+    blocks = torch.arange(num_tokens * num_blocks, dtype=torch.int32, device="cuda").view(num_tokens, num_blocks)
+    context_lens = torch.full((num_tokens,), CONTEXT, dtype=torch.int32, device="cuda")
+    tables = decode_tables(context_lens, blocks, num_kv_heads=num_kv_heads, block_size=block_size, window=None)
+    queries = hidden.view(num_tokens, num_heads, head_dim)
+    out = torch.empty_like(queries)
+
+    def attention() -> torch.Tensor:
+        paged_decode(queries, cache, tables, scale=head_dim**-0.5, out=out)
+        return out.view(num_tokens, shape.inputs)
+
+    return attention
 
 
 def compiled(jobs: set[tuple[Launch, bool]]) -> set[tuple[Launch, bool]]:
@@ -193,7 +226,7 @@ def tune(shapes: list[Shape], budget: float, report: Report) -> dict[str, dict[i
         if time.monotonic() > end:
             print(f"tune: no time was left for {shape}")
             continue
-        by_bucket = chosen[shape_key(*shape)] = {}
+        by_bucket = chosen[shape_key(shape.outputs, shape.inputs, shape.gated)] = {}
         row = {}
         for bucket in TOKEN_BUCKETS:
             launches = [launch for launch in plan[shape, bucket] if (launch, shape.gated) in good]

@@ -12,10 +12,12 @@ from shoal.kernels.tuning import TOKEN_BUCKETS
 
 def test_shapes_are_those_of_a_rank():
     assert shapes_of(MODELS["8b"], 1) == [
-        Shape(6144, 4096), Shape(4096, 4096), Shape(14336, 4096, True), Shape(4096, 14336), Shape(128256, 4096),
+        Shape(6144, 4096), Shape(4096, 4096, after="attention"), Shape(14336, 4096, gated=True),
+        Shape(4096, 14336, after="product"), Shape(128256, 4096),
     ]  # fmt: skip
     assert shapes_of(MODELS["8b"], 2) == [
-        Shape(3072, 4096), Shape(4096, 2048), Shape(7168, 4096, True), Shape(4096, 7168), Shape(64128, 4096),
+        Shape(3072, 4096), Shape(4096, 2048, after="attention"), Shape(7168, 4096, gated=True),
+        Shape(4096, 7168, after="product"), Shape(64128, 4096),
     ]  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def test_candidates_fit_the_device(shape, num_tokens):
     for launch in launches:
         if launch.kernel == "fma":
             assert num_tokens == 1
-            assert launch.block_m <= shape.inputs
+            assert launch.block_m + launch.prefetch <= shape.inputs
         else:
             tiles = (launch.block_n * (2 if shape.gated else 1) + launch.block_t) * launch.block_m
             assert tiles * 2 * launch.num_stages <= SHARED_MEMORY
