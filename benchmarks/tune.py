@@ -2,8 +2,8 @@
 
 python -m benchmarks.tune [--models 8b 1b] [--tp 1 2] [--budget SECONDS]
 
-Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (a norm;
-for one token attention, too), so that what overlaps with that kernel counts; weights rotate through 240 MB, so that the
+Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (a norm,
+or attention of one token), so that what overlaps with that kernel counts; weights rotate through 240 MB, so that the
 L2 cache holds none. Candidates are compiled, and held against the fp32 formula, in one process a core before anything
 is timed. Where no candidate is 1 % faster than cuBLAS the table says cuBLAS. The table goes to
 kernels/tuned/<device>.json, the times to benchmarks/results/tune.json: microseconds of the best candidate / of cuBLAS,
@@ -190,18 +190,19 @@ def kernel_before(shape: Shape, num_tokens: int) -> Callable[[], torch.Tensor]:
         return lambda: rms_norm(hidden, scale, 1e-6)
     num_heads, head_dim, block_size = max(1, shape.inputs // 128), min(128, shape.inputs), 64
     num_kv_heads, num_blocks = max(1, num_heads // 4), CONTEXT // block_size
-    cache = torch.zeros(
-        num_tokens * num_blocks, 2, num_kv_heads, block_size, head_dim, dtype=torch.bfloat16, device="cuda"
-    ).normal_()
-    blocks = torch.arange(num_tokens * num_blocks, dtype=torch.int32, device="cuda").view(num_tokens, num_blocks)
-    context_lens = torch.full((num_tokens,), CONTEXT, dtype=torch.int32, device="cuda")
-    tables = decode_tables(context_lens, blocks, num_kv_heads=num_kv_heads, block_size=block_size, window=None)
-    queries = hidden.view(num_tokens, num_heads, head_dim)
+    cache = torch.zeros(num_blocks, 2, num_kv_heads, block_size, head_dim, dtype=torch.bfloat16, device="cuda")
+    cache.normal_()
+    tables = decode_tables(
+        torch.tensor([CONTEXT], dtype=torch.int32, device="cuda"),
+        torch.arange(num_blocks, dtype=torch.int32, device="cuda")[None],
+        num_kv_heads=num_kv_heads, block_size=block_size, window=None,
+    )  # fmt: skip
+    queries = hidden.view(1, num_heads, head_dim)
     out = torch.empty_like(queries)
 
     def attention() -> torch.Tensor:
         paged_decode(queries, cache, tables, scale=head_dim**-0.5, out=out)
-        return out.view(num_tokens, shape.inputs)
+        return out.view(1, shape.inputs)
 
     return attention
 
