@@ -2,7 +2,7 @@
 
 python -m benchmarks.tune [--models 8b 1b] [--tp 1 2] [--budget SECONDS]
 
-Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (a norm,
+Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (norm,
 or attention of one token), so that what overlaps with that kernel counts; weights rotate through 240 MB, so that the
 L2 cache holds none. Candidates are compiled, and held against the fp32 formula, in one process a core before anything
 is timed. Where no candidate is 1 % faster than cuBLAS the table says cuBLAS. The table goes to
