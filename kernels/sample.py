@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 
 from .backend import Backend, backend_of
-from .score import score as score
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
