@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None, help="where to write the report")
     arguments = parser.parse_args()
-    report = Report("http_path", settings=vars(arguments))
+    report = Report("http_path", settings={key: value for key, value in vars(arguments).items() if key != "json"})
     for name in arguments.ways:
         with started(name, max(arguments.streams)) as (server, take_times):
             for num_streams in arguments.streams:
