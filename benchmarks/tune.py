@@ -116,7 +116,8 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:
             num_tiles = -(-shape.outputs // block_n) * -(-num_tokens // block_t)
             for splits in all_splits:
                 if splits == 1 or num_tiles * splits <= 528:  # four to a multiprocessor: enough to share the work
-                    yield Launch("stream", block_n, block_t, block_m, splits, num_warps, num_stages)
+                    for kernel in ("mma", "stream"):
+                        yield Launch(kernel, block_n, block_t, block_m, splits, num_warps, num_stages)
 
 
 def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:
