@@ -61,16 +61,23 @@ class DecodeTables:
 
 
 def decode_tables(
-    context_lens: torch.Tensor, block_tables: torch.Tensor, *, num_kv_heads: int, block_size: int, window: int | None
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    window: int | None,
+    num_expected: int | None = None,
 ) -> DecodeTables:
     """The tables of one step, from shapes alone: no value is read from the device.
 
     The longest context is taken to fill its table. A small batch is split until every multiprocessor has work, a large
-    one only where a context is much longer than the others may be.
+    one only where a context is much longer than the others may be. `num_expected` of the S sequences are taken to be
+    there and not padding; None: all.
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
-    num_pairs = num_seqs * num_kv_heads
+    num_pairs = (num_expected or num_seqs) * num_kv_heads
     wanted = -(-(_FEW_PROGRAMS if num_pairs <= _FEW_PROGRAMS else _MANY_PROGRAMS) // num_pairs)
     shortest = _SHORT_SPLIT if wanted > 1 else _MEDIUM_SPLIT
     num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))

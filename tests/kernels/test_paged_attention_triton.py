@@ -252,9 +252,11 @@ def test_kernels_refuse_a_block_size_that_they_cannot_tile(device):
 
 
 def test_splits_fill_the_machine_and_no_more():
-    def splits(num_seqs: int, num_blocks: int, window: int | None = None) -> tuple[int, int]:
+    def splits(
+        num_seqs: int, num_blocks: int, window: int | None = None, num_expected: int | None = None
+    ) -> tuple[int, int]:
         lens, tables = torch.zeros(num_seqs, dtype=torch.int32), torch.zeros(num_seqs, num_blocks, dtype=torch.int32)
-        made = decode_tables(lens, tables, num_kv_heads=8, block_size=64, window=window)
+        made = decode_tables(lens, tables, num_kv_heads=8, block_size=64, window=window, num_expected=num_expected)
         return made.num_splits, made.min_blocks
 
     assert splits(1, 4) == (4, 1)  # 64 tokens each
@@ -264,6 +266,8 @@ def test_splits_fill_the_machine_and_no_more():
     assert splits(256, 16) == (1, 32)
     assert splits(256, 2048) == (16, 32)  # 8192 tokens each
     assert splits(1, 2048, window=512) == (8, 1)
+    assert splits(16, 256) == (2, 1)
+    assert splits(16, 256, num_expected=2) == (9, 1)
 
 
 def test_costs():
