@@ -18,7 +18,7 @@ def _options(num_warps: int) -> dict[str, int]:
 
 
 def _norm(num_features: int, dtype: str, weight: str | None = None, *, residual: bool = False, num_inner: int = 1):
-    block_rows, block_n, num_warps = rms_norm_triton.launch_parameters(num_features)
+    block_rows, block_n, num_warps = rms_norm_triton.launch_parameters(num_features, has_residual=residual)
     types = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
     types |= {"weight_ptr": f"*{weight or dtype}", "eps": "fp32"}
     constants = {
