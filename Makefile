@@ -73,16 +73,16 @@ bench-decode: $(STAMP) ## tokens/s on the CPU, against transformers generate
 	@$(BIN)/python -m benchmarks.decode_cpu $(ARGS)
 
 bench-kernels: $(STAMP) ## microseconds of every kernel, and its share of the device's limit (ARGS='--model 1b')
-	@$(BIN)/shoal bench kernels --json benchmarks/results/kernels.json $(ARGS)
+	@$(BIN)/shoal bench kernels --json benchmarks/results/bench_kernels.json $(ARGS)
 
 bench-latency: $(STAMP) ## milliseconds of a decode step and prompt tokens/s, by batch and context (ARGS='--trace FILE')
-	@$(BIN)/shoal bench latency --json benchmarks/results/latency.json $(ARGS)
+	@$(BIN)/shoal bench latency --json benchmarks/results/bench_latency.json $(ARGS)
 
 bench-throughput: $(STAMP) ## output tokens/s of a thousand requests of mixed lengths, without HTTP
-	@$(BIN)/shoal bench throughput --json benchmarks/results/throughput.json $(ARGS)
+	@$(BIN)/shoal bench throughput --json benchmarks/results/bench_throughput.json $(ARGS)
 
 bench-serve: $(STAMP) ## TTFT, ITL and goodput of the server on PORT, over HTTP
-	@$(BIN)/shoal bench serve --url http://127.0.0.1:$(PORT) --json benchmarks/results/serve.json $(ARGS)
+	@$(BIN)/shoal bench serve --url http://127.0.0.1:$(PORT) --json benchmarks/results/bench_serve.json $(ARGS)
 
 bench-vllm: $(STAMP) ## Shoal and vLLM by turns on one GPU (ARGS='--peer-python /path/to/python', that of a vLLM)
 	@for group in 8b 1b http; do $(BIN)/python -m benchmarks.vs_vllm $$group $(ARGS) || exit 1; done

@@ -128,7 +128,7 @@ def plots(results: Path) -> Iterator[tuple[str, Figure]]:
         report = read(results, f"vs_vllm_{group}")
         if report is not None:
             drawn += [(f"ratios_{group}.svg", ratios(report)), (f"decode_{group}.svg", decode(report))]
-    report = read(results, "kernels")
+    report = read(results, "bench_kernels")
     if report is not None:
         drawn.append(("kernels.svg", kernels(report)))
     reports = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))}

@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 from benchmarks.alternate import OURS, PEER, Decode, Goals, Http, Offline, Row, alternate
 from benchmarks.load import free_port
-from benchmarks.report import RESULTS, Report
+from benchmarks.report import RESULTS, Report, device_name
 from benchmarks.subjects import (
     VLLM_VARIABLES,
     Python,
@@ -41,6 +42,7 @@ from shoal.deploy.bench.limits import Dense
 from shoal.deploy.bench.shapes import open_model
 from shoal.deploy.bench.workload import Workload, fixed_lengths, mixed_lengths
 from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.device import choose_device
 
 Subject = TypeVar("Subject")
 Said = TypeVar("Said")
@@ -217,6 +219,7 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
             for name, python, arguments in ((OURS, Python(), ours), (PEER, run.peer_python, peer))
         }
         ready = wait_for_all(run, servers, lambda server: server.wait(group.http_shape))
+        run.report.device = device_name(choose_device("auto"))
         run.report.settings |= {f"{name} ready s": round(seconds, 1) for name, seconds in ready.items()}
         rows: list[Row[Any]] = [
             Http(concurrency, num_requests, group.http_shape) for concurrency, num_requests in group.http
@@ -228,12 +231,14 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
 def wait_for_all(run: Run, subjects: Mapping[str, Subject], wait: Callable[[Subject], Said]) -> dict[str, Said]:
     """What each said when it was ready. One that does not come up is left out, and its log named."""
     ready = {}
-    for name, subject in subjects.items():
-        try:
-            ready[name] = wait(subject)
-            say(f"{name} is ready after {time.monotonic() - run.begin:.0f} s")
-        except Exception as error:  # the other's figures are worth having alone
-            say(f"{name} did not come up ({run.log(name)}): {error}")
+    with ThreadPoolExecutor() as pool:  # each is asked at once, so that none's time holds another's
+        waiting = {name: pool.submit(wait, subject) for name, subject in subjects.items()}
+        for name, future in waiting.items():
+            try:
+                ready[name] = future.result()
+            except Exception as error:  # the other's figures are worth having alone
+                say(f"{name} did not come up ({run.log(name)}): {error}")
+    say(f"ready after {time.monotonic() - run.begin:.0f} s: {', '.join(ready)}")
     return ready
 
 

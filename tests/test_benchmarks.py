@@ -68,10 +68,10 @@ def test_plots_are_drawn_from_the_figures_there_are(tmp_path: Path, monkeypatch:
         report.add(**comparison(f"decode B={batch} @1024", shoal, vllm, 1.0))
     report.add(**comparison("prefill B=32 @1024", 3.0, 4.0, None))
     report.write(results / "vs_vllm_8b.json")
-    kernels = Report("kernels", device="a chip", trace={"GEMM %": 90.0, "norm %": 10.0, "GPU idle %": 3.0})
+    kernels = Report("bench_kernels", device="a chip", trace={"GEMM %": 90.0, "norm %": 10.0, "GPU idle %": 3.0})
     kernels.add(**{"kernel": "silu_mul", "shape": "T=1", "of limit": 0.5})
     kernels.add(kernel="silu_mul", shape="T=9", note="it failed")
-    kernels.write(results / "kernels.json")
+    kernels.write(results / "bench_kernels.json")
     for folder in ("one", "two"):
         monkeypatch.setattr(sys, "argv", ["plots", "--results", str(results), "--out", str(tmp_path / folder)])
         plots.main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="An engine set
 Json = Annotated[Path, typer.Option("--json", help="Where the figures go; its name is the report's.")]
 Commit = Annotated[str | None, typer.Option(help="The commit to note, where there is no checkout to read it from.")]
 Trace = Annotated[Path | None, typer.Option(help="Write a torch profiler trace of some steps, and show its figures.")]
+
+
+@app.callback()
+def _say_what_is_done() -> None:
+    """The engine tells how long each stage of its start took; it says so to whoever measures."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("shoal").setLevel(logging.INFO)
 
 
 def numbers(text: str) -> list[int]:
