@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,6 +115,7 @@ def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
 def _serve(settings: dict[str, Any]) -> None:
     from .cli_config import plan, serve_config
 
+    begin = time.monotonic()
     host, address = settings["host"], settings.get("address")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -134,7 +136,11 @@ def _serve(settings: dict[str, Any]) -> None:
     try:
         with ray_cluster(address):
             _interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
+            ray_started = time.monotonic()
             with application(config, plans, endpoint, joined=address is not None):
+                now = time.monotonic()
+                stages = f"Ray {ray_started - begin:.1f} s, Serve and models {now - ray_started:.1f} s"
+                print(f"shoal: started in {now - begin:.1f} s: {stages}", flush=True)
                 print(banner(endpoint, config, replicas_of(plans)), flush=True)
                 threading.Event().wait()
     except KeyboardInterrupt:

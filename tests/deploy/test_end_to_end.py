@@ -41,6 +41,10 @@ def test_what_it_says_when_it_is_ready(served: Served) -> None:
     assert tokens is not None
     assert concurrency is not None
     assert int(tokens[1].replace(",", "")) / 1024 == pytest.approx(float(concurrency[1]), abs=0.01)
+    started = re.search(r"started in ([\d.]+) s: Ray ([\d.]+) s, Serve and models ([\d.]+) s", served.output)
+    assert started is not None
+    whole, *stages = map(float, started.groups())
+    assert sum(stages) == pytest.approx(whole, abs=0.11)
 
 
 def test_completions_stream_and_repeat(served: Served) -> None:
