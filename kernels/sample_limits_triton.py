@@ -22,6 +22,7 @@ from .sample_bracket_triton import (
     bracket,
     cuts,
     inside,
+    load_top_k,
     lowest_inside,
     mass_of,
     sample_gather_kernel,
@@ -158,7 +159,7 @@ def _sample_limits_kernel(
     if row < 0:
         return
     temperature, min_p = tl.load(temperature_ptr + row), tl.load(min_p_ptr + row)
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    top_k, top_p = load_top_k(top_k_ptr, row, vocab_size), tl.load(top_p_ptr + row)
     if not is_filtered(temperature, top_k, top_p, min_p, vocab_size):
         return
     highest, best_token = best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS)
@@ -167,11 +168,11 @@ def _sample_limits_kernel(
         return
     floor = lowest_inside(highest, temperature, min_p)
     tl.store(limits_ptr + 2 * k + 1, floor)
-    if not cuts(temperature, top_k, top_p, vocab_size):
+    if not cuts(temperature, top_k, top_p):
         tl.store(limits_ptr + 2 * k, float("-inf"))
         return
-    bottom, top, count, mass, total, by_k = bracket(
-        count_ptr, mass_ptr, k, stride_round, num_chunks, highest, temperature, top_k, top_p, 2, CHUNKS
+    bottom, top, count, mass, total, by_k, few = bracket(
+        count_ptr, mass_ptr, k, stride_round, num_chunks, highest, temperature, top_k, top_p, CAPACITY, CHUNKS
     )
     chunks = tl.arange(0, CHUNKS)
     lengths = tl.load(length_ptr + k * num_chunks + chunks, mask=chunks < num_chunks, other=0)
@@ -188,13 +189,13 @@ def _sample_limits_kernel(
             source_ptr, stride, lengths, longest, cut, ceiling, count, top_k.to(tl.float32),
             bottom, top, highest, temperature, floor, False, CHUNKS, WIDTH, SHIFT,
         )  # fmt: skip
-        if top_p < 1.0:
+    if top_p < 1.0:
+        if by_k | few:
             kept = _sums(
                 source_ptr, stride, lengths, longest, cut.to(tl.int32) + tl.zeros((PIVOTS,), tl.int32),
                 bottom, top, highest, temperature, floor, True, CHUNKS, WIDTH, SHIFT,
             )  # fmt: skip
             total = mass + tl.max(kept, axis=0)
-    if top_p < 1.0:
         cut = _search(
             source_ptr, stride, lengths, longest, cut, ceiling, mass, top_p * total,
             bottom, top, highest, temperature, floor, True, CHUNKS, WIDTH, SHIFT,
@@ -230,10 +231,10 @@ def find_limits(
     for second in (False, True):
         sample_profile_kernel[grid](
             logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, *sizes,
-            SECOND=second, TURN=TURN, num_warps=PROFILE_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
+            SECOND=second, FEW=CAPACITY, TURN=TURN, num_warps=PROFILE_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
         )  # fmt: skip
     sample_gather_kernel[grid](
-        logits, rows, temperature, top_k, top_p, scores, tokens, counts, masses, found, lengths, *sizes,
+        logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, found, lengths, *sizes,
         CAPACITY=CAPACITY, num_warps=GATHER_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
     _sample_limits_kernel[(num_rows,)](

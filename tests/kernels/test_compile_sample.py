@@ -29,13 +29,14 @@ def _choose(dtype: str, chunk: int, *, filtered: bool):
 
 def _profile(dtype: str, *, second: bool):
     types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "min_p_ptr": "*fp32"}
-    constants = SIZES | {"SECOND": second, "TURN": sample_limits_triton.TURN}
+    constants = SIZES | {"SECOND": second, "FEW": sample_limits_triton.CAPACITY, "TURN": sample_limits_triton.TURN}
     options = {"num_warps": sample_limits_triton.PROFILE_WARPS}
     return Variant("shoal.kernels.sample_bracket_triton:sample_profile_kernel", types, constants, options)
 
 
 def _gather(dtype: str):
     types = ROWS | SUMS | {"logits_ptr": f"*{dtype}", "found_ptr": f"*{dtype}", "length_ptr": "*i32"}
+    types |= {"min_p_ptr": "*fp32"}
     constants = SIZES | {"CAPACITY": sample_limits_triton.CAPACITY}
     options = {"num_warps": sample_limits_triton.GATHER_WARPS}
     return Variant("shoal.kernels.sample_bracket_triton:sample_gather_kernel", types, constants, options)

@@ -21,6 +21,8 @@ FILTERS = {
     "top-p of nothing": {"top_p": 0.0},
     "min-p": {"min_p": 0.05},
     "all at once": {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    "top-k of many, top-p": {"top_k": 600, "top_p": 0.9},
+    "top-k of more than min-p keeps": {"top_k": 500, "top_p": 0.9, "min_p": 0.1},
     "cold": {"temperature": 0.02, "top_p": 0.95},
     "hot": {"temperature": 20.0, "top_p": 0.5},
 }
@@ -92,7 +94,7 @@ def small_chunks(device, monkeypatch):
         monkeypatch.setattr(sample_limits_triton, name, value)
 
 
-@pytest.mark.parametrize("num_rows", [4, 12])
+@pytest.mark.parametrize("num_rows", [7, 14])
 @pytest.mark.usefixtures("small_chunks")
 def test_a_vocabulary_of_several_chunks(num_rows, device, dtype):
     """Five chunks of the filters and five or ten of the choice; candidates that fit, and candidates that do not."""
