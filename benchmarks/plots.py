@@ -98,7 +98,7 @@ def kernels(report: dict[str, Any]) -> Figure | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, 1.25)
     axes.axvline(1.0, color=_LIMIT, linewidth=0.8, linestyle=":")
-    axes.set_xlabel("share of the limit (copy rate or matmul rate of the same run); dark: its best shape")
+    axes.set_xlabel("share of the device's limit; dark: the kernel's best shape")
     return figure
 
 
