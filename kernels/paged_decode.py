@@ -24,10 +24,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what a program more adds to
+# Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what more of them add to
 # the joining costs more than it saves. Many: two rounds of the three that a multiprocessor holds, for an even end.
-_FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
-_SHORT_SPLIT, _MEDIUM_SPLIT, _LONG_SPLIT = 64, 2048, 8192
+FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
+_MAX_SPLITS = 32  # of few sequences; each 16 splits are one more wait for memory when they are joined
+# Tokens of a split, at least: for few sequences, and for many, which have enough programs unless contexts are long.
+_SHORT_SPLIT, _MEDIUM_SPLIT = 64, 2048
+_LONG_SPLIT = 8192  # at most, or one program is at work after all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,10 @@ def decode_tables(
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
     num_pairs = (num_expected or num_seqs) * num_kv_heads
-    wanted = -(-(_FEW_PROGRAMS if num_pairs <= _FEW_PROGRAMS else _MANY_PROGRAMS) // num_pairs)
-    shortest = _SHORT_SPLIT if wanted > 1 else _MEDIUM_SPLIT
+    if num_pairs <= FEW_PROGRAMS:
+        wanted, shortest = min(FEW_PROGRAMS // num_pairs, _MAX_SPLITS), max(_SHORT_SPLIT, block_size)
+    else:
+        wanted, shortest = -(-_MANY_PROGRAMS // num_pairs), _MEDIUM_SPLIT
     num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))
     arrivals = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
     return DecodeTables(context_lens, block_tables, window, num_splits, max(1, shortest // block_size), arrivals)

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .paged_decode import DecodeTables
+from .paged_decode import FEW_PROGRAMS, DecodeTables
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 _LOG2_E = 1 / math.log(2)
@@ -295,6 +295,10 @@ def paged_decode_triton(
         **decode_launch(block_size, head_dim, q.element_size()),
         **pdl_launch(q),
     }
+    if num_seqs * num_kv_heads * 4 > FEW_PROGRAMS:
+        # Programs that start early crowd onto the multiprocessors that the kernels before leave free first, which does
+        # not matter where each is short. These wait for all of them to be free.
+        launch.pop("launch_pdl", None)
     _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         out, parts, lse, tables.arrivals, q, cache, tables.context_lens, tables.block_tables,
         q.stride(0), q.stride(1), tables.block_tables.stride(0),

@@ -260,14 +260,14 @@ def test_splits_fill_the_machine_and_no_more():
         return made.num_splits, made.min_blocks
 
     assert splits(1, 4) == (4, 1)  # 64 tokens each
-    assert splits(1, 2048) == (17, 1)  # 132 programs over 8 kv heads
-    assert splits(8, 128) == (3, 1)
-    assert splits(32, 128) == (3, 1)  # 768 programs over 256
+    assert splits(1, 2048) == (16, 1)  # 128 programs over 8 kv heads
+    assert splits(8, 128) == (2, 1)
+    assert splits(32, 128) == (3, 32)  # 768 programs over 256, where contexts exceed 2048 tokens
     assert splits(256, 16) == (1, 32)
     assert splits(256, 2048) == (16, 32)  # 8192 tokens each
     assert splits(1, 2048, window=512) == (8, 1)
     assert splits(16, 256) == (2, 1)
-    assert splits(16, 256, num_expected=2) == (9, 1)
+    assert splits(16, 256, num_expected=2) == (8, 1)
 
 
 def test_costs():
