@@ -13,6 +13,7 @@ from tests.support.aot import Compiled, Variant, compile_variants, lane_instruct
 
 BUDGET = 15.6  # instructions of a lane for each bf16 weight at the full speed of an H200's memory
 TYPES = {2: "bf16", 4: "fp32"}
+OFFERED = (Launch("stream", 64, 16, 256, 2, 4, 4), Launch("stream", 128, 64, 64, 1, 8, 4))  # what the tuner may choose
 
 
 def variant(launch: Launch, gated: bool, itemsize: int = 2) -> Variant:
@@ -63,6 +64,7 @@ def shipped() -> dict[str, tuple[Launch, bool, int]]:
             for num_tokens in (1, 16, 64, 128):
                 launch = default_launch(4096, num_inputs, num_tokens, gated=gated)
                 found |= {(launch, gated, 2)} if launch else set()
+    found |= {(launch, gated, 2) for launch in OFFERED for gated in (False, True)}
     for path in TABLES.glob("*.json"):
         for shape, by_bucket in parse_table(json.loads(path.read_text("utf-8"))).items():
             found |= {(launch, "gated" in shape, 2) for launch in by_bucket.values() if launch}
@@ -92,10 +94,10 @@ def test_instructions_for_each_weight(name, compiled):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, (launch, _, size) in SHIPPED.items() if launch.kernel == "mma" and size == 2]
+    "name", [name for name, (launch, _, size) in SHIPPED.items() if launch.kernel != "fma" and size == 2]
 )
 def test_tiles_come_by_tma_and_go_through_tensor_cores(name, compiled):
-    launch, _, _ = SHIPPED[name]
+    launch = SHIPPED[name][0]
     kernel = compiled[name]
     assert kernel.count("UTMALDG") > 0
     assert kernel.count("LDGSTS") == 0
@@ -106,6 +108,13 @@ def test_tiles_come_by_tma_and_go_through_tensor_cores(name, compiled):
 def test_weights_are_sent_for_before_the_wait(name, compiled):
     ptx = compiled[name].ptx
     assert 0 < ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait")
+
+
+@pytest.mark.parametrize("name", [name for name, (launch, _, _) in SHIPPED.items() if launch.kernel == "stream"])
+def test_a_ring_is_filled_with_weights_before_the_wait(name, compiled):
+    launch, gated, _ = SHIPPED[name]
+    order = [each.opcode.split(".")[0] for each in compiled[name].sass]
+    assert order[: order.index("ACQBULK")].count("UTMALDG") >= launch.num_stages * (2 if gated else 1)
 
 
 @pytest.mark.parametrize("name", [name for name, (launch, _, _) in SHIPPED.items() if launch.kernel == "fma"])
