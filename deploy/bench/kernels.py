@@ -25,7 +25,9 @@ from .report import Report, device_name
 from .step_cases import moe_cases, step_cases
 from .timing import seconds_per_call
 
-_SPREAD_BYTES = 256 << 20  # over which calls rotate: four times the 60 MB of an H200's L2
+# Over which calls rotate. An H200's L2 has 60 MB, and a step goes through tens of GB: translations of addresses are not
+# at hand there either.
+_SPREAD_BYTES = 8 << 30
 _MAX_COPIES = 24
 _MAX_BATCH = 256  # sequences that decode together; more tokens than that are a prefill's
 
