@@ -3,9 +3,9 @@
 `kernels/tuned/<device>.json`, written by `python -m benchmarks.tune` on that device, has for each (outputs, inputs) the
 choice for each bucket of tokens: launch parameters of gemm_triton.py, or null where cuBLAS was faster. A product of T
 tokens takes the choice of the first bucket that is not smaller; beyond the last one it is cuBLAS's. Shapes that the
-table lacks, and Hopper devices without a table, take `default_launch`; older devices take cuBLAS.
+table lacks, and devices without a table from Hopper on, take `default_launch`; older devices take cuBLAS.
 
-The tables are for 16-bit dtypes. fp32 is cuBLAS's, for Triton's tensor-core product would round its inputs to tf32.
+The tables are for 16-bit dtypes. fp32 is cuBLAS's: where its inputs are not rounded to tf32 there are no tensor cores.
 """
 
 from __future__ import annotations
@@ -75,31 +75,27 @@ def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant:
 def _chosen(
     device: torch.device, dtype: torch.dtype, num_outputs: int, num_inputs: int, num_tokens: int, gated: bool
 ) -> Launch | None:
-    """Asked for at every eager product, so remembered: 0.3 us on a CPU core."""
+    """Asked for at every eager product, so remembered: 0.7 us on a CPU core, the question included."""
     if dtype.itemsize != 2 or num_tokens > TOKEN_BUCKETS[-1] or num_inputs % 8:
         return None
     table = tuned(device)
     by_bucket = table.get(shape_key(num_outputs, num_inputs, gated))
     if by_bucket is not None:
         return next((launch for bucket, launch in by_bucket.items() if bucket >= num_tokens), None)
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    if major < 9:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return None
-    return default_launch(num_outputs, num_inputs, num_tokens, gated=gated, hopper=device.type == "cuda" and major == 9)
+    return default_launch(num_outputs, num_inputs, num_tokens, gated=gated)
 
 
-def default_launch(
-    num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool, hopper: bool = True
-) -> Launch | None:
+def default_launch(num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool) -> Launch | None:
     """A sound choice for a shape that was not tuned."""
     if num_tokens == 1:
         num_warps = 4 if num_inputs >= 1024 else 1
         return Launch("fma", 2, 1, 256 * num_warps, num_warps=num_warps)
-    kernel = "mma"
     if num_tokens <= 16:
-        return Launch(kernel, 64, 16, 128, num_warps=4, num_stages=4)
+        return Launch("mma", 64, 16, 128, num_warps=4, num_stages=4)
     if gated and num_tokens <= 128:
-        return Launch(kernel, 64, 64 if num_tokens <= 64 else 128, 64, num_warps=4, num_stages=5)
+        return Launch("mma", 64, 64 if num_tokens <= 64 else 128, 64, num_warps=4, num_stages=5)
     return None
 
 
