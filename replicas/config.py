@@ -55,7 +55,7 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None  # token budget of a step; auto: 2048
+    max_num_batched_tokens: int | None = None  # token budget of a step; auto: 2048 on CPU, 6144 on GPU
     enable_chunked_prefill: bool = True
     max_steps_in_flight: int = 2
 
@@ -107,7 +107,7 @@ class EngineConfig:
         max_steps_in_flight = self.scheduler.max_steps_in_flight
         if max_steps_in_flight < 1:
             raise ConfigError(f"max_steps_in_flight is {max_steps_in_flight}; it must be at least 1")
-        budget = self.scheduler.max_num_batched_tokens or max(2048, self.scheduler.max_num_seqs)
+        budget = self.scheduler.max_num_batched_tokens or max(2048 if on_cpu else 6144, self.scheduler.max_num_seqs)
         if budget < self.scheduler.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {budget} is below max_num_seqs {self.scheduler.max_num_seqs}: a step could "

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..kernels.backend import Backend, backend_of
 from .batch import Room
 from .config import EngineConfig, ModelFacts
+from .device import usable_cores
 from .device_inputs import DeviceInputs
-from .graphs import StepGraphs
+from .graphs import StepGraphs, decode_rooms, mixed_rooms
 from .host_copy import HostCopier, HostCopy
 from .kv_cache import KVCache
 from .models.decoder import DecoderModel
@@ -99,6 +100,20 @@ class Runner:
         # Where each step's sampled states go, at an address that graphs can hold on to.
         self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
         self._graphs = StepGraphs(self._forward, device)
+
+    @torch.inference_mode()
+    def compile_kernels(self, max_tokens: int) -> int:
+        """Compile, many at a time, the Triton kernels that steps of up to `max_tokens` tokens launch.
+
+        Returns how many were not there yet. To be called before anything else is run: see `rehearsal`.
+        """
+        from ..kernels.compile_triton import compile_kernels, rehearsal
+
+        max_rows = len(self._sampled)
+        with rehearsal() as kernels:
+            for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, max_tokens)):
+                self._forward(room)
+        return compile_kernels(kernels, usable_cores())
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; steps with more, or with none, run as they are."""

@@ -50,6 +50,11 @@ class Shard:
                     available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
         with self._stage("weights"):
             model = load_model(config, self.device)
+        assert config.scheduler.max_num_batched_tokens is not None
+        graph_tokens = min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens)
+        if self.device.type == "cuda":
+            with self._stage("kernels"):
+                _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
         else:
@@ -59,8 +64,7 @@ class Shard:
             self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
         if self.device.type == "cuda" and not config.enforce_eager:
             with self._stage("CUDA graphs"):
-                assert config.scheduler.max_num_batched_tokens is not None
-                self._runner.capture(min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens))
+                self._runner.capture(graph_tokens)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.startup_seconds.items())
         logger.info("%s is ready on %s with %d KV blocks: %s", config.model.path, self.device, self.num_blocks, stages)
 

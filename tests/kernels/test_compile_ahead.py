@@ -1,0 +1,42 @@
+"""Kernels that steps will launch are found without launching any, and compiled as the launch would have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.support.checkpoints import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> dict:
+    folder = FAMILIES["mixtral"](tmp_path_factory.mktemp("model"))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+    }
+    command = [sys.executable, "-m", "tests.support.rehearsed", str(folder), "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_operator_of_a_step_is_rehearsed(rehearsed):
+    for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill", "experts",
+                 "sample", "keep_tokens"):  # fmt: skip
+        assert any(part in name for name in rehearsed["names"]), part
+    assert rehearsed["same"], "a rehearsal leaves nothing behind"
+    assert rehearsed["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"
+
+
+def test_a_launch_finds_what_was_compiled(rehearsed):
+    assert rehearsed["compiled"] == 2
+    assert rehearsed["again"] == 0, "what is there is not compiled again"
+    assert rehearsed["hits"] == [True, True]

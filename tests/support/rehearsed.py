@@ -1,0 +1,82 @@
+"""Rehearse the steps of a model as a GPU would run them, where there is none, and compile some of the kernels.
+
+python -m tests.support.rehearsed FOLDER NUM_COMPILED -> JSON. In a process of its own: Triton must not interpret, and
+its driver is replaced by one that only says what the device is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from shoal.kernels import compile_triton
+from shoal.kernels.backend import Backend, use_backend
+from shoal.kernels.compile_triton import Specialization, compile_kernels, rehearsal
+from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from shoal.replicas.graphs import decode_rooms, mixed_rooms
+from shoal.replicas.loader import load_model
+from shoal.replicas.shard import _make_runner
+
+
+class FakeDriver:
+    """What Triton asks of a device before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def main() -> None:
+    folder, num_compiled = sys.argv[1], int(sys.argv[2])
+    triton.runtime.driver.set_active(FakeDriver())  # pyright: ignore[reportArgumentType]
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    facts = read_model_facts(Path(folder))
+    config = EngineConfig(
+        ModelConfig(folder, dtype="float32", max_model_len=64, load_format="dummy"),
+        CacheConfig(block_size=16, num_blocks=8),
+        SchedulerConfig(max_num_seqs=20, max_num_batched_tokens=80),
+    ).resolve(facts, "cpu")
+    device = torch.device("cpu")
+    with use_backend(Backend.TRITON), torch.inference_mode():
+        runner = _make_runner(load_model(config, device), config, facts, 1, device)
+        rooms = (*decode_rooms(20), *mixed_rooms(20, 80))
+
+        def rehearse() -> set[Specialization]:
+            with rehearsal() as kernels:
+                for room in rooms:
+                    runner._forward(room)
+            return kernels
+
+        noted = rehearse()
+        some = set(sorted(noted)[:num_compiled])
+        compiled, again = compile_kernels(some, 2), compile_kernels(some, 2)
+        hits: list[bool] = []
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
+        for kernel in sorted(some):
+            compile_triton._compile(kernel, GPUTarget("cuda", 90, 32))
+        found = {
+            "names": sorted({kernel.name for kernel in noted}),
+            "same": noted == rehearse(),
+            "compiled": compiled,
+            "again": again,
+            "hits": hits,
+            "launches": JITFunction.__getitem__.__qualname__,
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
