@@ -113,7 +113,8 @@ class Runner:
         with rehearsal() as kernels:
             for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, max_tokens)):
                 self._forward(room)
-        return compile_kernels(kernels, usable_cores())
+        # Each process has torch in it, half a gigabyte: more of them are not worth their memory.
+        return compile_kernels(kernels, min(16, usable_cores()))
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; steps with more, or with none, run as they are."""
