@@ -25,7 +25,6 @@ from shoal.replicas.graphs import decode_rooms, mixed_rooms
 from shoal.replicas.loader import load_model
 from shoal.replicas.shard import _make_runner
 
-
 # fp32 products are torch's own: of a 16-bit model every kernel is seen.
 DTYPE = "bfloat16"
 
