@@ -25,14 +25,14 @@ from .backend import Backend, backend_of
 def wait_for_inputs(PDL: tl.constexpr):
     """Returns once the kernels before this one have ended and what they wrote can be read."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
 def release_dependents(PDL: tl.constexpr):
     """The next kernel may start as far as this program is concerned."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def pdl_launch(tensor: torch.Tensor) -> dict[str, Any]:
