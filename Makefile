@@ -53,7 +53,7 @@ check: $(STAMP) ## lint, format, types, whitespace
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "check: not formatted (make format):"; $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/basedpyright --warnings
-	@! grep -rnIE '[[:blank:]]+$$' $(wildcard $(CODE) docs k8s .ci *.md *.toml *.txt) --exclude-dir=__pycache__ --exclude='*.json' --exclude=merges.txt \
+	@! grep -rnIE '[[:blank:]]+$$' $(wildcard $(CODE) docs k8s .ci *.md *.toml *.txt) --exclude-dir=__pycache__ --exclude='*.json' --exclude='*.svg' --exclude=merges.txt \
 		|| { echo "check: trailing whitespace, above" >&2; exit 1; }
 
 format: $(STAMP) ## rewrite the code in the project's format
