@@ -7,6 +7,8 @@ read. The tokens that the next step needs stay on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -99,7 +101,9 @@ class Runner:
             self._inputs = DeviceInputs(state, block_size, max_tokens, self._turns)
         # Where each step's sampled states go, at an address that graphs can hold on to.
         self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
-        self._graphs = StepGraphs(self._forward, device)
+        # Through a proxy: in a cycle with its graphs a runner that is done would keep its memory, of the device too,
+        # until the garbage collector comes by.
+        self._graphs = StepGraphs(partial(Runner._forward, proxy(self)), device)
 
     @torch.inference_mode()
     def compile_kernels(self, max_tokens: int) -> int:

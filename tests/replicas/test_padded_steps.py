@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from shoal.kernels.backend import Backend, use_backend
 from shoal.replicas.batch import Room
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.graphs import StepGraphs, decode_rooms, mixed_rooms
+from shoal.replicas.kv_cache import KVCache
 from shoal.replicas.llm import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
@@ -78,3 +81,25 @@ def test_rooms_of_graphs_cover_every_step_they_may():
             assert fitting.tokens - tokens < max(64, tokens / 7), "padding costs as much as what is served"
             assert fitting.decodes == decodes or fitting.decodes <= 16 or decodes > 16
     assert decode_rooms(3) == [Room(1, 1, 0, 1), Room(2, 2, 0, 2), Room(3, 3, 0, 3)]
+
+
+def test_the_memory_of_an_engine_goes_with_it(tmp_path, monkeypatch):
+    """A cycle among its objects would keep weights and KV cache until the garbage collector comes by: a GPU has no
+    room for the cache of the memory profile, or of the engine before, beside the next one."""
+    caches = []
+    make = KVCache.__init__
+
+    def watched(self: KVCache, *args, **kwargs) -> None:
+        caches.append(weakref.ref(self))
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(KVCache, "__init__", watched)
+    folder = FAMILIES["llama"](tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        run(folder)
+        assert len(caches) == 1
+        assert caches[0]() is None
+    finally:
+        gc.enable()
