@@ -1,0 +1,184 @@
+"""The sockets of a step channel: where ranks knock, who is let in, and how a connection is set up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+
+from . import step_handshake as handshake
+from .errors import EngineError
+from .step_handshake import ChannelRefused
+
+Address = str | tuple[str, int]  # the path of a UNIX socket, or host and port
+
+SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
+_MAX_UNIX_PATH_BYTES = 107  # sizeof(sockaddr_un.sun_path) - 1
+# A host that dies sends no end-of-file; this notices it after 10 + 3 * 5 s.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+_USER_TIMEOUT_MS = 25_000
+
+
+class ChannelClosed(EngineError):
+    """This end of the channel was closed."""
+
+
+class Door:
+    """Where the ranks of a group knock: a UNIX socket in a folder of its own, and TCP where `host` is given.
+
+    The folder is the user's alone (mode 0700) and has a random name; the system chooses the port. path, address: what
+    ranks dial.
+    """
+
+    def __init__(self, host: str | None) -> None:
+        self._listeners: list[socket.socket] = []
+        self._folder = tempfile.mkdtemp(prefix="shoal-")
+        self.path = os.path.join(self._folder, "steps")
+        self.address: tuple[str, int] | None = None
+        try:
+            with _short_path(self.path) as path:
+                self._open(socket.AF_UNIX, path)
+            if host is not None:
+                family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+                self.address = (host, self._open(family, (host, 0)).getsockname()[1])
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, family: int, address: Address) -> socket.socket:
+        listener = socket.socket(family)
+        self._listeners.append(listener)
+        listener.setblocking(False)  # who knocked may be gone when we open
+        listener.bind(address)
+        listener.listen()
+        return listener
+
+    def close(self) -> None:
+        """Stop listening and remove the folder. May be called again."""
+        while self._listeners:
+            self._listeners.pop().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def admit(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
+        """The connections of ranks 0 .. world_size - 1, when all have come and proved themselves.
+
+        Handshakes go on side by side: one who says nothing keeps nobody else waiting. Raises EngineError after
+        `timeout_s`, naming the missing ranks and who was refused, and ChannelClosed as soon as `wake` is readable.
+        """
+        deadline = time.monotonic() + timeout_s
+        came: dict[int, socket.socket] = {}
+        refused: list[str] = []
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as unfinished:
+            selector.register(wake, selectors.EVENT_READ)
+            for listener in self._listeners:
+                selector.register(listener, selectors.EVENT_READ, listener)
+            while len(came) < world_size:
+                left_s = deadline - time.monotonic()
+                ready = selector.select(max(0.0, left_s))
+                if not ready or left_s <= 0:
+                    missing = sorted(set(range(world_size)) - set(came))
+                    raise EngineError(
+                        f"ranks {missing} of {world_size} have not connected within {timeout_s:.1f} s; "
+                        f"refused: {refused or 'nobody'}"
+                    )
+                for key, _ in ready:
+                    if key.data is None:
+                        raise ChannelClosed("the step channel was closed while it waited for its ranks")
+                    if isinstance(key.data, socket.socket):
+                        with contextlib.suppress(OSError):
+                            stranger = _Stranger(key.data.accept()[0])
+                            unfinished.callback(stranger.sock.close)
+                            selector.register(stranger.sock, selectors.EVENT_READ, stranger)
+                        continue
+                    try:
+                        rank = key.data.listen(token, world_size, came)
+                    except (ChannelRefused, OSError) as error:
+                        refused.append(str(error))
+                        selector.unregister(key.data.sock)
+                        key.data.sock.close()
+                        continue
+                    if rank is not None:
+                        selector.unregister(key.data.sock)
+                        came[rank] = key.data.sock
+            # All are here: those are kept, and what else has knocked is closed.
+            return [came[rank].dup() for rank in range(world_size)]
+
+
+class _Stranger:
+    """A connection whose handshake has not ended."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._nonce = handshake.new_nonce()
+        self._hello = bytearray()
+        _configure(sock)
+        with contextlib.suppress(OSError):  # who is gone already is noticed when it is read
+            sock.send(handshake.challenge(self._nonce), SEND_FLAGS)
+
+    def listen(self, token: bytes, world_size: int, taken: dict[int, socket.socket]) -> int | None:
+        """Read on; the rank once it has been welcomed. Raises ChannelRefused, which it has been told, or OSError."""
+        data = self.sock.recv(handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
+        if not data:
+            raise ConnectionError(f"a connection ended after {len(self._hello)} bytes of its handshake")
+        self._hello += data
+        if len(self._hello) < handshake.HELLO_BYTES:
+            return None
+        try:
+            greeting = handshake.verify(self._hello, self._nonce, token, world_size)
+            if greeting.rank in taken:
+                raise ChannelRefused(f"rank {greeting.rank} is connected already")
+        except ChannelRefused as error:
+            self.sock.send(handshake.refusal(str(error)), SEND_FLAGS)
+            raise
+        self.sock.send(greeting.welcome, SEND_FLAGS)
+        return greeting.rank
+
+
+def connect(address: Address, timeout_s: float) -> socket.socket:
+    """A connection to a door, with that timeout on it. Raises OSError."""
+    sock = None
+    try:
+        if isinstance(address, str):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(timeout_s)
+            with _short_path(address) as path:
+                sock.connect(path)
+        else:
+            sock = socket.create_connection(address, timeout_s)
+        _configure(sock)
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+def _configure(sock: socket.socket) -> None:
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
+        return
+    # No SO_SNDBUF: the kernel sizes TCP's buffers by the connection, and larger than a fixed size that it is given.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+@contextlib.contextmanager
+def _short_path(path: str) -> Iterator[str]:
+    """A path to the same socket that fits into its address, however deep its folder lies."""
+    if len(os.fsencode(path)) <= _MAX_UNIX_PATH_BYTES:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
