@@ -1,4 +1,4 @@
-"""Results on their way from the device to the host, beside the work that follows them."""
+"""Results on their way from the device to the host, beside the work that follows them, and integers to the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+
+def send_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [N] on the device, queued. torch.tensor(..., device=) would wait for the steps that are under way."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.block_copy import block_copy
+from .host_copy import send_ints
 from .plan import BlockCopy
 
 
@@ -40,7 +41,7 @@ class KVCache:
         """Copies whole blocks in every layer, all sources read before any target is written."""
         if not copies:
             return
-        source = torch.tensor([copy.source for copy in copies], dtype=torch.int64, device=self.device)
-        target = torch.tensor([copy.target for copy in copies], dtype=torch.int64, device=self.device)
+        source = send_ints([copy.source for copy in copies], self.device)
+        target = send_ints([copy.target for copy in copies], self.device)
         for layer in self.layers:
             block_copy(layer, source, target)

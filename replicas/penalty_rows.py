@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 
 from ..kernels.penalties import apply_penalties, begin_history, count_tokens, empty_slots
+from .host_copy import send_ints
 from .plan import RowStart
 
 
@@ -50,7 +51,7 @@ class PenaltyRows:
 
     def slots(self, rows: Collection[int]) -> torch.Tensor:
         """Slots of rows, int64 [K] on the device, -1 for a row without penalties."""
-        return torch.tensor([self._slot_of_row.get(row, -1) for row in rows], dtype=torch.int64, device=self._device)
+        return send_ints([self._slot_of_row.get(row, -1) for row in rows], self._device)
 
     def apply(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
         """Change float32 `logits` [K, V] in place."""

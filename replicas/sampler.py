@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.sample import SamplingRows, sample_rows
 from ..kernels.score import score
+from .host_copy import send_ints
 from .penalty_rows import PenaltyRows
 from .plan import Ints, RowStart
 
@@ -68,7 +69,7 @@ class Sampler:
         """
         wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters or row in self._penalties]
         row_ids = rows[wishing].tolist()
-        index = torch.tensor(wishing, dtype=torch.int64, device=self.device)
+        index = send_ints(wishing, self.device)
         adjusted = logits.index_select(0, index).float()
         adjusters = [(i, self._adjusters[row]) for i, row in enumerate(row_ids) if row in self._adjusters]
         for i, adjuster in adjusters:
@@ -78,9 +79,9 @@ class Sampler:
             self._penalties.apply(adjusted, slots)
         chosen = sample_rows(
             adjusted,
-            torch.tensor(row_ids, dtype=torch.int64, device=self.device),
+            send_ints(row_ids, self.device),
             self._params,
-            torch.from_numpy(positions[wishing].astype(np.int64)).to(self.device),
+            send_ints(positions[wishing].tolist(), self.device),
         )
         tokens.index_copy_(0, index, chosen)
         if slots is not None:
@@ -110,7 +111,10 @@ class LogitAdjuster:
             self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
             self._forbidden[torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=device)] = False
         history = torch.tensor(start.prompt_token_ids + start.emitted_token_ids, dtype=torch.int64, device=device)
-        self._words = [torch.tensor(word, dtype=torch.int64, device=device) for word in params.bad_words]
+        # What comes before a word's last token, and that token, on the host: one on the device would be read back.
+        self._words = [
+            (torch.tensor(word[:-1], dtype=torch.int64, device=device), word[-1]) for word in params.bad_words
+        ]
         longest = max((len(word) for word in params.bad_words), default=1) - 1
         # The last `longest` tokens; -1, which no token equals, where the sequence is still shorter.
         self._tail = torch.full((longest,), -1, dtype=torch.int64, device=device)
@@ -129,10 +133,9 @@ class LogitAdjuster:
             logits.index_add_(0, self._bias_ids, self._bias)
         if self._forbidden is not None:
             logits.masked_fill_(self._forbidden, _NEVER)
-        for word in self._words:
-            prefix = word[:-1]
+        for prefix, last in self._words:
             completes = (self._tail[len(self._tail) - len(prefix) :] == prefix).all()
-            logits[word[-1]] = torch.where(completes, _NEVER, logits[word[-1]])
+            logits[last] = torch.where(completes, _NEVER, logits[last])
         if len(self._ends) and position < self._min_position:
             logits[self._ends] = _NEVER
 
