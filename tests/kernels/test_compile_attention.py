@@ -93,3 +93,11 @@ def test_products_of_a_turn_do_not_wait_for_each_other(name, compiled):
     turn = compiled[name].loops[-1]
     assert sum(each.opcode.startswith("HGMMA") for each in turn) >= 8
     assert sum(each.opcode.startswith("WARPGROUP") for each in turn) <= 4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_program_waits_before_it_reads_writes_or_ends(name, compiled):
+    """One that ended without waiting would let the next kernel take what is still being written as complete."""
+    ptx = compiled[name].ptx
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert not [each for each in ("ld.global", "st.global", "cp.async", "atom.", "red.", "ret;") if each in before]

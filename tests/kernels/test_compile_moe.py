@@ -145,3 +145,11 @@ def test_kernels_of_one_token_can_reach_the_speed_of_memory(name, compiled):
     (loop,) = kernel.loops
     assert lane_instructions(loop, variant.options["num_warps"], num_elements) <= 0.6 * BUDGET
     assert kernel.registers <= 80  # 24 warps on a multiprocessor, each with two loads of 64 bytes a thread under way
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_program_waits_before_it_reads_writes_or_ends(name, compiled):
+    """One that ended without waiting would let the next kernel take what is still being written as complete."""
+    ptx = compiled[name].ptx
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert not [each for each in ("ld.global", "st.global", "cp.async", "atom.", "red.", "ret;") if each in before]
