@@ -36,8 +36,8 @@ def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
     """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
 
     Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
-    decodes there is room for, and one long context among room for 256 would have little of it. Room for more prefills
-    than one in 32 tokens is not kept: 255 that are padding cost 5 to 9 us a layer on an H200.
+    decodes there is room for, and one long context among room for 256 would have little of it. Room for prefills
+    is one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
     """
     sizes, size = [], 64
     while size < max_tokens:
@@ -48,7 +48,7 @@ def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
     for size in sizes:
         for decodes in sorted({0, min(_FEW, size, max_rows), min(size, max_rows)}):
             samples = min(decodes + _FEW, size, max_rows)
-            rooms.append(Room(size, decodes, min(max_rows, max(_FEW // 2, size // 32)), samples))
+            rooms.append(Room(size, decodes, min(max_rows, max(_FEW // 2, size // 8)), samples))
     return rooms
 
 

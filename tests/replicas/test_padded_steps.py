@@ -80,6 +80,9 @@ def test_rooms_of_graphs_cover_every_step_they_may():
             fitting = next(room for room in mixed if room.holds(Room(tokens, decodes, 1, min(decodes + 1, 200))))
             assert fitting.tokens - tokens < max(64, tokens / 7), "padding costs as much as what is served"
             assert fitting.decodes == decodes or fitting.decodes <= 16 or decodes > 16
+    for tokens, prefills in ((40, 5), (320, 40), (2048, 190)):  # short prompts, or what a prefix cache left of them
+        fitting = next(room for room in mixed if room.holds(Room(tokens, 0, prefills, prefills)))
+        assert fitting.tokens == max(64, tokens)
     assert decode_rooms(3) == [Room(1, 1, 0, 1), Room(2, 2, 0, 2), Room(3, 3, 0, 3)]
 
 
