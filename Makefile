@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-plots bench-table
+.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -62,6 +62,9 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 bench-scheduler: $(STAMP) ## microseconds a decode step of the scheduler takes, at 256 and 10,000 sequences
 	@$(BIN)/python -m benchmarks.scheduler $(ARGS)
+
+bench-step: $(STAMP) ## microseconds of a step's plan on its way to two shards, beside Ray and pickle
+	@$(BIN)/python -m benchmarks.step_channel $(ARGS)
 
 bench-sse: $(STAMP) ## streams through ingress and router, against bare uvicorn
 	@$(BIN)/python -m benchmarks.sse $(ARGS)

@@ -1,0 +1,297 @@
+"""A decode plan of 256 sequences from an engine to two rank processes, and one rank's answer, by the step channel.
+
+Beside it the same plan and answer by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray
+compiled graph. Time starts when the engine has the plan as arrays. `to both` ends when the later of the two ranks has
+it as arrays (clocks of processes on one machine agree), `half round trip` when the engine has rank 0's answer. Steps
+follow each other at once, or with a pause as a GPU makes it, in which the cores fall asleep. Goal: 30 us to both.
+
+    python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from statistics import median, quantiles
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.report import Report
+from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
+from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
+from shoal.replicas.step_frames import FrameEncoder, decode
+from shoal.replicas.step_sockets import Address
+
+NUM_SEQUENCES = 256
+WORLD_SIZE = 2
+NUM_WARM = 50  # steps at the beginning of a round that are not counted
+PAUSES_MS = (0.0, 2.0)
+GOAL_US = 30.0
+STEP_CHANNELS = ("UNIX socket", "TCP")
+
+Stamps = list[int]  # perf_counter_ns at each plan's arrival
+_PROCESSES = multiprocessing.get_context("spawn")
+
+
+class Way(Protocol):
+    """How plans reach the ranks."""
+
+    def step(self, plan: StepPlan) -> None:
+        """Send the plan to both ranks and wait for rank 0's answer."""
+        ...
+
+    def stop(self) -> list[Stamps]:
+        """End the ranks; what each of them noted."""
+        ...
+
+
+def answer(plan: StepPlan) -> StepResult:
+    return StepResult(plan.step, plan.sample_rows)
+
+
+class ByChannel:
+    """The step channel."""
+
+    def __init__(self, *, tcp: bool) -> None:
+        token = secrets.token_bytes(32)
+        self._server = StepChannelServer(WORLD_SIZE, token, host="127.0.0.1" if tcp else None)
+        address = self._server.address or self._server.path
+        self._ranks = Ranks(lambda rank: (channel_rank, (address, rank, token)))
+        self._server.accept(60)
+
+    def step(self, plan: StepPlan) -> None:
+        self._server.submit(plan)
+        self._server.result()
+
+    def stop(self) -> list[Stamps]:
+        self._server.close()
+        return self._ranks.join()
+
+
+def channel_rank(stamps_to: Connection, address: Address, rank: int, token: bytes) -> None:
+    client, stamps = StepChannelClient(address, rank, WORLD_SIZE, token), []
+    while (plan := client.receive()) is not None:
+        stamps.append(perf_counter_ns())
+        if rank == 0:
+            client.send_result(answer(plan))
+    stamps_to.send(stamps)
+
+
+class ByPickle:
+    """`multiprocessing.connection`, which pickles."""
+
+    def __init__(self) -> None:
+        pipes = [_PROCESSES.Pipe() for _ in range(WORLD_SIZE)]
+        self._pipes = [ours for ours, _ in pipes]
+        self._ranks = Ranks(lambda rank: (pickle_rank, (pipes[rank][1], rank)))
+
+    def step(self, plan: StepPlan) -> None:
+        for pipe in self._pipes:
+            pipe.send(plan)
+        self._pipes[0].recv()
+
+    def stop(self) -> list[Stamps]:
+        for pipe in self._pipes:
+            pipe.send(None)
+        return self._ranks.join()
+
+
+def pickle_rank(stamps_to: Connection, pipe: Connection, rank: int) -> None:
+    stamps = []
+    while (plan := pipe.recv()) is not None:
+        stamps.append(perf_counter_ns())
+        if rank == 0:
+            pipe.send(answer(plan))
+    stamps_to.send(stamps)
+
+
+class Ranks:
+    """Rank processes that hand over their stamps when they end."""
+
+    def __init__(self, target: Callable[[int], tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+        self._processes, self._stamps = [], []
+        for rank in range(WORLD_SIZE):
+            function, arguments = target(rank)
+            ours, theirs = _PROCESSES.Pipe(duplex=False)
+            process = _PROCESSES.Process(target=function, args=(theirs, *arguments), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._stamps.append(ours)
+
+    def join(self) -> list[Stamps]:
+        stamps = [pipe.recv() for pipe in self._stamps]
+        for process in self._processes:
+            process.join()
+        return stamps
+
+
+class RayRank:
+    """What an actor runs."""
+
+    def __init__(self) -> None:
+        self._stamps: Stamps = []
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._stamps.append(perf_counter_ns())
+        return answer(plan)
+
+    def stamps(self) -> Stamps:
+        return self._stamps
+
+
+class ByActorCall:
+    """A method call on each of two actors."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._get = ray.get
+        actor: Any = ray.remote(RayRank)
+        self._actors: list[Any] = [actor.remote() for _ in range(WORLD_SIZE)]
+
+    def step(self, plan: StepPlan) -> None:
+        references = [actor.run.remote(plan) for actor in self._actors]
+        self._get(references[0])
+
+    def stop(self) -> list[Stamps]:
+        return self._get([actor.stamps.remote() for actor in self._actors])
+
+
+class ByCompiledGraph(ByActorCall):
+    """The same two calls as a compiled graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from ray.dag import InputNode, MultiOutputNode
+
+        with InputNode() as plan:
+            outputs = MultiOutputNode([actor.run.bind(plan) for actor in self._actors])
+        self._graph = outputs.experimental_compile()
+
+    def step(self, plan: StepPlan) -> None:
+        self._get(self._graph.execute(plan))
+
+    def stop(self) -> list[Stamps]:
+        self._graph.teardown()
+        return super().stop()
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """A Ray of our own in a folder of its own, ended with its last user."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def decode_plan() -> StepPlan:
+    rows = np.arange(NUM_SEQUENCES, dtype=np.int32)
+    new = rows[: NUM_SEQUENCES // 16]  # every 16th sequence begins a block
+    ones = np.ones_like(rows)
+    return StepPlan(0, rows, rows * 7, ones, np.full_like(rows, DEVICE_TOKEN), rows, rows, new, new, new)
+
+
+def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> tuple[list[float], list[float]]:
+    """Microseconds of each step: to both ranks, and half its round trip."""
+    way, plan = make(), decode_plan()
+    begins, ends = [], []
+    for step in range(NUM_WARM + num_steps):
+        plan = replace(plan, step=step)
+        begins.append(perf_counter_ns())
+        way.step(plan)
+        ends.append(perf_counter_ns())
+        if pause_ms:
+            time.sleep(pause_ms / 1e3)
+    stamps = way.stop()
+    arrivals = [max(of_ranks) for of_ranks in zip(*stamps, strict=True)]
+    both = [(arrival - begin) / 1e3 for arrival, begin in zip(arrivals, begins, strict=True)]
+    half = [(end - begin) / 2e3 for end, begin in zip(ends, begins, strict=True)]
+    return both[NUM_WARM:], half[NUM_WARM:]
+
+
+def time_codec() -> dict[str, float]:
+    """What encoding and decoding take of it."""
+    encoder, plan = FrameEncoder(), decode_plan()
+    frame = bytearray(encoder.encode(plan))
+    figures = {"bytes of a plan": float(len(frame))}
+    for what, function in (("encode us", lambda: encoder.encode(plan)), ("decode us", lambda: decode(frame))):
+        times = []
+        for _ in range(5000):
+            begin = perf_counter_ns()
+            function()
+            times.append((perf_counter_ns() - begin) / 1e3)
+        figures[what] = round(median(times), 2)
+    return figures
+
+
+def p99(times: list[float]) -> float:
+    return quantiles(times, n=100)[98]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=500, help="counted steps of a round")
+    parser.add_argument("--without-ray", action="store_true")
+    options = parser.parse_args()
+    ways: dict[str, Callable[[], Way]] = {
+        "UNIX socket": lambda: ByChannel(tcp=False),
+        "TCP": lambda: ByChannel(tcp=True),
+        "pickled pipe": ByPickle,
+    }
+    ray_ways: dict[str, Callable[[], Way]] = {"Ray compiled graph": ByCompiledGraph, "Ray actor call": ByActorCall}
+    rounds: dict[tuple[str, float], list[tuple[list[float], list[float]]]] = {}
+
+    def one_round(of: dict[str, Callable[[], Way]]) -> None:
+        for name, make in of.items():
+            for pause_ms in PAUSES_MS:
+                rounds.setdefault((name, pause_ms), []).append(measure(make, options.steps, pause_ms))
+
+    for number in range(1 + options.rounds):  # the first is not counted
+        one_round(ways)
+        if not options.without_ray:
+            with local_ray():
+                one_round(ray_ways)
+        print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
+    report = Report("step_channel", settings={"sequences": NUM_SEQUENCES, "ranks": WORLD_SIZE, **vars(options)})
+    for (name, pause_ms), all_rounds in rounds.items():
+        both, half = zip(*all_rounds[1:], strict=True)
+        goal = GOAL_US if name in STEP_CHANNELS else None
+        figures = {
+            "pause ms": pause_ms,
+            "to both p50 us": median(map(median, both)),
+            "p99 us": median(map(p99, both)),
+            "half round trip p50 us": median(map(median, half)),
+            "goal us": goal,
+        }
+        report.add(
+            way=name, **{what: round(value, 1) if value is not None else None for what, value in figures.items()}
+        )
+    report.trace = time_codec()
+    report.show()
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
