@@ -111,6 +111,8 @@ class StepChannelServer:
         if not token:
             raise ValueError("the token is empty; give the group a random one")
         self._world_size, self._token, self._result_rank = world_size, token, result_rank
+        self._door = Door(host)
+        self.path, self.address = self._door.path, self._door.address
         self._lock = threading.Lock()  # held by whoever uses the sockets
         self._closing = threading.Lock()  # taken by the first close, for good
         self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
@@ -121,8 +123,6 @@ class StepChannelServer:
         self._encoder = FrameEncoder()
         self._in_flight: deque[int] = deque()  # steps whose result has not come
         self._results: deque[StepResult] = deque()
-        self._door = Door(host)
-        self.path, self.address = self._door.path, self._door.address
 
     def accept(self, timeout_s: float) -> None:
         """Wait until every rank has come and has proved that it belongs here; others are told why not.
@@ -211,6 +211,8 @@ class StepChannelServer:
                     self._poll.modify(peer.sock, select.POLLIN)
                 if events & ~select.POLLOUT:
                     self._read(peer)
+            except BlockingIOError:  # nothing there after all
+                continue
             except (EOFError, OSError) as error:
                 raise self._lost(peer, error) from error
             except EngineError as error:
@@ -231,9 +233,16 @@ class StepChannelServer:
             self._in_flight.popleft()
             self._results.append(message)
 
-    def _lost(self, peer: _Rank, error: Exception) -> PeerLost:
-        steps = f"steps in flight: {list(self._in_flight)}"
-        self._broken = PeerLost(f"rank {peer.rank} of {self._world_size} is gone ({_reason(error)}); {steps}")
+    def _lost(self, peer: _Rank, error: Exception) -> EngineError:
+        """What to raise for a rank that is gone: its last words where it had any, since they say why."""
+        try:
+            while True:
+                self._read(peer)
+        except (EOFError, OSError):
+            steps = f"steps in flight: {list(self._in_flight)}"
+            self._broken = PeerLost(f"rank {peer.rank} of {self._world_size} is gone ({_reason(error)}); {steps}")
+        except EngineError as last_words:
+            self._broken = last_words
         return self._broken
 
 

@@ -7,8 +7,7 @@
 All of it is little-endian and nothing is pickled. A decoded plan's arrays are views on the frame that was received.
 Lengths are checked before anything is read, so that a frame cut short, or of another version, is a FrameError; what
 the numbers mean is not, since a peer has proved who it is before its first frame. A decode plan of 256 sequences is
-6.4 KB,
-which takes 4 us to encode and 5 us to decode (EPYC): the number of arrays counts, not their bytes.
+6.4 KB, which takes 4 us to encode and 5 us to decode (EPYC): the number of arrays counts, not their bytes.
 """
 
 from __future__ import annotations
