@@ -1,9 +1,10 @@
 """A decode plan of 256 sequences from an engine to two rank processes, and one rank's answer, by the step channel.
 
 Beside it the same plan and answer by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray
-compiled graph. Time starts when the engine has the plan as arrays. `to both` ends when the later of the two ranks has
-it as arrays (clocks of processes on one machine agree), `half round trip` when the engine has rank 0's answer. Steps
-follow each other at once, or with a pause as a GPU makes it, in which the cores fall asleep. Goal: 30 us to both.
+compiled graph. Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays (clocks
+of processes on one machine agree), `to both` when the later of the two has it, `half round trip` when the engine has
+rank 0's answer. Steps follow each other at once, or with a pause as a GPU makes it, in which cores fall asleep. Two
+cores are one fewer than there are processes. Goal: 30 us one way, at once.
 
     python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
 """
@@ -24,7 +25,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -212,8 +213,16 @@ def decode_plan() -> StepPlan:
     return StepPlan(0, rows, rows * 7, ones, np.full_like(rows, DEVICE_TOKEN), rows, rows, new, new, new)
 
 
-def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> tuple[list[float], list[float]]:
-    """Microseconds of each step: to both ranks, and half its round trip."""
+class Times(NamedTuple):
+    """Microseconds of a round's steps; `one_way` has those of all ranks."""
+
+    one_way: list[float]
+    to_both: list[float]
+    half: list[float]
+
+
+def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> Times:
+    """One round."""
     way, plan = make(), decode_plan()
     begins, ends = [], []
     for step in range(NUM_WARM + num_steps):
@@ -224,10 +233,10 @@ def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> tuple[l
         if pause_ms:
             time.sleep(pause_ms / 1e3)
     stamps = way.stop()
-    arrivals = [max(of_ranks) for of_ranks in zip(*stamps, strict=True)]
-    both = [(arrival - begin) / 1e3 for arrival, begin in zip(arrivals, begins, strict=True)]
+    one_way = [[(stamp - begin) / 1e3 for stamp, begin in zip(of_rank, begins, strict=True)] for of_rank in stamps]
     half = [(end - begin) / 2e3 for end, begin in zip(ends, begins, strict=True)]
-    return both[NUM_WARM:], half[NUM_WARM:]
+    counted = [of_rank[NUM_WARM:] for of_rank in one_way]
+    return Times([us for of_rank in counted for us in of_rank], list(map(max, *counted)), half[NUM_WARM:])
 
 
 def time_codec() -> dict[str, float]:
@@ -261,7 +270,7 @@ def main() -> None:
         "pickled pipe": ByPickle,
     }
     ray_ways: dict[str, Callable[[], Way]] = {"Ray compiled graph": ByCompiledGraph, "Ray actor call": ByActorCall}
-    rounds: dict[tuple[str, float], list[tuple[list[float], list[float]]]] = {}
+    rounds: dict[tuple[str, float], list[Times]] = {}
 
     def one_round(of: dict[str, Callable[[], Way]]) -> None:
         for name, make in of.items():
@@ -276,14 +285,14 @@ def main() -> None:
         print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
     report = Report("step_channel", settings={"sequences": NUM_SEQUENCES, "ranks": WORLD_SIZE, **vars(options)})
     for (name, pause_ms), all_rounds in rounds.items():
-        both, half = zip(*all_rounds[1:], strict=True)
-        goal = GOAL_US if name in STEP_CHANNELS else None
+        one_way, to_both, half = zip(*all_rounds[1:], strict=True)
         figures = {
             "pause ms": pause_ms,
-            "to both p50 us": median(map(median, both)),
-            "p99 us": median(map(p99, both)),
+            "one way p50 us": median(map(median, one_way)),
+            "one way p99 us": median(map(p99, one_way)),
+            "to both p50 us": median(map(median, to_both)),
             "half round trip p50 us": median(map(median, half)),
-            "goal us": goal,
+            "goal us": GOAL_US if name in STEP_CHANNELS and not pause_ms else None,
         }
         report.add(
             way=name, **{what: round(value, 1) if value is not None else None for what, value in figures.items()}
