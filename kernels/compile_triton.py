@@ -37,6 +37,10 @@ class Specialization(NamedTuple):
     data: str
 
 
+class CompilationFailed(RuntimeError):
+    """A compiling process failed; the launch of the kernel will tell whether the kernel is at fault."""
+
+
 @contextmanager
 def rehearsal() -> Iterator[set[Specialization]]:
     """Inside, no Triton kernel of this process is launched: those that were not compiled yet are noted in the result.
@@ -70,7 +74,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def compile_kernels(kernels: set[Specialization], num_processes: int) -> int:
     """Compile into the cache on disk what is not there; returns how many kernels that were.
 
-    Raises RuntimeError with the compiler's message where one does not compile.
+    Raises CompilationFailed with the compiler's message where one does not compile.
     """
     target: GPUTarget = triton.runtime.driver.active.get_current_target()  # pyright: ignore[reportAssignmentType]
     done = _Ledger(target)
@@ -133,7 +137,7 @@ def _run_compilers(shares: Sequence[Sequence[Specialization]], target: GPUTarget
                 process.kill()
                 process.wait()
     if failed:
-        raise RuntimeError(f"a kernel does not compile: {failed[0].strip()[-2000:]}")
+        raise CompilationFailed(f"a kernel does not compile: {failed[0].strip()[-2000:]}")
 
 
 def _compile(kernel: Specialization, target: GPUTarget) -> None:

@@ -6,6 +6,7 @@ read. The tokens that the next step needs stay on the device.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from weakref import proxy
@@ -26,6 +27,8 @@ from .models.decoder import DecoderModel
 from .plan import DEVICE_TOKEN, LogprobArrays, StepPlan, StepResult
 from .sampler import NO_TOKEN, Sampler, score_tensors
 from .step_inputs import HostInputs, StepInputs, make_row_state, room_of
+
+logger = logging.getLogger(__name__)
 
 # Prompt log-probabilities need logits of every position; this many are held at a time.
 _SCORED_CHUNK = 256
@@ -109,16 +112,21 @@ class Runner:
     def compile_kernels(self, max_tokens: int) -> int:
         """Compile, many at a time, the Triton kernels that steps of up to `max_tokens` tokens launch.
 
-        Returns how many were not there yet. To be called before anything else is run: see `rehearsal`.
+        Returns how many were not there yet. To be called before anything else is run: see `rehearsal`. Where that
+        fails it says so and leaves them to their first launch.
         """
-        from ..kernels.compile_triton import compile_kernels, rehearsal
+        from ..kernels.compile_triton import CompilationFailed, compile_kernels, rehearsal
 
         max_rows = len(self._sampled)
         with rehearsal() as kernels:
             for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, max_tokens)):
                 self._forward(room)
         # Each process has torch in it, half a gigabyte: more of them are not worth their memory.
-        return compile_kernels(kernels, min(16, usable_cores()))
+        try:
+            return compile_kernels(kernels, min(16, usable_cores()))
+        except CompilationFailed as error:
+            logger.warning("kernels compile at their first launch, one after the other: %s", error)
+            return 0
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; steps with more, or with none, run as they are."""

@@ -40,3 +40,13 @@ def test_a_launch_finds_what_was_compiled(rehearsed):
     assert rehearsed["compiled"] == 2
     assert rehearsed["again"] == 0, "what is there is not compiled again"
     assert rehearsed["hits"] == [True, True]
+
+
+def test_a_kernel_that_does_not_compile_is_told():
+    from triton.backends.compiler import GPUTarget
+
+    from shoal.kernels.compile_triton import CompilationFailed, Specialization, _run_compilers
+
+    wrong = Specialization("shoal.kernels.rms_norm_triton", "no_such_kernel", "{}")
+    with pytest.raises(CompilationFailed, match="constant_keys"):
+        _run_compilers([[wrong], []], GPUTarget("cuda", 90, 32))
