@@ -20,6 +20,7 @@ Called by replicas/device_inputs.py. `*_ref` are loops over the same packed plan
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +29,27 @@ import torch
 from .backend import Backend, backend_of
 from .sample import SamplingRows
 
-# Places of the header: the turn of the ring, the counts, and where each section begins.
-TURN, NUM_SLICES, NUM_DECODES, NUM_TOKENS, NUM_SAMPLES, NUM_UPDATES, NUM_STARTS = range(7)
-ROWS, STARTS, CU_SEQLENS, TOKEN_IDS, SAMPLE_SLICES, SAMPLE_ROWS, UPDATES, ROW_STARTS = range(7, 15)
+
+class Place(IntEnum):
+    """Places of the header: the turn of the ring, the counts, and where each section begins."""
+
+    TURN = 0
+    NUM_SLICES = 1
+    NUM_DECODES = 2
+    NUM_TOKENS = 3
+    NUM_SAMPLES = 4
+    NUM_UPDATES = 5
+    NUM_STARTS = 6
+    ROWS = 7
+    STARTS = 8
+    CU_SEQLENS = 9
+    TOKEN_IDS = 10
+    SAMPLE_SLICES = 11
+    SAMPLE_ROWS = 12
+    UPDATES = 13
+    ROW_STARTS = 14
+
+
 HEADER = 16
 # A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
 ROW_START = 7
@@ -63,11 +82,11 @@ class StepTensors(NamedTuple):
 def apply_plan_ref(packed: torch.Tensor, state: RowState) -> None:
     """Table updates and row starts, one by one, in place."""
     plan = packed.cpu().numpy()
-    num_updates, begin = int(plan[NUM_UPDATES]), int(plan[UPDATES])
+    num_updates, begin = int(plan[Place.NUM_UPDATES]), int(plan[Place.UPDATES])
     for row, index, block in plan[begin : begin + 3 * num_updates].reshape(3, -1).T.tolist():
         state.block_tables[row, index] = block
-    begin = int(plan[ROW_STARTS])
-    for start in plan[begin : begin + ROW_START * int(plan[NUM_STARTS])].reshape(-1, ROW_START):
+    begin = int(plan[Place.ROW_STARTS])
+    for start in plan[begin : begin + ROW_START * int(plan[Place.NUM_STARTS])].reshape(-1, ROW_START):
         row, floats = int(start[0]), start.view(np.float32)
         state.sampling.temperature[row] = float(floats[1])
         state.sampling.top_k[row] = int(start[2])
@@ -79,13 +98,19 @@ def apply_plan_ref(packed: torch.Tensor, state: RowState) -> None:
 def expand_plan_ref(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
     """Token by token and slice by slice, in place."""
     plan = packed.cpu().numpy()
-    num_slices, num_decodes, num_tokens = (int(plan[i]) for i in (NUM_SLICES, NUM_DECODES, NUM_TOKENS))
+    num_slices, num_decodes, num_tokens = (
+        int(plan[i]) for i in (Place.NUM_SLICES, Place.NUM_DECODES, Place.NUM_TOKENS)
+    )
 
     def section(place: int, count: int) -> list[int]:
         return plan[plan[place] : plan[place] + count].tolist()
 
-    rows, starts, cu = section(ROWS, num_slices), section(STARTS, num_slices), section(CU_SEQLENS, num_slices + 1)
-    token_ids = section(TOKEN_IDS, num_tokens)
+    rows, starts, cu = (
+        section(Place.ROWS, num_slices),
+        section(Place.STARTS, num_slices),
+        section(Place.CU_SEQLENS, num_slices + 1),
+    )
+    token_ids = section(Place.TOKEN_IDS, num_tokens)
     for tensor, padding in ((out.input_ids, 0), (out.positions, 0), (out.slot_mapping, -1), (out.decode_lens, 0)):
         tensor.fill_(padding)
     out.prefill_starts.fill_(num_tokens)
@@ -106,9 +131,9 @@ def expand_plan_ref(packed: torch.Tensor, state: RowState, block_size: int, out:
             out.input_ids[t] = token_ids[t] if token_ids[t] >= 0 else state.last_tokens[row]
             out.positions[t] = position
             out.slot_mapping[t] = blocks[position // block_size] * block_size + position % block_size
-    num_samples = int(plan[NUM_SAMPLES])
+    num_samples = int(plan[Place.NUM_SAMPLES])
     for k, (s, row) in enumerate(
-        zip(section(SAMPLE_SLICES, num_samples), section(SAMPLE_ROWS, num_samples), strict=True)
+        zip(section(Place.SAMPLE_SLICES, num_samples), section(Place.SAMPLE_ROWS, num_samples), strict=True)
     ):
         out.sample_indices[k], out.sample_rows[k] = cu[s + 1] - 1, row
         out.sample_positions[k] = starts[s] + cu[s + 1] - cu[s]
@@ -120,7 +145,7 @@ def keep_tokens_ref(
     """One by one, in place; a failed sample (-1) leaves token 0 for its row, which the next step can look up."""
     for k, (token, row) in enumerate(zip(tokens.tolist(), rows.tolist(), strict=True)):
         last_tokens[row] = max(token, 0)
-        ring[int(packed[TURN]), k] = token
+        ring[int(packed[Place.TURN]), k] = token
 
 
 def load_plan(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:

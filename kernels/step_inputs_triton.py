@@ -9,42 +9,25 @@ import triton
 import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .step_inputs import (
-    CU_SEQLENS,
-    NUM_DECODES,
-    NUM_SAMPLES,
-    NUM_SLICES,
-    NUM_STARTS,
-    NUM_TOKENS,
-    NUM_UPDATES,
-    ROW_START,
-    ROW_STARTS,
-    ROWS,
-    SAMPLE_ROWS,
-    SAMPLE_SLICES,
-    STARTS,
-    TOKEN_IDS,
-    TURN,
-    UPDATES,
-    RowState,
-    StepTensors,
-)
+from .step_inputs import ROW_START, Place, RowState, StepTensors
 
-_TURN = tl.constexpr(TURN)
-_NUM_SLICES, _NUM_DECODES, _NUM_TOKENS = tl.constexpr(NUM_SLICES), tl.constexpr(NUM_DECODES), tl.constexpr(NUM_TOKENS)
-_NUM_SAMPLES, _NUM_UPDATES, _NUM_STARTS = (
-    tl.constexpr(NUM_SAMPLES),
-    tl.constexpr(NUM_UPDATES),
-    tl.constexpr(NUM_STARTS),
-)
-_ROWS, _STARTS, _CU_SEQLENS, _TOKEN_IDS = (
-    tl.constexpr(ROWS),
-    tl.constexpr(STARTS),
-    tl.constexpr(CU_SEQLENS),
-    tl.constexpr(TOKEN_IDS),
-)
-_SAMPLE_SLICES, _SAMPLE_ROWS = tl.constexpr(SAMPLE_SLICES), tl.constexpr(SAMPLE_ROWS)
-_UPDATES, _ROW_STARTS, _ROW_START = tl.constexpr(UPDATES), tl.constexpr(ROW_STARTS), tl.constexpr(ROW_START)
+# A kernel reads globals only as constexpr.
+_TURN = tl.constexpr(Place.TURN.value)
+_NUM_SLICES = tl.constexpr(Place.NUM_SLICES.value)
+_NUM_DECODES = tl.constexpr(Place.NUM_DECODES.value)
+_NUM_TOKENS = tl.constexpr(Place.NUM_TOKENS.value)
+_NUM_SAMPLES = tl.constexpr(Place.NUM_SAMPLES.value)
+_NUM_UPDATES = tl.constexpr(Place.NUM_UPDATES.value)
+_NUM_STARTS = tl.constexpr(Place.NUM_STARTS.value)
+_ROWS = tl.constexpr(Place.ROWS.value)
+_STARTS = tl.constexpr(Place.STARTS.value)
+_CU_SEQLENS = tl.constexpr(Place.CU_SEQLENS.value)
+_TOKEN_IDS = tl.constexpr(Place.TOKEN_IDS.value)
+_SAMPLE_SLICES = tl.constexpr(Place.SAMPLE_SLICES.value)
+_SAMPLE_ROWS = tl.constexpr(Place.SAMPLE_ROWS.value)
+_UPDATES = tl.constexpr(Place.UPDATES.value)
+_ROW_STARTS = tl.constexpr(Place.ROW_STARTS.value)
+_ROW_START = tl.constexpr(ROW_START)
 
 _TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # of one program, or one turn of its loop
 

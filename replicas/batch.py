@@ -27,6 +27,10 @@ class AttentionMetadata:
     prefill_tables: torch.Tensor  # int32 [P, M]
 
 
+# Up to so many decodes of a step beside prefills are few: CUDA graphs keep rooms for them of their own.
+FEW_DECODES = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more."""

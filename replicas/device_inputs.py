@@ -8,29 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kernels.step_inputs import (
-    CU_SEQLENS,
-    HEADER,
-    NUM_DECODES,
-    NUM_SAMPLES,
-    NUM_SLICES,
-    NUM_STARTS,
-    NUM_TOKENS,
-    NUM_UPDATES,
-    ROW_START,
-    ROW_STARTS,
-    ROWS,
-    SAMPLE_ROWS,
-    SAMPLE_SLICES,
-    STARTS,
-    TOKEN_IDS,
-    TURN,
-    UPDATES,
-    RowState,
-    StepTensors,
-    keep_tokens,
-    load_plan,
-)
+from ..kernels.step_inputs import HEADER, ROW_START, Place, RowState, StepTensors, keep_tokens, load_plan
 from .batch import AttentionMetadata, InputBatch, Room
 from .plan import RowStart, StepPlan
 from .step_inputs import count_decodes
@@ -50,7 +28,7 @@ class PackedPlan:
     def fill(self, plan: StepPlan, turn: int) -> int:
         """Writes the plan; returns how many integers of `values` it takes."""
         array, end = self._array, HEADER
-        num_slices, num_starts = plan.num_slices, len(plan.row_starts)
+        num_slices = plan.num_slices
 
         def put(place: int, *parts: np.ndarray) -> None:
             nonlocal end
@@ -59,24 +37,21 @@ class PackedPlan:
                 array[end : end + len(part)] = part
                 end += len(part)
 
-        array[TURN], array[NUM_SLICES], array[NUM_TOKENS] = turn, num_slices, len(plan.token_ids)
-        array[NUM_DECODES] = count_decodes(plan)
-        array[NUM_SAMPLES], array[NUM_UPDATES], array[NUM_STARTS] = (
-            len(plan.sample_rows),
-            len(plan.table_rows),
-            num_starts,
-        )
-        put(ROWS, plan.rows)
-        put(STARTS, plan.starts)
+        array[Place.TURN], array[Place.NUM_SLICES], array[Place.NUM_TOKENS] = turn, num_slices, len(plan.token_ids)
+        array[Place.NUM_DECODES] = count_decodes(plan)
+        array[Place.NUM_SAMPLES], array[Place.NUM_UPDATES] = len(plan.sample_rows), len(plan.table_rows)
+        array[Place.NUM_STARTS] = len(plan.row_starts)
+        put(Place.ROWS, plan.rows)
+        put(Place.STARTS, plan.starts)
         array[end] = 0
         np.cumsum(plan.num_tokens, out=array[end + 1 : end + 1 + num_slices])
-        array[CU_SEQLENS] = end
+        array[Place.CU_SEQLENS] = end
         end += num_slices + 1
-        put(TOKEN_IDS, plan.token_ids)
-        put(SAMPLE_SLICES, plan.sample_slices)
-        put(SAMPLE_ROWS, plan.sample_rows)
-        put(UPDATES, plan.table_rows, plan.table_indices, plan.table_blocks)
-        put(ROW_STARTS, *(_pack_start(start) for start in plan.row_starts))
+        put(Place.TOKEN_IDS, plan.token_ids)
+        put(Place.SAMPLE_SLICES, plan.sample_slices)
+        put(Place.SAMPLE_ROWS, plan.sample_rows)
+        put(Place.UPDATES, plan.table_rows, plan.table_indices, plan.table_blocks)
+        put(Place.ROW_STARTS, *(_pack_start(start) for start in plan.row_starts))
         return end
 
 

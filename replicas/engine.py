@@ -44,9 +44,8 @@ class Engine:
         self._executor = executor
         self._max_in_flight = config.scheduler.max_steps_in_flight
         self._num_in_flight = 0
-        self._undelivered: list[
-            TokenDelta
-        ] = []  # terminal deltas of aborted sequences, or of all when the engine failed
+        # Terminal deltas of aborted sequences, or of all when the engine failed.
+        self._undelivered: list[TokenDelta] = []
 
     @property
     def has_work(self) -> bool:

@@ -4,8 +4,7 @@ A step of a graph's size or a little smaller is one launch for the host instead 
 in buffers that stay (device_inputs.py); what a step does not fill is padding. A decode graph runs slices of one token
 alone; a mixed one both kinds, how many of each being read on the device.
 
-Habit of reading it: mini-sglang's and nano-vllm's graph runners. Memory is one pool: graphs run one after the other,
-so that each may use again what the one before it used.
+Memory is one pool: graphs run one after the other, so that each may use again what the one before it used.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batch import Room
+from .batch import FEW_DECODES, Room
 
 if TYPE_CHECKING:
     from .runner import StepOutputs
 
 
-_FEW = 16  # sequences
+_SAMPLED_PREFILLS = 16  # prompts that may end in one step, where there is no room for all decodes
 
 
 def decode_rooms(max_rows: int) -> list[Room]:
@@ -46,9 +45,9 @@ def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
     sizes.append(max_tokens)
     rooms = []
     for size in sizes:
-        for decodes in sorted({0, min(_FEW, size, max_rows), min(size, max_rows)}):
-            samples = min(decodes + _FEW, size, max_rows)
-            rooms.append(Room(size, decodes, min(max_rows, max(_FEW // 2, size // 8)), samples))
+        for decodes in sorted({0, min(FEW_DECODES, size, max_rows), min(size, max_rows)}):
+            samples = min(decodes + _SAMPLED_PREFILLS, size, max_rows)
+            rooms.append(Room(size, decodes, min(max_rows, max(8, size // 8)), samples))
     return rooms
 
 

@@ -129,7 +129,7 @@ class Runner:
             return 0
 
     def capture(self, max_tokens: int) -> None:
-        """Capture CUDA graphs of steps of up to `max_tokens` tokens; steps with more, or with none, run as they are."""
+        """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""
         max_rows = len(self._sampled)
         self._graphs.capture(max_rows, max_tokens)
 
@@ -178,13 +178,13 @@ class Runner:
 
     def _finish_samples(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
         """What few samples want: their uncommon wishes, for which they choose again, and log-probabilities."""
-        num_top = self._sampler.num_logprobs(plan.sample_rows)
-        if num_top is None and not self._sampler.has_wishes(plan.sample_rows):
+        num_top, wishes = self._sampler.num_logprobs(plan.sample_rows), self._sampler.has_wishes(plan.sample_rows)
+        if num_top is None and not wishes:
             return None
         logits = outputs.logits
         if logits is None:  # a graph's: the same product again, in the same shape, has the same bits
             logits = self.model.compute_logits(outputs.sampled)
-        if self._sampler.has_wishes(plan.sample_rows):
+        if wishes:
             positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
             self._sampler.choose_again(logits, outputs.tokens, plan.sample_rows, positions)
             self._inputs.keep(outputs.tokens, outputs.rows)

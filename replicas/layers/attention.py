@@ -14,7 +14,7 @@ from ...kernels.paged_prefill import PrefillSlice, PrefillTables, paged_prefill,
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import RopeRows
 from ...quant.methods import LinearMethod
-from ..batch import AttentionMetadata
+from ..batch import FEW_DECODES, AttentionMetadata
 from ..comm import ParallelContext
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -62,7 +62,7 @@ class AttentionStep:
         decode: dict[int | None, DecodeIndex | DecodeTables] = {}
         # Room for few sequences beside a prefill is often room for one and padding (graphs.py), and its context may
         # be long: as a program's alone, 8192 tokens take 100 us a layer on an H200, seven times what they need.
-        few = len(metadata.prefill_lens) and len(lens) <= 16
+        few = len(metadata.prefill_lens) and len(lens) <= FEW_DECODES
         expected = max(1, len(lens) // 8) if few else len(lens)
         if batch_invariant:
             # In a CUDA graph the device alone knows how many of these are padding: a launch of their own skips them.
