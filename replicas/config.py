@@ -60,10 +60,21 @@ class SchedulerConfig:
     max_steps_in_flight: int = 2
 
 
+ALL_REDUCES = ("auto", "nccl", "symm_mem", "triton")
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
+    """How one model copy is split. `all_reduce` says who sums over the tensor-parallel ranks of a GPU.
+
+    auto: by the size of the message, from a table; nccl, symm_mem (torch's operators over symmetric memory) and triton
+    (Shoal's kernels over symmetric memory) for every size that they can do. Ranks on CPU have gloo.
+    """
+
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    all_reduce: str = "auto"  # one of ALL_REDUCES
+    quantized_all_reduce: bool = False  # int8 on the wire for large messages: faster prefill, sums that are rounded
 
     @property
     def world_size(self) -> int:
