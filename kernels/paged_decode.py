@@ -26,7 +26,7 @@ import torch
 
 # Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what more of them add to
 # the joining costs more than it saves. Many: two rounds of the three that a multiprocessor holds, for an even end.
-FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
+_FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
 _MAX_SPLITS = 32  # of few sequences; each 16 splits are one more wait for memory when they are joined
 # Tokens of a split, at least: for few sequences, and for many, which have enough programs unless contexts are long.
 _SHORT_SPLIT, _MEDIUM_SPLIT = 64, 2048
@@ -81,8 +81,8 @@ def decode_tables(
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
     num_pairs = (num_expected or num_seqs) * num_kv_heads
-    if num_pairs <= FEW_PROGRAMS:
-        wanted, shortest = min(FEW_PROGRAMS // num_pairs, _MAX_SPLITS), max(_SHORT_SPLIT, block_size)
+    if num_pairs <= _FEW_PROGRAMS:
+        wanted, shortest = min(_FEW_PROGRAMS // num_pairs, _MAX_SPLITS), max(_SHORT_SPLIT, block_size)
     else:
         wanted, shortest = -(-_MANY_PROGRAMS // num_pairs), _MEDIUM_SPLIT
     num_splits = min(max(wanted, -(-longest // _LONG_SPLIT)), -(-longest // shortest))

@@ -13,6 +13,8 @@ counts itself in `arrivals` when its part is in memory; the one that finds all o
 order, whichever it is, and leaves the count at 0 for the next layer.
 For a context of 0, the padding of such a graph, nothing is written.
 
+The kernel starts when those before it have ended, so that it waits for nothing; the one after it may start early.
+
 Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
 
@@ -25,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .paged_decode import FEW_PROGRAMS, DecodeTables
-from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from .paged_decode import DecodeTables
+from .pdl_triton import pdl_launch, release_dependents
 
 _LOG2_E = 1 / math.log(2)
 SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
@@ -171,7 +173,6 @@ def _paged_decode_kernel(
 ):
     """One program per (kv head, sequence, split)."""
     kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    wait_for_inputs(PDL)
     context_len = tl.load(context_lens_ptr + seq)
     first = 0  # block that is seen
     if WINDOWED:
@@ -293,12 +294,11 @@ def paged_decode_triton(
         "PADDED_GROUP": padded_group,
         "JOIN_CHUNK": join_chunk(padded_group, head_dim),
         **decode_launch(block_size, head_dim, q.element_size()),
-        **pdl_launch(q),
+        # No dependent launch: programs that start early crowd onto the multiprocessors that the kernels before leave
+        # free first, and the others idle. Within a layer of an 8B model on an H200 one sequence of 1k tokens took 13.6
+        # us with it and takes 9.4 without, 32 of them 37.7 and 34.1, eight of 8k 111 and 67.
+        "PDL": pdl_launch(q)["PDL"],
     }
-    if num_seqs * num_kv_heads * 4 > FEW_PROGRAMS:
-        # Programs that start early crowd onto the multiprocessors that the kernels before leave free first, which does
-        # not matter where each is short. These wait for all of them to be free.
-        launch.pop("launch_pdl", None)
     _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         out, parts, lse, tables.arrivals, q, cache, tables.context_lens, tables.block_tables,
         q.stride(0), q.stride(1), tables.block_tables.stride(0),
