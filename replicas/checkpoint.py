@@ -174,7 +174,16 @@ def read_model_facts(folder: Path) -> ModelFacts:
         eos_token_ids=_eos_token_ids(folder, config, text),
         dtype=str(dtype),
         num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
+        intermediate_sizes=tuple(integer(key) for key in _intermediate_keys(family, text) if text.get(key) is not None),
     )
+
+
+def _intermediate_keys(family: str, text: dict[str, Any]) -> list[str]:
+    """The keys that give the widths of a model's MLPs: one, or two where some layers have experts and others none."""
+    if family != "qwen3_moe":
+        return ["intermediate_size"]
+    dense = bool(text.get("mlp_only_layers")) or text.get("decoder_sparse_step", 1) != 1
+    return ["moe_intermediate_size", *(["intermediate_size"] if dense else [])]
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> tuple[int, ...]:

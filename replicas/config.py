@@ -28,6 +28,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's own
     num_parameters: int = 0  # 0: unknown
+    intermediate_sizes: tuple[int, ...] = ()  # of the MLP, and of an expert; empty where config.json does not say
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of keys and values that one token takes over all layers."""
@@ -131,13 +132,7 @@ class EngineConfig:
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization {self.cache.gpu_memory_utilization} is outside (0, 1]")
-        tp = self.parallel.tensor_parallel_size
-        if tp < 1 or self.parallel.pipeline_parallel_size < 1:
-            raise ConfigError("tensor_parallel_size and pipeline_parallel_size must be at least 1")
-        if model.num_attention_heads % tp:
-            raise ConfigError(
-                f"tensor_parallel_size {tp} does not divide the model's {model.num_attention_heads} attention heads"
-            )
+        self._check_split(model, device)
         num_blocks, kv_bytes = self.cache.num_blocks, self.cache.kv_cache_memory_bytes
         if num_blocks is None and (on_cpu or kv_bytes is not None):
             kv_bytes = kv_bytes if kv_bytes is not None else 1 << 30
@@ -155,3 +150,46 @@ class EngineConfig:
             scheduler=replace(self.scheduler, max_num_batched_tokens=budget),
             device=device,
         )
+
+    def _check_split(self, model: ModelFacts, device: str) -> None:
+        """Raises ConfigError where the model cannot be split as asked, or the collectives are not to be had."""
+        parallel = self.parallel
+        tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        if tp < 1 or pp < 1:
+            raise ConfigError(f"tensor_parallel_size is {tp} and pipeline_parallel_size {pp}; both must be at least 1")
+        if (reason := _why_not_split(model, tp)) is not None:
+            usable = [str(size) for size in range(1, model.num_attention_heads + 1) if not _why_not_split(model, size)]
+            raise ConfigError(f"tensor_parallel_size {tp} {reason}; this model takes {', '.join(usable[:12])}")
+        if pp > model.num_layers:
+            raise ConfigError(
+                f"pipeline_parallel_size {pp} is above the model's {model.num_layers} layers, and every stage needs "
+                f"one; lower it to {model.num_layers} or less"
+            )
+        if parallel.all_reduce not in ALL_REDUCES:
+            raise ConfigError(f"all_reduce {parallel.all_reduce!r} is not known; use one of {', '.join(ALL_REDUCES)}")
+        if device == "cpu" and (parallel.all_reduce != "auto" or parallel.quantized_all_reduce):
+            asked = "quantized_all_reduce" if parallel.all_reduce == "auto" else f"all_reduce {parallel.all_reduce!r}"
+            raise ConfigError(f"{asked} is for GPUs, and the ranks of this model run on CPU, over gloo; leave it out")
+        if parallel.quantized_all_reduce and self.batch_invariant:
+            raise ConfigError(
+                "quantized_all_reduce rounds the sums of large steps alone, so that a sequence's bits would depend on "
+                "its batch; leave out either it or batch_invariant"
+            )
+
+
+def _why_not_split(model: ModelFacts, tp: int) -> str | None:
+    """Why `tp` ranks cannot share every layer of a model evenly; None where they can.
+
+    Heads and intermediate features are split, kv heads split or, where they are fewer than the ranks, repeated. The
+    vocabulary is padded to a multiple of the ranks, of which none may be left without a token.
+    """
+    if model.num_attention_heads % tp:
+        return f"does not divide the model's {model.num_attention_heads} attention heads"
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        return f"neither divides the model's {model.num_kv_heads} kv heads nor is a multiple of them"
+    for size in model.intermediate_sizes:
+        if size % tp:
+            return f"does not divide the {size} intermediate features of the model's MLP"
+    if -(-model.vocab_size // tp) * (tp - 1) >= model.vocab_size:
+        return f"leaves a rank without any of the model's {model.vocab_size} tokens"
+    return None

@@ -18,6 +18,7 @@ from shoal.replicas.checkpoint import ARCHITECTURES, INDEX_FILE, list_tensors, r
 from shoal.replicas.errors import ModelError
 from shoal.replicas.loader import load_model
 from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
+from shoal.replicas.models.families import decoder_spec
 from tests.support.checkpoints import FAMILIES
 from tests.support.paged import CPU, PagedModel, engine_config
 
@@ -67,6 +68,9 @@ def test_facts_are_those_of_autoconfig(family, tmp_path):
     assert facts.max_position_embeddings == config.max_position_embeddings
     assert facts.eos_token_ids == (config.eos_token_id,)
     assert facts.dtype == "float32"
+    layers = decoder_spec(config).layers
+    widths = [layer.experts.intermediate_size if layer.experts else config.intermediate_size for layer in layers]
+    assert set(facts.intermediate_sizes) == set(widths)
     assert facts.num_parameters == sum(math.prod(info.shape) for info in list_tensors(folder).values())
 
 
