@@ -20,9 +20,10 @@ Address = str | tuple[str, int]  # the path of a UNIX socket, or host and port
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
 _MAX_UNIX_PATH_BYTES = 107  # sizeof(sockaddr_un.sun_path) - 1
-# A host that dies sends no end-of-file; this notices it after 10 + 3 * 5 s.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-_USER_TIMEOUT_MS = 25_000
+# A host that dies, or a link that is cut, sends no end-of-file. It is noticed after 8 s without an answer, either to
+# what was sent or, where nothing was, to the probes that the kernel sends from the second second of silence on.
+_USER_TIMEOUT_MS = 8_000
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 
 
 class ChannelClosed(EngineError):

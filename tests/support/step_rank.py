@@ -1,7 +1,8 @@
 """A process at one end of a step channel; the token comes by stdin, so that no list of processes shows it.
 
     python -m tests.support.step_rank rank ADDRESS RANK WORLD_SIZE     answers plans until there are no more
-    python -m tests.support.step_rank engine                           says its path, sends one plan and waits
+    python -m tests.support.step_rank engine [HOST WORLD_SIZE]         says its address, sends a plan, waits for its
+                                                                       answer and a line by stdin, and so on
 
 A rank answers with the milliseconds of CPU time that it has spent since its last answer, and says how it ended.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from itertools import count
 
 import numpy as np
 
@@ -35,19 +37,23 @@ def be_rank(address: str, rank: int, world_size: int, token: bytes) -> None:
     client.close()
 
 
-def be_engine(token: bytes) -> None:
-    server = StepChannelServer(1, token)
-    print(server.path, flush=True)
+def be_engine(token: bytes, host: str | None = None, world_size: int = 1) -> None:
+    server = StepChannelServer(world_size, token, host=host)
+    print(server.path if server.address is None else "{}:{}".format(*server.address), flush=True)
     server.accept(30)
-    server.submit(decode_plan(41))
-    server.result()
+    for step in count(41):
+        server.submit(decode_plan(step))
+        server.result()
+        print(step, flush=True)
+        sys.stdin.readline()
 
 
 def main() -> None:
     token = bytes.fromhex(sys.stdin.readline())
     try:
         if sys.argv[1] == "engine":
-            be_engine(token)
+            host, world_size = sys.argv[2:] or (None, 1)
+            be_engine(token, host, int(world_size))
         else:
             be_rank(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), token)
     except EngineError as error:
