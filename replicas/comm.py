@@ -6,20 +6,31 @@ Layers name the collective where the mathematics needs it; with one rank it is t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+
+from ..kernels.rms_norm import add_rms_norm
+from .collectives import Collectives
+
+if TYPE_CHECKING:
+    from .pipeline import PipelineLinks
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
-    """Tensor- and pipeline-parallel coordinates. `tp_group` carries the collectives of the ranks of one stage."""
+    """Tensor- and pipeline-parallel coordinates; world rank = pp_rank * tp_size + tp_rank.
+
+    tp: what the ranks of this stage do together; None where there is one. pp: the links to the neighbouring stages;
+    None where there is one stage.
+    """
 
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
-    tp_group: dist.ProcessGroup | None = None
+    tp: Collectives | None = None
+    pp: PipelineLinks | None = None
 
     @property
     def is_first_stage(self) -> bool:
@@ -37,14 +48,16 @@ class ParallelContext:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the tensor-parallel ranks, in place."""
-        if self.tp_size > 1:
-            dist.all_reduce(x, group=self.tp_group)
-        return x
+        return x if self.tp is None else self.tp.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every tensor-parallel rank's x [..., n], joined along the last axis: [..., tp_size * n]."""
-        if self.tp_size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        dist.all_gather(parts, x.contiguous(), group=self.tp_group)
-        return torch.cat(parts, dim=-1)
+        return x if self.tp is None else self.tp.all_gather(x)
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Adds the sum of x over the tensor-parallel ranks to `residual` in place; returns it normalised."""
+        if self.tp is None:
+            return add_rms_norm(x, residual, weight, eps)
+        return self.tp.all_reduce_add_rms_norm(x, residual, weight, eps)

@@ -87,7 +87,10 @@ class AttentionStep:
 
 
 class Attention(Layer):
-    """x [T, hidden] -> [T, hidden]; writes the step's keys and values to layer `index` of the rank's cache first."""
+    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
+
+    Writes the step's keys and values to layer `index` of the rank's cache first.
+    """
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 A layer is one or more parts, stacked along the output features, that a checkpoint may store apart (`q_proj`, `k_proj`,
 `v_proj`) or as one tensor (`qkv_proj`). Column-parallel: a rank holds a range of every part's outputs. Row-parallel: a
-rank holds a range of the inputs, and the ranks' results are summed. What is stored, and how it is multiplied, is the
-LinearMethod's.
+rank holds a range of the inputs, and the ranks' results are to be summed, which the decoder does where it reads them.
+What is stored, and how it is multiplied, is the LinearMethod's.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class QKVLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """Inputs split over the ranks; the result is summed over them. The bias is rank 0's."""
+    """Inputs split over the ranks: each has a part of the sum, which whoever reads it adds up. The bias is rank 0's."""
 
     def __init__(
         self,
@@ -200,8 +200,7 @@ class RowParallelLinear(ParallelLinear):
         inputs = shard_range(in_features, comm.tp_rank, comm.tp_size, f"inputs of {name}")
         parts = (Part(name, out_features, slice(0, out_features)),)
         super().__init__(in_features, parts, bias=bias, method=method, dtype=dtype, device=device, inputs=inputs)
-        self.comm = comm
+        self._adds_bias = comm.tp_rank == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias if self.comm.tp_rank == 0 else None
-        return self.comm.all_reduce(self.method.apply(self._operands, x, bias))
+        return self.method.apply(self._operands, x, self.bias if self._adds_bias else None)

@@ -14,7 +14,7 @@ from .weights import Layer, WeightSlot
 
 
 class GatedMLP(Layer):
-    """x [T, hidden] -> [T, hidden]."""
+    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks."""
 
     def __init__(
         self,

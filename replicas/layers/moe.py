@@ -15,7 +15,7 @@ from .weights import Index, Layer, Source, WeightSlot, empty_parameter
 
 
 class MoE(Layer):
-    """x [T, hidden] -> [T, hidden].
+    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
 
     Checkpoints store experts in three ways, told apart by their tensor names: Mixtral's (`w1`, `w3`, `w2` of
     `block_sparse_moe.experts.N`), Qwen's (`gate_proj`, `up_proj`, `down_proj` of `mlp.experts.N`), and stacked over
@@ -34,7 +34,7 @@ class MoE(Layer):
     ) -> None:
         super().__init__()
         self.batch_invariant = batch_invariant
-        self.experts, self.comm, self.activation, self.hidden_size = experts, comm, spec.hidden_act, spec.hidden_size
+        self.experts, self.activation, self.hidden_size = experts, spec.hidden_act, spec.hidden_size
         self.local = shard_range(experts.intermediate_size, comm.tp_rank, comm.tp_size, "features of an expert")
         size = self.local.stop - self.local.start
         self.gate = empty_parameter((experts.num_experts, spec.hidden_size), dtype, device)
@@ -44,8 +44,7 @@ class MoE(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = linear(x, self.gate, invariant=self.batch_invariant)
         weights, chosen = route(logits, self.experts.top_k, renormalize=self.experts.renormalize)
-        y = moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation, invariant=self.batch_invariant)
-        return self.comm.all_reduce(y)
+        return moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation, invariant=self.batch_invariant)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """`prefix` ends in `.mlp`; Mixtral's original name of the same module stands beside it."""

@@ -2,7 +2,8 @@
 
 Tokens of all slices of a step stand in one row, [T, hidden], without padding. The residual stream is one tensor that
 the layers add to in place; a layer hands on what is still to be added, so that each addition shares a kernel with the
-norm after it.
+norm after it. With several tensor-parallel ranks what is handed on is each rank's part of a sum, and adding it up over
+the ranks is part of that kernel too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class DecoderLayer(Layer):
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.comm = spec, comm
 
         def norm(name: str | None) -> RMSNorm | None:
             if name is None:
@@ -65,11 +66,11 @@ class DecoderLayer(Layer):
         self, pending: torch.Tensor | None, residual: torch.Tensor, step: AttentionStep, cache: KVCache
     ) -> torch.Tensor:
         """Adds `pending` and the attention's result to `residual` [T, hidden]; returns the MLP's, still to be added."""
-        x = self.self_attn(_enter(self.attention_pre_norm, pending, residual), step, cache)
-        if self.attention_post_norm is not None:
-            x = self.attention_post_norm(x)
-        x = self.mlp(_enter(self.mlp_pre_norm, x, residual))
-        return x if self.mlp_post_norm is None else self.mlp_post_norm(x)
+        comm, spec = self.comm, self.spec
+        x = _enter(self.attention_pre_norm, pending, residual, comm, partial=spec.mlp_post_norm is None)
+        x = _leave(self.attention_post_norm, self.self_attn(x, step, cache), comm)
+        x = _enter(self.mlp_pre_norm, x, residual, comm, partial=spec.attention_post_norm is None)
+        return _leave(self.mlp_post_norm, self.mlp(x), comm)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         for place in ("attention_pre_norm", "attention_post_norm", "mlp_pre_norm", "mlp_post_norm"):
@@ -80,11 +81,25 @@ class DecoderLayer(Layer):
         yield from self.mlp.weight_slots(f"{prefix}.mlp")
 
 
-def _enter(norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-    """Adds `pending` to the residual in place and returns a sub-layer's input, normed where there is a norm."""
+def _enter(
+    norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.Tensor, comm: ParallelContext, *, partial: bool
+) -> torch.Tensor:
+    """Adds `pending` to the residual in place and returns a sub-layer's input, normed where there is a norm.
+
+    partial: `pending` is this rank's part of a sum over the ranks.
+    """
+    if pending is None:
+        return residual if norm is None else norm(residual)
+    if norm is not None and partial:
+        return comm.all_reduce_add_rms_norm(pending, residual, norm.weight, norm.eps)
     if norm is not None:
-        return norm(residual) if pending is None else norm(pending, residual)
-    return residual if pending is None else residual.add_(pending)
+        return norm(pending, residual)
+    return residual.add_(comm.all_reduce(pending) if partial else pending)
+
+
+def _leave(norm: RMSNorm | None, x: torch.Tensor, comm: ParallelContext) -> torch.Tensor:
+    """A sub-layer's output, still to be added: a part of a sum as it came, or summed and normed."""
+    return x if norm is None else norm(comm.all_reduce(x))
 
 
 class DecoderModel(Layer):
@@ -179,7 +194,7 @@ class DecoderModel(Layer):
         pending = None
         for layer in self.layers:
             pending = layer(pending, residual, step, kv_cache)
-        return _enter(self.norm, pending, residual)
+        return _enter(self.norm, pending, residual, self.comm, partial=self.spec.mlp_post_norm is None)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

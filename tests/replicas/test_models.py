@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shoal.kernels.rms_norm import add_rms_norm
 from shoal.replicas.comm import ParallelContext
 from shoal.replicas.errors import ConfigError, ModelError
 from shoal.replicas.layers.linear import kv_head_range
@@ -102,14 +103,20 @@ class _Exchange:
 
 
 @dataclass(frozen=True)
-class ThreadRank(ParallelContext):
-    exchange: _Exchange = field(default_factory=lambda: _Exchange(1))
+class ThreadCollectives:
+    rank: int
+    exchange: _Exchange
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.copy_(torch.stack(self.exchange.gather(self.tp_rank, x)).sum(0))
+        return x.copy_(torch.stack(self.exchange.gather(self.rank, x)).sum(0))
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.exchange.gather(self.tp_rank, x), dim=-1)
+        return torch.cat(self.exchange.gather(self.rank, x), dim=-1)
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
 
 def test_two_tensor_parallel_ranks_make_the_whole(checkpoint):
@@ -118,7 +125,7 @@ def test_two_tensor_parallel_ranks_make_the_whole(checkpoint):
 
     def rank(index: int) -> None:
         try:
-            comm = ThreadRank(tp_rank=index, tp_size=2, exchange=exchange)
+            comm = ParallelContext(tp_rank=index, tp_size=2, tp=ThreadCollectives(index, exchange))
             logits[index] = PagedModel(checkpoint.folder, comm=comm).logits([(0, checkpoint.prompt)])
         except BaseException as error:
             failures.append(error)

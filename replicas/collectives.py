@@ -1,0 +1,55 @@
+"""What the ranks of one tensor-parallel group do together, and the plain implementation of it by torch.distributed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..kernels.rms_norm import add_rms_norm
+
+
+class Collectives(Protocol):
+    """Operations of all ranks of a tensor-parallel group, in the same order on each of them.
+
+    Every rank gets the same bits. On a GPU all of them run on the current stream, wait for nothing on the host, and can
+    be captured in a CUDA graph.
+    """
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over the ranks, in place."""
+        ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's x [..., n], joined along the last axis in order of rank: [..., ranks * n]."""
+        ...
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Adds the sum of x [T, N] over the ranks to `residual` [T, N] in place; returns it normalised by RMSNorm with
+        weight [N], as kernels.rms_norm.add_rms_norm does. x is of no use afterwards."""
+        ...
+
+
+class TorchCollectives:
+    """By a process group: gloo for tensors on CPU, NCCL for those of a GPU."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        parts = torch.empty((self.group.size(), *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group)
+        return parts.movedim(0, -2).flatten(-2)
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
