@@ -7,6 +7,7 @@ ServingError
 │   ├── PromptTooLong
 │   └── UnknownModel       HTTP 404
 ├── CapacityError          not now: try again later; HTTP 429 or 503
+├── ShardGroupError        the ranks of a model copy could not come together
 └── EngineError            the engine failed while it worked on a request; HTTP 500
 
 A message says what is wrong, the numbers, and what to change. Only the standard library is imported here.
@@ -73,6 +74,10 @@ class CapacityError(ServingError):
 
     def __reduce__(self):
         return _rebuild_capacity_error, (type(self), self.message, self.retry_after)
+
+
+class ShardGroupError(ServingError):
+    """The ranks of a model copy could not come together: one is missing, failed, or does not fit the others."""
 
 
 class EngineError(ServingError):
