@@ -26,6 +26,7 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 
@@ -150,7 +151,7 @@ def _compile(kernel: Specialization, target: GPUTarget) -> None:
     attributes = {tuple(path): value for path, value in zip(data["attrs_keys"], data["attrs_vals"], strict=True)}
     signature = {name: _tuples(kind) for name, kind in data["signature"].items()}
     options = make_backend(target).parse_options({name: _tuples(value) for name, value in data["options"].items()})
-    source = ASTSource(function, signature, constants, attributes)
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
     triton.compile(source, target=target, options=options.__dict__)
 
 

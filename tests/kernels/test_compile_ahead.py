@@ -42,6 +42,11 @@ def test_a_launch_finds_what_was_compiled(rehearsed):
     assert rehearsed["hits"] == [True, True]
 
 
+def test_a_launch_finds_what_was_compiled_by_gluon(rehearsed):
+    assert rehearsed["gluon"] == ["_stream_kernel"]
+    assert rehearsed["gluon hits"] == [True]
+
+
 def test_a_kernel_that_does_not_compile_is_told():
     from triton.backends.compiler import GPUTarget
 

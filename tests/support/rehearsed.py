@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import compile_triton
 from shoal.kernels.backend import Backend, use_backend
 from shoal.kernels.compile_triton import Specialization, compile_kernels, rehearsal
+from shoal.kernels.gemm_triton import gemm_triton
+from shoal.kernels.tuning import Launch
 from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.graphs import decode_rooms, mixed_rooms
@@ -40,6 +43,26 @@ class FakeDriver:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+
+def multiply() -> None:
+    """Launch a product that is written in Gluon, which has a compiler of its own."""
+    x, weight = (torch.empty(size, 256, dtype=torch.bfloat16) for size in (9, 64))
+    gemm_triton(x, weight, None, "silu", Launch("stream", 64, 16, 64, splits=2, num_stages=2))
+
+
+def hits_of_a_launch(launch: Callable[[], object]) -> list[bool]:
+    """Whether each kernel that Triton would launch, up to the launch itself, is in its cache."""
+    hits: list[bool] = []
+
+    def warm_up(self: JITFunction, grid: object) -> Callable[..., object]:
+        return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=True, **kwargs)
+
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
+    with compile_triton._replaced(JITFunction, "__getitem__", warm_up):
+        launch()
+    knobs.compilation.listener = None
+    return hits
 
 
 def main() -> None:
@@ -70,7 +93,12 @@ def main() -> None:
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
         for kernel in sorted(some):
             compile_triton._compile(kernel, GPUTarget("cuda", 90, 32))
+        with rehearsal() as gluon:
+            multiply()
+        compile_kernels(gluon, 1)
         found = {
+            "gluon": sorted(kernel.name for kernel in gluon),
+            "gluon hits": hits_of_a_launch(multiply),
             "names": sorted({kernel.name for kernel in noted}),
             "same": noted == rehearse(),
             "compiled": compiled,
