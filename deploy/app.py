@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,15 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from ..cluster.directory import DirectoryClient
-from ..cluster.placement import bundles, ray_actor_options
 from ..cluster.replica import Replica, ReplicaOptions
 from ..cluster.router import Router
+from ..replicas.errors import ConfigError
 from ..replicas.tokenizer import Tokenizer
 from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
 from .environment import keep_auth_token_private
 from .http_app import create_http_app
 from .openai_auth import KeyRing
+from .resources import ReplicaRequest, Room, check_gpus, cpu_share, replica_request, room_here, room_of_nodes
 from .service import ApiService, ServedModel
 
 INGRESS = "Ingress"
@@ -62,8 +64,14 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
     """The application of a ServeConfig. Raises ConfigError or ModelError before anything is started."""
     keep_auth_token_private()  # `serve run` and `serve deploy` build the application where Ray has just written it
     config = args if isinstance(args, ServeConfig) else from_dict(ServeConfig, args)
-    device = "cuda" if has_gpu() else "cpu"
-    return assemble(config, [plan_model(model, device=device) for model in config.models])
+    room = cluster_room()
+    device = "cuda" if room.gpus else "cpu"
+    plans = [plan_model(model, device=device) for model in config.models]
+    try:
+        check_gpus(plans, room, "the Ray cluster" if ray.is_initialized() else "this machine")
+    except ConfigError as error:  # other nodes may join
+        warnings.warn(f"{error.message}; replicas wait until there are as many", stacklevel=2)
+    return assemble(config, plans)
 
 
 def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> Application:
@@ -88,8 +96,11 @@ def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
         graceful_shutdown_timeout_s=30.0,
         ray_actor_options={"num_cpus": 0},  # it waits more than it computes; a share would keep models off small nodes
     )
-    host = "127.0.0.1" if config.local and _one_node() else None
-    return ingress.bind(settings, *(_replicas(plan, ReplicaOptions(host=host)) for plan in plans))
+    options = ReplicaOptions(host="127.0.0.1" if config.local and _one_node() else None)
+    room = cluster_room()
+    num_cpus = cpu_share(plans, room)
+    replicas = [_replicas(plan, replica_request(plan, room, num_cpus), options) for plan in plans]
+    return ingress.bind(settings, *replicas)
 
 
 def replica_deployment_name(model: str) -> str:
@@ -97,22 +108,15 @@ def replica_deployment_name(model: str) -> str:
     return "Replica-" + model.replace("/", "--")
 
 
-def _replicas(plan: ModelPlan, options: ReplicaOptions) -> Application:
+def _replicas(plan: ModelPlan, request: ReplicaRequest, options: ReplicaOptions) -> Application:
     settings = plan.llm.deployment_config
-    [bundle] = bundles(
-        plan.engine.parallel,
-        num_cpus=1.0,
-        num_gpus_per_shard=1.0 if _wants_gpu(plan) else 0.0,
-        accelerator_type=plan.llm.accelerator_type,
-    )
-    actor_options = {**ray_actor_options(bundle), **settings.ray_actor_options}
-    if plan.llm.runtime_env is not None:
-        actor_options["runtime_env"] = plan.llm.runtime_env
     scaling: dict[str, Any] = {"num_replicas": settings.num_replicas or 1}
     if settings.autoscaling_config is not None:
         scaling = {"autoscaling_config": settings.autoscaling_config}
     if settings.max_constructor_retry_count is not None:
         scaling["max_constructor_retry_count"] = settings.max_constructor_retry_count
+    if request.bundles is not None:
+        scaling |= {"placement_group_bundles": request.bundles, "placement_group_strategy": request.strategy}
     deployment = _deployment(
         Replica,
         name=replica_deployment_name(plan.name),
@@ -121,18 +125,17 @@ def _replicas(plan: ModelPlan, options: ReplicaOptions) -> Application:
         health_check_timeout_s=settings.health_check_timeout_s,
         graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=settings.graceful_shutdown_wait_loop_s,
-        ray_actor_options=actor_options,
+        ray_actor_options=request.actor_options,
         **scaling,
     )
-    return deployment.bind(plan.name, plan.engine, options)
+    engine = plan.engine
+    if request.bundles is not None:  # the replica's own process has no GPU by which it could tell
+        engine = replace(engine, device=request.device)
+    return deployment.bind(plan.name, engine, options)
 
 
 def _deployment(kind: type, **options: Any) -> Deployment:
     return cast("Deployment", serve.deployment(kind, **options))
-
-
-def _wants_gpu(plan: ModelPlan) -> bool:
-    return plan.engine.device == "cuda" or (plan.engine.device == "auto" and has_gpu())
 
 
 def _one_node() -> bool:
@@ -140,8 +143,6 @@ def _one_node() -> bool:
     return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
-def has_gpu() -> bool:
-    """Whether the cluster has a GPU; this machine, where Ray does not run yet."""
-    if ray.is_initialized():
-        return ray.cluster_resources().get("GPU", 0.0) > 0.0
-    return Path("/dev/nvidia0").exists()
+def cluster_room() -> Room:
+    """The room of the running Ray; of this machine, where Ray does not run yet."""
+    return room_of_nodes(ray.nodes()) if ray.is_initialized() else room_here()

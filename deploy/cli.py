@@ -10,13 +10,16 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
 from .environment import prepare_environment
+
+if TYPE_CHECKING:
+    from .config import ModelPlan
 
 EXIT_CONFIG = 2
 
@@ -68,8 +71,21 @@ def serve(
     enable_chunked_prefill: Annotated[
         bool | None, typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill")
     ] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp")] = None,
-    pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "-pp")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Ranks that split every layer.")
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", "-pp", help="Stages that split the stack of layers.")
+    ] = None,
+    all_reduce: Annotated[str | None, typer.Option(help="Over GPUs: auto, nccl, symm_mem or triton.")] = None,
+    quantized_all_reduce: Annotated[
+        bool | None,
+        typer.Option("--quantized-all-reduce/--no-quantized-all-reduce", help="Large sums over GPUs as int8."),
+    ] = None,
+    disable_custom_all_reduce: Annotated[
+        bool | None, typer.Option("--disable-custom-all-reduce", help="The same as --all-reduce nccl.")
+    ] = None,
+    distributed_executor_backend: Annotated[str | None, typer.Option(hidden=True)] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", "-q")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random weights; requests have their own.")] = None,
     load_format: Annotated[str | None, typer.Option(help="auto, safetensors, or dummy: random weights.")] = None,
@@ -114,6 +130,7 @@ def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _serve(settings: dict[str, Any]) -> None:
     from .cli_config import plan, serve_config
+    from .resources import check_gpus, room_here
 
     begin = time.monotonic()
     host, address = settings["host"], settings.get("address")
@@ -121,6 +138,8 @@ def _serve(settings: dict[str, Any]) -> None:
         warnings.simplefilter("always")
         config = serve_config(settings)
         plans = plan(config)
+    if address is None:
+        check_gpus(plans, room_here(), "this machine")
     for warning in said:
         print(f"shoal: warning: {warning.message}", file=sys.stderr)
     port = free_port(host, settings["port"])
@@ -137,6 +156,8 @@ def _serve(settings: dict[str, Any]) -> None:
         with ray_cluster(address):
             _interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
             ray_started = time.monotonic()
+            if address is not None:
+                _warn_of_missing_gpus(plans)
             with application(config, plans, endpoint, joined=address is not None):
                 now = time.monotonic()
                 stages = f"Ray {ray_started - begin:.1f} s, Serve and models {now - ray_started:.1f} s"
@@ -145,6 +166,17 @@ def _serve(settings: dict[str, Any]) -> None:
                 threading.Event().wait()
     except KeyboardInterrupt:
         print("shoal: stopped", flush=True)
+
+
+def _warn_of_missing_gpus(plans: list[ModelPlan]) -> None:
+    """Of a Ray that was joined: a node that joins it later may bring them."""
+    from .app import cluster_room
+    from .resources import check_gpus
+
+    try:
+        check_gpus(plans, cluster_room(), "the Ray cluster")
+    except ConfigError as error:
+        print(f"shoal: warning: {error.message}; the model waits until there are as many", file=sys.stderr)
 
 
 def _interrupt_on_signals() -> None:

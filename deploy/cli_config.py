@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..replicas.errors import ConfigError
 from .config import ModelPlan, ServeConfig, from_dict, plan_model
 from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
 from .environment import is_loopback
+from .resources import visible_gpus
 
 _SERVER_OPTIONS = frozenset(
     {"model", "host", "port", "api_key", "admin_key", "num_replicas", "num_routers", "address", "served_model_name"}
@@ -46,9 +48,11 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
     model = settings["model"]
     engine = {key: value for key, value in settings.items() if key not in _SERVER_OPTIONS}
     num_replicas = settings.get("num_replicas", 1)
-    if settings.get("address") is None and "num_threads" not in engine and isinstance(num_replicas, int):
-        # All replicas share this machine; each would take its cores for its own otherwise.
-        engine["num_threads"] = automatic_threads(max(1, num_replicas))
+    if settings.get("address") is None and "num_threads" not in engine:
+        # All ranks of all replicas share this machine; each would take its cores for its own otherwise.
+        factors = (num_replicas, engine.get("tensor_parallel_size", 1), engine.get("pipeline_parallel_size", 1))
+        if all(isinstance(factor, int) for factor in factors):  # what is not is told below
+            engine["num_threads"] = automatic_threads(max(1, math.prod(factors)))
     return from_dict(
         ServeConfig,
         {
@@ -76,7 +80,7 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
 
 def plan(config: ServeConfig) -> list[ModelPlan]:
     """Check every model of the configuration for this machine. Raises ConfigError or ModelError."""
-    device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    device = "cuda" if visible_gpus() else "cpu"
     return [
         plan_model(model, device=device if model.engine_kwargs.device == "auto" else model.engine_kwargs.device)
         for model in config.models

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,9 +24,7 @@ from .engine_args import EngineArgs, without_known
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"
 
 # Ray Serve LLM's settings that Shoal knows and does not need.
-_IGNORED_LLM_FIELDS = frozenset(
-    {"callback_config", "experimental_configs", "llm_engine", "log_engine_metrics", "placement_group_config"}
-)
+_IGNORED_LLM_FIELDS = frozenset({"callback_config", "experimental_configs", "llm_engine", "log_engine_metrics"})
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -62,6 +60,34 @@ class DeploymentConfig(_Strict):
         return self
 
 
+class PlacementGroupConfig(_Strict):
+    """What Ray keeps for the ranks of a replica, where it is not to be chosen: each one's bundle, or all of them.
+
+    The replica's own process has a bundle before these.
+    """
+
+    bundle_per_worker: dict[str, float] | None = None
+    bundles: list[dict[str, float]] | None = None
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> PlacementGroupConfig:
+        if self.bundle_per_worker is not None and self.bundles is not None:
+            raise ValueError("bundle_per_worker and bundles exclude each other; give one")
+        return self
+
+    def rank_bundles(self, world_size: int) -> list[dict[str, float]] | None:
+        """A bundle for every rank; None where they are to be chosen. Raises ConfigError for another number of them."""
+        if self.bundle_per_worker is not None:
+            return [dict(self.bundle_per_worker) for _ in range(world_size)]
+        if self.bundles is not None and len(self.bundles) != world_size:
+            raise ConfigError(
+                f"placement_group_config has {len(self.bundles)} bundles and the model {world_size} ranks; give one "
+                "for each (the replica's own process has another), or bundle_per_worker"
+            )
+        return self.bundles
+
+
 def _known_kwargs(value: Any) -> Any:
     return without_known(value) if isinstance(value, dict) else value
 
@@ -72,6 +98,7 @@ class LLMConfig(_Strict):
     model_loading_config: ModelLoadingConfig
     engine_kwargs: Annotated[EngineArgs, BeforeValidator(_known_kwargs)] = Field(default_factory=EngineArgs)
     accelerator_type: str | None = None
+    placement_group_config: PlacementGroupConfig | None = None
     deployment_config: DeploymentConfig = Field(default_factory=DeploymentConfig)
     runtime_env: dict[str, Any] | None = None
 
@@ -153,6 +180,8 @@ def plan_model(llm: LLMConfig, *, device: str) -> ModelPlan:
     Tokenizer.from_folder(tokenizer_folder)  # and so is a tokenizer that no router could load
     engine = args.engine_config(folder)
     engine.resolve(facts, device)
+    if llm.placement_group_config is not None:
+        llm.placement_group_config.rank_bundles(engine.parallel.world_size)
     return ModelPlan(llm.name, root, folder, tokenizer_folder, facts, engine, llm)
 
 

@@ -20,6 +20,7 @@ WITHOUT_EFFECT = frozenset(
         "disable_log_stats",
         "distributed_executor_backend",
         "enable_log_requests",
+        "max_parallel_loading_workers",
         "max_seq_len_to_capture",
         "num_scheduler_steps",
         "scheduling_policy",
@@ -35,6 +36,8 @@ NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
     "quantization": (None,),
     "enable_lora": (False,),
     "data_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "enable_expert_parallel": (False,),
 }
 DTYPES = {"half": "float16", "float": "float32"}
 
@@ -56,6 +59,9 @@ class EngineArgs(BaseModel):
     enable_chunked_prefill: bool = True
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
+    all_reduce: Literal["auto", "nccl", "symm_mem", "triton"] = "auto"  # who sums over tensor-parallel GPUs
+    quantized_all_reduce: bool = False  # large sums travel as int8
+    disable_custom_all_reduce: bool = False  # vLLM's spelling of all_reduce nccl
     seed: int = Field(default=0, ge=0)
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     served_model_name: str | None = None
@@ -67,12 +73,7 @@ class EngineArgs(BaseModel):
     batch_invariant: bool = False  # bits of a sequence do not depend on its batch; vLLM's VLLM_BATCH_INVARIANT
 
     def engine_config(self, folder: Path) -> EngineConfig:
-        """The engine's own configuration, not yet resolved. Raises ConfigError for what is not available."""
-        if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size {self.tensor_parallel_size} and pipeline_parallel_size "
-                f"{self.pipeline_parallel_size} are not available yet; a model runs on one device: set both to 1"
-            )
+        """The engine's own configuration, not yet resolved. Raises ConfigError for settings that exclude each other."""
         return EngineConfig(
             model=ModelConfig(
                 path=str(folder),
@@ -93,11 +94,27 @@ class EngineArgs(BaseModel):
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 enable_chunked_prefill=self.enable_chunked_prefill,
             ),
-            parallel=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
+            parallel=self._parallel_config(),
             device=self.device,
             num_threads=self.num_threads,
             enforce_eager=self.enforce_eager,
             batch_invariant=self.batch_invariant,
+        )
+
+    def _parallel_config(self) -> ParallelConfig:
+        all_reduce = self.all_reduce
+        if self.disable_custom_all_reduce:
+            if all_reduce not in ("auto", "nccl"):
+                raise ConfigError(
+                    f"disable_custom_all_reduce and all_reduce {all_reduce!r} exclude each other; give one"
+                )
+            all_reduce = "nccl"
+        if self.tensor_parallel_size == 1:
+            for name, default in (("all_reduce", "auto"), ("quantized_all_reduce", False)):
+                if getattr(self, name) != default:
+                    warnings.warn(f"{name} has no effect with tensor_parallel_size 1", stacklevel=2)
+        return ParallelConfig(
+            self.tensor_parallel_size, self.pipeline_parallel_size, all_reduce, self.quantized_all_reduce
         )
 
 

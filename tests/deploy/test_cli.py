@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoal import __version__
+from shoal.deploy.cli_config import serve_config
+from shoal.replicas.device import automatic_threads
 
 # Refuses the imports that a wrong configuration must not need, whatever the machine's speed.
 GUARD = """
@@ -44,7 +46,13 @@ def test_version() -> None:
         (["--max-model-len", "0"], "max_model_len"),
         (["--dtype", "flaot16"], "flaot16"),
         (["--block-size", "17"], "17"),
-        (["-tp", "2"], "tensor_parallel_size 2"),
+        (["-tp", "3"], "8 attention heads; this model takes 1, 2, 4, 8"),
+        (["-tp", "0"], "tensor_parallel_size"),
+        (["--tensor-parallel-size", "2", "-pp", "9"], "pipeline_parallel_size 9 is above the model's 8 layers"),
+        (["-tp", "2", "--device", "cuda"], "need 2 GPUs, and this machine has 0"),
+        (["-tp", "2", "--all-reduce", "nccl"], "is for GPUs"),
+        (["-tp", "2", "--all-reduce", "ring"], "all_reduce"),
+        (["--all-reduce", "triton", "--disable-custom-all-reduce"], "exclude each other"),
         (["--num-replicas", "0"], "num_replicas"),
         (["--quantization", "awq"], "awq"),
         (["--port", "70000"], "--port"),
@@ -54,10 +62,26 @@ def test_version() -> None:
     ids=str,
 )
 def test_wrong_options(arguments: list[str], told: str) -> None:
-    result = shoal("serve", "tiny", *arguments)
+    result = shoal("serve", "tiny", *arguments, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2, result.stderr
     assert told in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_settings_of_vllm_without_effect_are_said(tmp_path: Path) -> None:
+    # What is wrong beside them ends the command before anything starts.
+    flags = ["-tp", "2", "-pp", "2", "--distributed-executor-backend", "mp", "--tokenizer", "/nowhere"]
+    assert shoal("serve", "tiny", *flags).returncode == 2
+    with pytest.warns(UserWarning, match="distributed_executor_backend has no effect"):
+        serve_config({"model": "tiny", "host": "127.0.0.1", "distributed_executor_backend": "mp"})
+
+
+def test_ranks_share_the_cores_of_the_machine() -> None:
+    settings = {"model": "tiny", "host": "127.0.0.1", "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    [model] = serve_config(settings).models
+    assert model.engine_kwargs.num_threads == automatic_threads(4)
+    [model] = serve_config({**settings, "num_threads": 3}).models
+    assert model.engine_kwargs.num_threads == 3
 
 
 def test_wrong_model_folders(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_errors_name_the_key(value: dict, told: str) -> None:
         ({"block_size": 24}, "24"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "32"),
         ({"num_gpu_blocks_override": 2}, "2 blocks"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 6}, "tensor_parallel_size 6"),
+        ({"pipeline_parallel_size": 9}, "8 layers"),
+        ({"tensor_parallel_size": 2, "all_reduce": "symm_mem"}, "GPUs"),
     ],
     ids=str,
 )
@@ -112,7 +114,32 @@ def test_values_that_cannot_work_together(engine: dict, told: str) -> None:
         plan(**engine)
 
 
+def test_the_ranks_of_a_model() -> None:
+    parallel = plan(tensor_parallel_size=4, pipeline_parallel_size=2).engine.parallel
+    assert (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.world_size) == (4, 2, 8)
+    llm_config = from_dict(
+        LLMConfig,
+        llm(engine_kwargs={"tensor_parallel_size": 2, "all_reduce": "triton", "quantized_all_reduce": True}),
+    )
+    parallel = plan_model(llm_config, device="cuda").engine.parallel
+    assert (parallel.all_reduce, parallel.quantized_all_reduce) == ("triton", True)
+    llm_config = from_dict(LLMConfig, llm(engine_kwargs={"tensor_parallel_size": 2, "disable_custom_all_reduce": True}))
+    assert plan_model(llm_config, device="cuda").engine.parallel.all_reduce == "nccl"
+
+
+def test_bundles_are_one_for_each_rank() -> None:
+    config = from_dict(LLMConfig, llm(placement_group_config={"bundles": [{"CPU": 1}] * 2}))
+    with pytest.raises(ConfigError, match="2 bundles and the model 1 ranks"):
+        plan_model(config, device="cpu")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        from_dict(LLMConfig, llm(placement_group_config={"bundles": [], "bundle_per_worker": {}}))
+    with pytest.raises(ConfigError, match="STRICT_PACK"):
+        from_dict(LLMConfig, llm(placement_group_config={"strategy": "PACKED"}))
+
+
 def test_settings_without_effect_are_said() -> None:
+    with pytest.warns(UserWarning, match="quantized_all_reduce has no effect with tensor_parallel_size 1"):
+        from_dict(LLMConfig, llm(engine_kwargs={"quantized_all_reduce": True})).engine_kwargs.engine_config(TINY_MODEL)
     with pytest.warns(UserWarning, match="swap_space has no effect"):
         assert plan(swap_space=4).engine == plan().engine
     with pytest.warns(UserWarning, match="log_engine_metrics has no effect"):
