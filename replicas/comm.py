@@ -40,12 +40,6 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def stage_layers(self, num_layers: int) -> range:
-        """The layers of this stage: equal counts, the first stages taking one more where they do not divide."""
-        base, extra = divmod(num_layers, self.pp_size)
-        first = self.pp_rank * base + min(self.pp_rank, extra)
-        return range(first, first + base + (self.pp_rank < extra))
-
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the tensor-parallel ranks, in place."""
         return x if self.tp is None else self.tp.all_reduce(x)

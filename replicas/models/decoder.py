@@ -26,6 +26,7 @@ from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
 from ..layers.rotary import RotaryEmbedding
 from ..layers.weights import Layer, WeightSlot
+from ..stages import stage_layers
 from .spec import DecoderSpec, LayerSpec
 
 
@@ -123,7 +124,7 @@ class DecoderModel(Layer):
         """
         super().__init__()
         self.spec, self.comm, self.dtype, self.batch_invariant = spec, comm, dtype, batch_invariant
-        self.layer_range = comm.stage_layers(len(spec.layers))
+        self.layer_range = stage_layers(spec, comm.pp_size)[comm.pp_rank]
         own = [spec.layers[i] for i in self.layer_range]
         self.embed_tokens = self.lm_head = self.norm = None
         if comm.is_first_stage or (comm.is_last_stage and spec.tie_word_embeddings):
@@ -170,13 +171,14 @@ class DecoderModel(Layer):
     ) -> torch.Tensor:
         """input_ids, positions int64 [T] -> hidden states [T, hidden], final norm applied on the last stage.
 
-        `hidden` [T, hidden] is what the stage before returned; the first stage embeds input_ids instead.
+        `hidden` [T, hidden] is what the stage before returned, and is worked on in place; the first stage embeds
+        input_ids instead.
         """
         if hidden is None:
             assert self.embed_tokens is not None, "a later pipeline stage needs the hidden states of the one before"
             residual = self.embed_tokens(input_ids)
         else:
-            residual = hidden.clone()
+            residual = hidden
         ropes = {
             name: rotary.rows(positions, self.dtype)  # pyright: ignore[reportCallIssue]
             for name, rotary in zip(self.rope_names, self.ropes, strict=True)

@@ -148,12 +148,6 @@ def test_kv_heads_are_shared_by_neighbouring_ranks_where_there_are_too_few():
         kv_head_range(2, ParallelContext(tp_size=3))
 
 
-def test_stages_take_every_layer_once():
-    for num_layers, pp_size in ((8, 3), (3, 2), (5, 5)):
-        stages = [ParallelContext(pp_rank=i, pp_size=pp_size).stage_layers(num_layers) for i in range(pp_size)]
-        assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-
-
 def test_bf16_stays_close_to_fp32(tmp_path):
     """The same model in bf16: nothing overflows, and the likeliest tokens mostly agree."""
     folder = FAMILIES["gemma2"](tmp_path / "gemma2")
