@@ -37,12 +37,13 @@ class SamplingRows(NamedTuple):
     seed: torch.Tensor  # int64, the bit pattern of the 64-bit key
 
 
-def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int) -> torch.Tensor:
-    """Philox4x32-10 words, int64 [K, num_counters, 4] with values below 2**32.
+def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, first_counter: int = 0) -> torch.Tensor:
+    """Philox4x32-10 words, int64 [K, num_counters, 4] with values below 2**32, of counters from `first_counter` on.
 
     seeds: int64 [K], the bit pattern of the 64-bit key; positions: int64 [K].
     """
-    c0 = torch.arange(num_counters, dtype=torch.int64, device=seeds.device).expand(len(seeds), num_counters)
+    counters = torch.arange(first_counter, first_counter + num_counters, dtype=torch.int64, device=seeds.device)
+    c0 = counters.expand(len(seeds), num_counters)
     c1 = (positions & _MASK32).unsqueeze(1).expand_as(c0)
     c2 = (positions >> 32 & _MASK32).unsqueeze(1).expand_as(c0)
     c3 = torch.zeros_like(c0)
@@ -55,9 +56,12 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int) -> t
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32 [K, vocab_size], of (seed, position, token) alone."""
-    words = philox(seeds, positions, -(-vocab_size // 4)).flatten(1)[:, :vocab_size]
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, first_token: int = 0) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [K, num_tokens], of (seed, position, token) alone.
+
+    The tokens are those from `first_token` on, which must be a multiple of the four that share a counter.
+    """
+    words = philox(seeds, positions, -(-num_tokens // 4), first_token // 4).flatten(1)[:, :num_tokens]
     # 23 bits and a half: the largest uniform is 1 - 2**-24, the last float32 below one, so both logs are finite.
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
@@ -92,6 +96,16 @@ def sample_rows(
     logits: float32, bfloat16 or float16 [K, V], whose rows may have gaps between them. rows: int64 [K], which of
     `params` a row follows; a negative one is padding, and gives -1. positions: int64 [K] of the tokens to be chosen.
     """
+    check_logits(logits, rows, positions)
+    if backend_of(logits) is Backend.TORCH:
+        return sample_rows_ref(logits, rows, params, positions)
+    from .sample_triton import sample_rows_triton
+
+    return sample_rows_triton(logits, rows, params, positions)
+
+
+def check_logits(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    """Raises ValueError for arguments that do not belong together."""
     if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.stride(1) != 1:
         raise ValueError(
             f"logits must be [K, V] in float32, bfloat16 or float16 without gaps in a row, got {logits.dtype} "
@@ -101,11 +115,6 @@ def sample_rows(
         raise ValueError(
             f"{len(logits)} rows of logits need as many rows and positions, got {rows.shape} and {positions.shape}"
         )
-    if backend_of(logits) is Backend.TORCH:
-        return sample_rows_ref(logits, rows, params, positions)
-    from .sample_triton import sample_rows_triton
-
-    return sample_rows_triton(logits, rows, params, positions)
 
 
 def sample_rows_ref(

@@ -64,12 +64,12 @@ def _better(score, token, other, other_token):
 
 
 @triton.jit
-def _perturb(scaled, seed, position, chunk, score, token, CHUNK: tl.constexpr):
+def _perturb(scaled, seed, position, first_counter, chunk, score, token, CHUNK: tl.constexpr):
     """The best (score, token) [CHUNK // 4] so far and of `scaled` [CHUNK], after noise was added to it."""
-    # Philox gives four words for four consecutive tokens.
+    # Philox gives four words for four consecutive tokens; the first token of a slice has counter `first_counter`.
     counters = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, counters, low, high, 0)  # pyright: ignore[reportGeneralTypeIssues]
+    w0, w1, w2, w3 = tl.philox(seed, first_counter + counters, low, high, 0)  # pyright: ignore[reportGeneralTypeIssues]
     even, odd = tl.split(tl.reshape(scaled, (CHUNK // 4, 2, 2)))
     s0, s2 = tl.split(even)
     s1, s3 = tl.split(odd)
@@ -94,7 +94,7 @@ def _load_chunk(row_ptr, chunk, vocab_size, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK: tl.constexpr):
+def choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK: tl.constexpr):
     """Stores the best logit of this program's part of a row."""
     columns = tl.arange(0, CHUNK)
     scores, best = tl.full((CHUNK,), float("-inf"), tl.float32), columns
@@ -107,7 +107,7 @@ def _choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, C
 
 
 @triton.jit
-def _choose_perturbed(
+def choose_perturbed(
     row_ptr,
     score_ptr,
     token_ptr,
@@ -115,6 +115,7 @@ def _choose_perturbed(
     temperature,
     seed,
     position,
+    first_counter,
     lowest,
     floor,
     vocab_size,
@@ -132,10 +133,10 @@ def _choose_perturbed(
             inside = (x >= lowest) & (x * inverse >= floor)
             if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks hold no token that stays, and need no noise
                 scaled = tl.where(inside, x * inverse, float("-inf"))
-                scores, best = _perturb(scaled, seed, position, chunk, scores, best, CHUNK)
+                scores, best = _perturb(scaled, seed, position, first_counter, chunk, scores, best, CHUNK)
         else:
             unusable |= (x < float("inf")).to(tl.int32) ^ 1
-            scores, best = _perturb(x * inverse, seed, position, chunk, scores, best, CHUNK)
+            scores, best = _perturb(x * inverse, seed, position, first_counter, chunk, scores, best, CHUNK)
     _store_best(score_ptr, token_ptr, part, scores, best, unusable)
 
 
@@ -176,15 +177,15 @@ def _sample_choose_kernel(
         lowest, floor = tl.load(limits_ptr + 2 * k), tl.load(limits_ptr + 2 * k + 1)
         if lowest != lowest:
             return
-        _choose_perturbed(
-            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, lowest, floor, vocab_size, num_chunks,
+        choose_perturbed(
+            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, 0, lowest, floor, vocab_size, num_chunks,
             True, CHUNK,
         )  # fmt: skip
     elif (temperature == 0.0) | filtered:
-        _choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK)
+        choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK)
     else:
-        _choose_perturbed(
-            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, 0.0, 0.0, vocab_size, num_chunks,
+        choose_perturbed(
+            row_ptr, score_ptr, token_ptr, part, temperature, seed, position, 0, 0.0, 0.0, vocab_size, num_chunks,
             False, CHUNK,
         )  # fmt: skip
 

@@ -6,7 +6,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-from shoal.kernels import embedding_triton, penalties_triton, sample_limits_triton, sample_triton, score_triton
+from shoal.kernels import (
+    embedding_triton,
+    penalties_triton,
+    sample_limits_triton,
+    sample_slice_triton,
+    sample_triton,
+    score_triton,
+)
 from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
 
 ROWS = {
@@ -56,6 +63,29 @@ def _join():
     return Variant(
         "shoal.kernels.sample_triton:_sample_join_kernel", types, {"PARTS": PARTS, "PDL": True}, {"num_warps": 1}
     )
+
+
+def _slice_choose(dtype: str, chunk: int):
+    types = {"logits_ptr": f"*{dtype}", "temperature_ptr": "*fp32", "score_ptr": "*fp32", "token_ptr": "*i32"}
+    types |= dict.fromkeys(("rows_ptr", "positions_ptr", "seed_ptr"), "*i64")
+    types |= {"slice_size": "i32/16", "first_token": "i32/16"}
+    options = {"num_warps": sample_triton.NUM_WARPS}
+    return Variant(
+        "shoal.kernels.sample_slice_triton:_slice_choose_kernel", types, {"CHUNK": chunk, "PDL": True}, options
+    )
+
+
+def _slice_join():
+    types = {"rows_ptr": "*i64", "score_ptr": "*fp32", "token_ptr": "*i32", "key_ptr": "*i64", "first_token": "i32/16"}
+    return Variant(
+        "shoal.kernels.sample_slice_triton:_slice_join_kernel", types, {"PARTS": PARTS, "PDL": True}, {"num_warps": 1}
+    )
+
+
+def _winners():
+    constants = {"BLOCK": sample_slice_triton.WINNERS_BLOCK, "PDL": True}
+    types = {"key_ptr": "*i64", "out_ptr": "*i64"}
+    return Variant("shoal.kernels.sample_slice_triton:_winners_kernel", types, constants, {"num_warps": 4})
 
 
 PARTIALS = {"highest_ptr": "*fp32", "mass_ptr": "*fp32", "above_ptr": "*i32", "token_ptr": "*i64"}
@@ -111,6 +141,10 @@ VARIANTS = {
     "limits in fp16": _limits("fp16"),
     "limits in fp32": _limits("fp32"),
     "join": _join(),
+    "choose in a slice": _slice_choose("bf16", sample_triton.LARGE_CHUNK),
+    "choose in a slice in fp32": _slice_choose("fp32", sample_triton.SMALL_CHUNK),
+    "slice join": _slice_join(),
+    "winners": _winners(),
     "score": _score("bf16"),
     "score in fp32": _score("fp32"),
     "score join": _score_join("bf16"),
@@ -119,7 +153,16 @@ VARIANTS = {
     "embedding": _embed("bf16"),
     "embedding in fp32": _embed("fp32"),
 }
-WIDE = ("choose", "choose inside limits", "choose in fp32", "gather", "score", "penalties", "embedding")
+WIDE = (
+    "choose",
+    "choose inside limits",
+    "choose in fp32",
+    "choose in a slice",
+    "gather",
+    "score",
+    "penalties",
+    "embedding",
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +182,7 @@ def test_loads_are_16_bytes_wide(name, compiled):
     assert "ld.global.v4.b32" in compiled[name].ptx
 
 
-@pytest.mark.parametrize("name", ["choose inside limits", "choose in fp32"])
+@pytest.mark.parametrize("name", ["choose inside limits", "choose in fp32", "choose in a slice"])
 def test_noise_takes_at_most_110_instructions_a_token(name, compiled):
     """Philox shared by four tokens, and two logarithms that are right to the last bit; no division by temperature."""
     body = max(compiled[name].loops, key=len)
