@@ -58,7 +58,7 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # token budget of a step; auto: 2048 on CPU, 6144 on GPU
     enable_chunked_prefill: bool = True
-    max_steps_in_flight: int = 2
+    max_steps_in_flight: int | None = None  # auto: 2, and 2 for each stage of a pipeline
 
 
 ALL_REDUCES = ("auto", "nccl", "symm_mem", "triton")
@@ -116,9 +116,15 @@ class EngineConfig:
             raise ConfigError(f"block_size {block_size} is not a power of two; use 16, 32 or 64")
         if self.scheduler.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {self.scheduler.max_num_seqs}; it must be at least 1")
+        num_stages = max(1, self.parallel.pipeline_parallel_size)
         max_steps_in_flight = self.scheduler.max_steps_in_flight
-        if max_steps_in_flight < 1:
-            raise ConfigError(f"max_steps_in_flight is {max_steps_in_flight}; it must be at least 1")
+        if max_steps_in_flight is None:
+            max_steps_in_flight = 2 * num_stages
+        if max_steps_in_flight < num_stages:
+            raise ConfigError(
+                f"max_steps_in_flight is {max_steps_in_flight}; it must be at least {num_stages}, or a pipeline stage "
+                "would always be without work"
+            )
         budget = self.scheduler.max_num_batched_tokens or max(2048 if on_cpu else 6144, self.scheduler.max_num_seqs)
         if budget < self.scheduler.max_num_seqs:
             raise ConfigError(
@@ -147,7 +153,7 @@ class EngineConfig:
             self,
             model=replace(self.model, dtype=dtype, max_model_len=max_model_len),
             cache=replace(self.cache, block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_bytes),
-            scheduler=replace(self.scheduler, max_num_batched_tokens=budget),
+            scheduler=replace(self.scheduler, max_num_batched_tokens=budget, max_steps_in_flight=max_steps_in_flight),
             device=device,
         )
 

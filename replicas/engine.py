@@ -30,6 +30,7 @@ class Engine:
         block_size, max_model_len = config.cache.block_size, config.model.max_model_len
         assert block_size is not None, "the configuration is not resolved"
         assert max_model_len is not None, "the configuration is not resolved"
+        assert config.scheduler.max_steps_in_flight is not None, "the configuration is not resolved"
         self.config = config
         self.facts = facts
         self.failure: BaseException | None = None

@@ -28,6 +28,15 @@ def test_an_automatic_budget_lets_every_sequence_decode():
     assert config.resolve(FACTS, "cuda").scheduler.max_num_batched_tokens == 9000
 
 
+def test_a_pipeline_has_two_steps_in_flight_for_each_stage():
+    config = EngineConfig(ModelConfig("folder"))
+    assert config.resolve(FACTS, "cpu").scheduler.max_steps_in_flight == 2
+    piped = replace(config, parallel=ParallelConfig(pipeline_parallel_size=2))
+    assert piped.resolve(FACTS, "cpu").scheduler.max_steps_in_flight == 4
+    with pytest.raises(ConfigError, match="max_steps_in_flight is 1; it must be at least 2"):
+        replace(piped, scheduler=SchedulerConfig(max_steps_in_flight=1)).resolve(FACTS, "cpu")
+
+
 def split(tp: int = 1, pp: int = 1, *, facts: ModelFacts = FACTS, device: str = "cpu", **more) -> ParallelConfig:
     config = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(tp, pp, **more))
     return config.resolve(facts, device).parallel
