@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.report import Report
 from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
 from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
-from shoal.replicas.step_frames import FrameEncoder, decode
+from shoal.replicas.step_frames import decode, encode
 from shoal.replicas.step_sockets import Address
 
 NUM_SEQUENCES = 256
@@ -241,10 +241,10 @@ def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> Times:
 
 def time_codec() -> dict[str, float]:
     """What encoding and decoding take of it."""
-    encoder, plan = FrameEncoder(), decode_plan()
-    frame = bytearray(encoder.encode(plan))
+    plan = decode_plan()
+    frame = bytearray(encode(plan))
     figures = {"bytes of a plan": float(len(frame))}
-    for what, function in (("encode us", lambda: encoder.encode(plan)), ("decode us", lambda: decode(frame))):
+    for what, function in (("encode us", lambda: encode(plan)), ("decode us", lambda: decode(frame))):
         times = []
         for _ in range(5000):
             begin = perf_counter_ns()

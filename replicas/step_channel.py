@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import EngineError
 from .plan import StepPlan, StepResult
-from .step_frames import HEADER_BYTES, EndOfSteps, Frame, FrameEncoder, FrameError, StepFailure, decode, frame_length
+from .step_frames import HEADER_BYTES, EndOfSteps, Frame, FrameError, StepFailure, decode, encode, frame_length
 from .step_handshake import introduce
 from .step_sockets import SEND_FLAGS, Address, ChannelClosed, Door, connect
 
@@ -120,7 +120,6 @@ class StepChannelServer:
         self._ranks: list[_Rank] = []
         self._by_fd: dict[int, _Rank] = {}
         self._poll = select.poll()
-        self._encoder = FrameEncoder()
         self._in_flight: deque[int] = deque()  # steps whose result has not come
         self._results: deque[StepResult] = deque()
 
@@ -149,7 +148,7 @@ class StepChannelServer:
             self._check_usable()
             if not self._ranks:
                 raise EngineError(f"no rank of {self._world_size} is connected; accept() them before the first plan")
-            frame = self._encoder.encode(plan)
+            frame = memoryview(encode(plan))
             self._in_flight.append(plan.step)
             waiting = False
             for peer in self._ranks:
@@ -184,7 +183,7 @@ class StepChannelServer:
             return
         self._waker.send(b"\0")
         with self._lock:
-            end = self._encoder.encode(EndOfSteps())
+            end = memoryview(encode(EndOfSteps()))
             for peer in self._ranks:
                 if not peer.unsent:  # else this would be read as the rest of a plan
                     with contextlib.suppress(OSError):
@@ -257,7 +256,6 @@ class StepChannelClient:
         self._rank = rank
         self._closing = threading.Lock()  # taken by the first close, for good
         self._receiving, self._sending = threading.Lock(), threading.Lock()
-        self._encoder = FrameEncoder()
         self._step: int | None = None  # the last one received
         self._ended = False
         try:
@@ -299,6 +297,12 @@ class StepChannelClient:
             self._step = message.step
             return message
 
+    def wait_for_hang_up(self) -> None:
+        """Wait until either end has hung up, whatever came before that; nothing is read."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        poll.poll()
+
     def send_result(self, result: StepResult) -> None:
         """Answer the oldest plan not yet answered. Raises FrameError, PeerLost, ChannelClosed."""
         self._send(result)
@@ -318,9 +322,8 @@ class StepChannelClient:
 
     def _send(self, message: StepResult | StepFailure) -> None:
         with self._sending:
-            frame = self._encoder.encode(message)
             try:
-                self._sock.sendall(frame, socket.MSG_NOSIGNAL)
+                self._sock.sendall(encode(message), socket.MSG_NOSIGNAL)
             except OSError as error:
                 raise self._lost(error) from error
 

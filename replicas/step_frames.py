@@ -7,7 +7,7 @@
 All of it is little-endian and nothing is pickled. A decoded plan's arrays are views on the frame that was received.
 Lengths are checked before anything is read, so that a frame cut short, or of another version, is a FrameError; what
 the numbers mean is not, since a peer has proved who it is before its first frame. A decode plan of 256 sequences is
-6.4 KB, which takes 4 us to encode and 5 us to decode (EPYC): the number of arrays counts, not their bytes.
+6.4 KB, which takes 3 us to encode and 4.5 us to decode (EPYC): the number of arrays counts, not their bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAGIC = b"SHOL"
 VERSION = 1
 MAX_FRAME_BYTES = 1 << 30  # 256 rows that all start with a history of 1M tokens
 _ALIGNMENT = 8
+_INT32 = np.dtype(np.int32)
 _NUM_COUNTS = 10
 
 # magic, version, kind, length, rare length, step, counts
@@ -74,82 +75,76 @@ class EndOfSteps:
     """The engine will send no more plans."""
 
 
-Frame = bytearray | memoryview
+Frame = bytes | bytearray | memoryview
 Message = StepPlan | StepResult | StepFailure | EndOfSteps
 
 
-class FrameEncoder:
-    """Writes frames into a buffer that it keeps; a frame is valid until the next one is written."""
-
-    def __init__(self, num_bytes: int = 1 << 16) -> None:
-        self._reserve(num_bytes)
-
-    def encode(self, message: Message) -> memoryview:
-        """The message's frame. Raises FrameError if a value does not fit its field, or the frame is too large."""
-        try:
-            if isinstance(message, StepPlan):
-                return self._plan(message)
-            if isinstance(message, StepResult):
-                return self._result(message)
-            if isinstance(message, StepFailure):
-                rare = _RareWriter()
-                rare.text(0, message.message)
-                return self._frame(FrameKind.FAILURE, message.step, (), (), rare)
-            return self._frame(FrameKind.END, 0, (), (), _RareWriter())
-        except (struct.error, OverflowError, TypeError, ValueError) as error:
-            what = f"{type(message).__name__} of step {getattr(message, 'step', 0)}"
-            raise FrameError(f"{what} does not fit a frame: {error}") from error
-
-    def _plan(self, plan: StepPlan) -> memoryview:
-        slices, tokens, samples = len(plan.rows), len(plan.token_ids), len(plan.sample_rows)
-        tables, scored = len(plan.table_rows), len(plan.scored_slices)
-        arrays = [
-            *(plan.rows, plan.starts, plan.num_tokens, plan.token_ids, plan.sample_slices, plan.sample_rows),
-            *(plan.table_rows, plan.table_indices, plan.table_blocks, plan.scored_slices, plan.scored_next),
-        ]
-        lengths = [slices, slices, slices, tokens, samples, samples, tables, tables, tables, scored, scored]
-        if list(map(len, arrays)) != lengths:
-            raise ValueError(f"its arrays have lengths {list(map(len, arrays))} where {lengths} belong together")
-        if plan.copies:
-            arrays.append(np.array(plan.copies, np.int32).reshape(-1))
+def encode(message: Message) -> bytes:
+    """The message's frame. Raises FrameError if a value does not fit its field, or the frame is too large."""
+    try:
+        if isinstance(message, StepPlan):
+            return _plan_frame(message)
+        if isinstance(message, StepResult):
+            return _result_frame(message)
         rare = _RareWriter()
-        for start in plan.row_starts:
-            _write_row_start(rare, start)
-        counts = (slices, tokens, samples, tables, scored, len(plan.copies), len(plan.row_starts))
-        return self._frame(FrameKind.PLAN, plan.step, counts, arrays, rare)
+        if isinstance(message, StepFailure):
+            rare.text(0, message.message)
+            return _frame(FrameKind.FAILURE, message.step, (), [], rare)
+        return _frame(FrameKind.END, 0, (), [], rare)
+    except (struct.error, AttributeError, OverflowError, TypeError, ValueError) as error:
+        what = f"{type(message).__name__} of step {getattr(message, 'step', 0)}"
+        raise FrameError(f"{what} does not fit a frame: {error}") from error
 
-    def _result(self, result: StepResult) -> memoryview:
-        rare = _RareWriter()
-        if result.logprobs is not None:
-            _write_logprobs(rare, result.logprobs)
-        for logprobs in result.prompt_logprobs:
-            _write_logprobs(rare, logprobs)
-        for row, message in result.failed_rows:
-            rare.text(row, message)
-        has_logprobs = result.logprobs is not None
-        counts = (len(result.token_ids), int(has_logprobs), len(result.prompt_logprobs), len(result.failed_rows))
-        return self._frame(FrameKind.RESULT, result.step, counts, (result.token_ids,), rare)
 
-    def _frame(
-        self, kind: FrameKind, step: int, counts: Sequence[int], arrays: Sequence[Ints], rare: _RareWriter
-    ) -> memoryview:
-        num_ints = sum(map(len, arrays))
-        rare_begin = _padded(HEADER_BYTES + 4 * num_ints)
-        length = rare_begin + rare.num_bytes
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"it takes {length} bytes, a frame at most {MAX_FRAME_BYTES}; let a step start fewer rows")
-        if length > len(self._view):
-            self._reserve(2 * length)
-        spare = _NO_COUNTS[len(counts) :]
-        _HEADER.pack_into(self._view, 0, MAGIC, VERSION, kind, length, rare.num_bytes, step, *counts, *spare)
-        if num_ints:  # one call for all of them, once for all ranks: 2 us
-            np.concatenate(arrays, out=self._ints[_HEADER_INTS : _HEADER_INTS + num_ints], casting="no")
-        rare.copy_to(self._view[rare_begin:length])
-        return self._view[:length]
+def _plan_frame(plan: StepPlan) -> bytes:
+    slices, tokens, samples = len(plan.rows), len(plan.token_ids), len(plan.sample_rows)
+    tables, scored = len(plan.table_rows), len(plan.scored_slices)
+    arrays = [
+        *(plan.rows, plan.starts, plan.num_tokens, plan.token_ids, plan.sample_slices, plan.sample_rows),
+        *(plan.table_rows, plan.table_indices, plan.table_blocks, plan.scored_slices, plan.scored_next),
+    ]
+    lengths = [slices, slices, slices, tokens, samples, samples, tables, tables, tables, scored, scored]
+    if [len(array) for array in arrays] != lengths:
+        raise ValueError(f"its arrays have lengths {list(map(len, arrays))} where {lengths} belong together")
+    if plan.copies:
+        arrays.append(np.array(plan.copies, np.int32).reshape(-1))
+    rare = _RareWriter()
+    for start in plan.row_starts:
+        _write_row_start(rare, start)
+    counts = (slices, tokens, samples, tables, scored, len(plan.copies), len(plan.row_starts))
+    return _frame(FrameKind.PLAN, plan.step, counts, arrays, rare)
 
-    def _reserve(self, num_bytes: int) -> None:
-        self._ints = np.zeros(_padded(num_bytes) // 4, np.int32)
-        self._view = memoryview(self._ints.data).cast("B")
+
+def _result_frame(result: StepResult) -> bytes:
+    rare = _RareWriter()
+    if result.logprobs is not None:
+        _write_logprobs(rare, result.logprobs)
+    for logprobs in result.prompt_logprobs:
+        _write_logprobs(rare, logprobs)
+    for row, message in result.failed_rows:
+        rare.text(row, message)
+    has_logprobs = result.logprobs is not None
+    counts = (len(result.token_ids), int(has_logprobs), len(result.prompt_logprobs), len(result.failed_rows))
+    return _frame(FrameKind.RESULT, result.step, counts, [result.token_ids], rare)
+
+
+def _frame(kind: FrameKind, step: int, counts: tuple[int, ...], arrays: list[Ints], rare: _RareWriter) -> bytes:
+    num_ints = sum([len(array) for array in arrays])
+    for array in arrays:
+        if array.dtype != _INT32 or array.ndim != 1:
+            raise ValueError(f"an array of {array.dtype} with shape {array.shape} is not a list of int32")
+    rare_begin = _padded(HEADER_BYTES + 4 * num_ints)
+    length = rare_begin + rare.num_bytes
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"it takes {length} bytes, a frame at most {MAX_FRAME_BYTES}; let a step start fewer rows")
+    spare = _NO_COUNTS[len(counts) :]
+    header = _HEADER.pack(MAGIC, VERSION, kind, length, rare.num_bytes, step, *counts, *spare)
+    padding = bytes(rare_begin - HEADER_BYTES - 4 * num_ints)
+    parts: list[Any] = [header, *arrays, padding, *rare.parts]
+    try:  # 0.4 us, where numpy takes 1.4 us to concatenate (EPYC)
+        return b"".join(parts)
+    except TypeError:  # some array is every n-th number of another one, and not in one piece
+        return b"".join([part if isinstance(part, bytes) else part.tobytes() for part in parts])
 
 
 def frame_length(view: Frame) -> int:
@@ -339,7 +334,7 @@ class _RareWriter:
     """Parts one after the other, each padded to 8 bytes."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []
         self.num_bytes = 0
 
     def pack(self, layout: struct.Struct, *values: Any) -> None:
@@ -353,12 +348,8 @@ class _RareWriter:
         data = text.encode("utf-8", "surrogatepass")
         self._add(_TEXT.pack(number, len(data)) + data)
 
-    def copy_to(self, view: memoryview) -> None:
-        if self._parts:
-            view[:] = b"".join(self._parts)
-
     def _add(self, data: bytes) -> None:
-        self._parts.append(data.ljust(_padded(len(data)), b"\0"))
+        self.parts.append(data.ljust(_padded(len(data)), b"\0"))
         self.num_bytes += _padded(len(data))
 
 

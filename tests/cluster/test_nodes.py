@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from shoal.replicas.errors import EngineError
-from shoal.replicas.interfaces import interface_towards
 from tests.support.netns import Namespace, two_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -69,21 +67,6 @@ def tell(process: subprocess.Popen[str], line: str = "") -> None:
 def said(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
-
-
-def test_the_interface_towards_this_machine_is_loopback() -> None:
-    assert interface_towards("127.0.0.1") == interface_towards("localhost") == "lo"
-    with pytest.raises(EngineError, match=r"no way from this node to nowhere\.invalid"):
-        interface_towards("nowhere.invalid")
-
-
-def test_the_interface_towards_another_node_is_the_one_that_leads_there(
-    nodes: tuple[Namespace, Namespace], processes: Processes
-) -> None:
-    here, there = nodes
-    ask = "import sys; from shoal.replicas.interfaces import interface_towards; print(interface_towards(sys.argv[1]))"
-    for target in (there.address, here.address):
-        assert said(processes.start(here, "-c", ask, target)) == here.device
 
 
 @pytest.mark.slow

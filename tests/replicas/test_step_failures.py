@@ -18,7 +18,7 @@ import pytest
 from shoal.replicas import step_handshake as handshake
 from shoal.replicas import step_sockets
 from shoal.replicas.step_channel import PeerLost, StepChannelClient, StepChannelServer
-from shoal.replicas.step_frames import VERSION, EndOfSteps, FrameEncoder, FrameError
+from shoal.replicas.step_frames import VERSION, EndOfSteps, FrameError, encode
 from tests.support.step_group import HOSTS, TOKEN, answer, blocked, run_in_thread
 from tests.support.steps import decode_plan, same
 
@@ -45,8 +45,8 @@ def raw_rank() -> Iterator[tuple[StepChannelServer, socket.socket]]:
         (b"GET / HTTP/1.1\r\n".ljust(100), "begins with b'GET '"),
         (struct.pack("<4sHHI", b"SHOL", VERSION, 2, 2**32 - 8).ljust(64, b"\0"), "claims 4294967288 bytes"),
         (struct.pack("<4sHHI", b"SHOL", VERSION + 1, 2, 64).ljust(64, b"\0"), f"version {VERSION + 1}"),
-        (bytes(FrameEncoder().encode(EndOfSteps())), "rank 0 sent a EndOfSteps"),
-        (bytes(FrameEncoder().encode(decode_plan(0))), "rank 0 sent a StepPlan"),
+        (encode(EndOfSteps()), "rank 0 sent a EndOfSteps"),
+        (encode(decode_plan(0)), "rank 0 sent a StepPlan"),
     ],
 )
 def test_what_is_no_result_is_refused(
@@ -63,7 +63,7 @@ def test_a_frame_that_ends_too_early_is_a_lost_rank(
     raw_rank: tuple[StepChannelServer, socket.socket], cut: int
 ) -> None:
     server, sock = raw_rank
-    sock.sendall(FrameEncoder().encode(answer(decode_plan(0)))[:cut])
+    sock.sendall(encode(answer(decode_plan(0)))[:cut])
     sock.close()
     with pytest.raises(PeerLost, match=r"rank 0 of 1 is gone \(.+\); steps in flight: \[0\]"):
         server.result()
@@ -72,7 +72,7 @@ def test_a_frame_that_ends_too_early_is_a_lost_rank(
 def test_a_frame_may_come_byte_by_byte(raw_rank: tuple[StepChannelServer, socket.socket]) -> None:
     server, sock = raw_rank
     waiting = run_in_thread(server.result)
-    for byte in bytes(FrameEncoder().encode(answer(decode_plan(0)))):
+    for byte in encode(answer(decode_plan(0))):
         sock.sendall(bytes([byte]))
     assert same(waiting.result(30), answer(decode_plan(0)))
 

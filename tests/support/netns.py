@@ -21,7 +21,6 @@ class Namespace:
     """A node. address: on the cable, where the other node reaches it."""
 
     pid: int  # of the process that keeps it
-    device = _DEVICE
     address: str
 
     def command(self, *words: str) -> list[str]:
