@@ -30,6 +30,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 
+_KERNELS_OF_A_PROCESS = 4  # at least: to start one takes as long as to compile three
+
+
 class Specialization(NamedTuple):
     """A kernel as one kind of launch needs it: its module and name, and Triton's description of the kind, in JSON."""
 
@@ -81,7 +84,7 @@ def compile_kernels(kernels: set[Specialization], num_processes: int) -> int:
     done = _Ledger(target)
     missing = sorted(kernels - done.find(kernels))
     if missing:
-        num_processes = min(num_processes, len(missing))
+        num_processes = min(num_processes, -(-len(missing) // _KERNELS_OF_A_PROCESS))
         _run_compilers([missing[i::num_processes] for i in range(num_processes)], target)
         done.add(missing)
     return len(missing)

@@ -101,6 +101,7 @@ def greedy_tokens(device: str) -> list[list[int]]:
         CacheConfig(block_size=16, num_blocks=1024),
         SchedulerConfig(max_num_seqs=20),
         device=device,
+        num_threads=1,  # more would spin for cores that tests beside this one use, and go on after it
     )
     engine = build_engine(config)
     try:
