@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..kernels.rms_norm import add_rms_norm
 
@@ -23,6 +24,10 @@ class Collectives(Protocol):
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x [..., n], joined along the last axis in order of rank: [..., ranks * n]."""
+        ...
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """x [ranks, ...], whose block i is for rank i -> [ranks, ...], whose block i is what rank i had for this one."""
         ...
 
     def all_reduce_add_rms_norm(
@@ -46,8 +51,18 @@ class TorchCollectives:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         parts = torch.empty((self.group.size(), *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group)
+        # Torch's function for it has one name up to 2.12 and another from 2.13 on; this is what both call.
+        options = AllgatherOptions()
+        options.asyncOp = False
+        work = self.group._allgather_base(parts.view(-1), x.view(-1), options)
+        if work is not None:
+            work.wait()
         return parts.movedim(0, -2).flatten(-2)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        received = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, x.contiguous(), group=self.group)
+        return received
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

@@ -42,12 +42,12 @@ def automatic_threads(num_engines: int = 1) -> int:
     return max(1, (usable_cores() - 1) // num_engines)
 
 
-def set_cpu_threads(num_threads: int | None) -> int:
-    """Sets and returns torch's intra-op threads for this process; None is `automatic_threads()`.
+def set_cpu_threads(num_threads: int | None, num_neighbours: int = 1) -> int:
+    """Sets and returns torch's intra-op threads for this process; None is its share among `num_neighbours` like it.
 
     It must be said aloud: Ray starts workers with OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch obeys.
     """
-    threads = automatic_threads() if num_threads is None else num_threads
+    threads = automatic_threads(num_neighbours) if num_threads is None else num_threads
     if threads < 1:
         raise ConfigError(f"num_threads is {threads}; it must be at least 1")
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from .checkpoint import read_model_facts
 from .config import EngineConfig
 from .engine import Engine
 from .errors import EngineError
+from .executor import Executor
 from .protocol import FinishReason, Logprob, Request, TokenDelta
 
 
@@ -36,17 +37,31 @@ class Completion:
         self.finish_reason, self.stop_reason, self.error = delta.finish_reason, delta.stop_reason, delta.error
 
 
-def build_engine(config: EngineConfig) -> Engine:
+def build_engine(
+    config: EngineConfig, *, device: str | None = None, start: Callable[[EngineConfig], Executor] | None = None
+) -> Engine:
     """Read the checkpoint's facts, resolve the configuration, load the model and put an engine on it.
 
-    Raises ConfigError or ModelError, with the file or the field at fault.
+    The model is loaded in this process or, where it is split over several ranks, by processes that are started for
+    them on this machine. start: makes the executor of a resolved configuration in another way, and device says then
+    what its ranks run on, "cpu" or "cuda", if this process cannot see it.
+    Raises ConfigError or ModelError, with the file or the field at fault, and ShardGroupError.
     """
     from .device import choose_device  # torch is loaded here, not by those who only want the types above
-    from .local_executor import LocalExecutor
 
     facts = read_model_facts(Path(config.model.path))
-    resolved = config.resolve(facts, choose_device(config.device))
-    return Engine(resolved, facts, LocalExecutor(resolved))
+    resolved = config.resolve(facts, device or choose_device(config.device))
+    return Engine(resolved, facts, (start or _start_here)(resolved))
+
+
+def _start_here(config: EngineConfig) -> Executor:
+    if config.parallel.world_size == 1:
+        from .local_executor import LocalExecutor
+
+        return LocalExecutor(config)
+    from .shard_processes import start_shard_processes
+
+    return start_shard_processes(config)
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> dict[str, list[Completion]]:

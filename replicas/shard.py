@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .checkpoint import read_model_facts
+from .comm import ParallelContext
 from .config import EngineConfig, ModelFacts
 from .device import set_cpu_threads
 from .errors import ConfigError
@@ -31,17 +32,27 @@ _GRAPH_TOKENS = 2048
 class Shard:
     """Loads its part of the model and runs plans on it.
 
-    config: resolved. Raises ModelError for a checkpoint that cannot be served, ConfigError where memory is short.
-    `startup_seconds` says what each stage of that took.
+    config: resolved. context: this rank's place among those of the model copy; alone if none is given. device: of this
+    rank; config's first if none is given. agree: of a number of every rank's, the least. num_neighbours: ranks that
+    share this machine's cores. Raises ModelError for a checkpoint that cannot be served, ConfigError where memory is
+    short. `startup_seconds` says what each stage of that took.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        context: ParallelContext | None = None,
+        device: torch.device | None = None,
+        *,
+        agree: Callable[[int], int] = int,
+        num_neighbours: int = 1,
+    ) -> None:
         facts = read_model_facts(Path(config.model.path))
         self.startup_seconds: dict[str, float] = {}
-        self.device = torch.device(config.device)
+        self.device = device or torch.device(config.device)
         available = 0
         if self.device.type == "cpu":
-            set_cpu_threads(config.num_threads)
+            set_cpu_threads(config.num_threads, num_neighbours)
         else:
             with self._stage("device"):
                 self.device = torch.device(self.device.type, self.device.index or 0)
@@ -49,17 +60,18 @@ class Shard:
                 if config.cache.num_blocks is None:
                     available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
         with self._stage("weights"):
-            model = load_model(config, self.device)
+            model = load_model(config, self.device, context)
         assert config.scheduler.max_num_batched_tokens is not None
         graph_tokens = min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens)
         if self.device.type == "cuda":
             with self._stage("kernels"):
                 _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens)
-        if config.cache.num_blocks is not None:
-            self.num_blocks = config.cache.num_blocks
-        else:
+        num_blocks = config.cache.num_blocks
+        if num_blocks is None:
             with self._stage("memory profile"):
-                self.num_blocks = _profile_blocks(model, config, facts, self.device, available)
+                num_blocks = _profile_blocks(model, config, facts, self.device, available)
+        with self._stage("other ranks"):
+            self.num_blocks = agree(num_blocks)
         with self._stage("KV cache"):
             self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -152,7 +164,7 @@ def _profile_blocks(
         )
     )
     torch.cuda.synchronize(device)
-    bytes_per_block = facts.kv_bytes_per_token(config.model.dtype) * block_size
+    bytes_per_block = runner.kv_cache.bytes_per_block
     step = torch.cuda.max_memory_allocated(device) - weights - num_blocks * bytes_per_block
     # Graphs have a pool of their own, which the largest of them fills like a step outside of graphs.
     graphs = 0 if config.enforce_eager else step

@@ -1,0 +1,50 @@
+"""A rank's loop: plans in, results out.
+
+A plan is launched as soon as it has come, while the results of those before it are still to be waited for: another
+thread does that, where there are any to send.
+"""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+from .runner import PendingStep
+from .shard import Shard
+from .step_channel import ChannelClosed, PeerLost, StepChannelClient
+
+
+def run_plans(client: StepChannelClient, shard: Shard, *, answers: bool) -> None:
+    """Runs plans until the engine has no more. answers: this rank sends the results; the others send failures alone.
+
+    Raises PeerLost when the engine is gone, and whatever makes a step fail, after it has told the engine.
+    """
+    launched: SimpleQueue[PendingStep | None] = SimpleQueue()
+    sender = threading.Thread(target=_send_results, args=(client, launched), name="shoal-results", daemon=True)
+    if answers:
+        sender.start()
+    while (plan := client.receive()) is not None:
+        try:
+            step = shard.launch(plan)
+        except Exception as error:
+            client.send_failure(plan.step, f"{type(error).__name__}: {error}")
+            raise
+        if answers:
+            launched.put(step)
+    launched.put(None)
+    if answers:
+        sender.join()
+
+
+def _send_results(client: StepChannelClient, launched: SimpleQueue[PendingStep | None]) -> None:
+    """Ends with the last result, or with the first that cannot be had: the engine then ends the work of all ranks."""
+    try:
+        while (step := launched.get()) is not None:
+            try:
+                result = step.result()
+            except Exception as error:
+                client.send_failure(step.plan.step, f"{type(error).__name__}: {error}")
+                return
+            client.send_result(result)
+    except (PeerLost, ChannelClosed):  # the loop notices it too, and says so
+        return

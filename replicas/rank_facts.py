@@ -1,0 +1,85 @@
+"""What the ranks of a model copy must have in common, and what they must not, checked before they work together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from .config import EngineConfig
+from .errors import ShardGroupError
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_EQUAL = {
+    "world_size": "the size of the group",
+    "config": "the configuration",
+    "shoal": "the version of Shoal",
+    "torch": "the version of torch",
+    "nccl": "the version of NCCL",
+    "python": "the version of Python",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """One rank's; it goes to the others as JSON."""
+
+    world_size: int
+    config: str  # a hash of it
+    shoal: str
+    torch: str
+    nccl: str
+    python: str
+    node: str
+    host: str  # of that node, for people
+    device: str  # one of the node's; "cpu" may be shared
+
+    @classmethod
+    def of(cls, config: EngineConfig, device: torch.device) -> RankFacts:
+        on_gpu = device.type == "cuda"
+        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+        return cls(
+            world_size=config.parallel.world_size,
+            config=hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16],
+            shoal=__version__,
+            torch=torch.__version__,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "",
+            python=".".join(platform.python_version_tuple()[:2]),
+            node=f"{socket.gethostname()} {boot}",
+            host=socket.gethostname(),
+            device=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else "cpu",
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RankFacts:
+        try:
+            return cls(**json.loads(text))
+        except TypeError as error:  # of another version, with other fields
+            raise ShardGroupError(f"a rank of another version of Shoal is in the group ({error}); run one") from None
+
+
+def check_facts(facts: Sequence[RankFacts]) -> None:
+    """Raises ShardGroupError, naming the ranks, where those of a group cannot work together. facts: by rank."""
+    for field, what in _EQUAL.items():
+        values = [getattr(own, field) for own in facts]
+        if len(set(values)) > 1:
+            said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
+            raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them alike")
+    owners: dict[tuple[str, str], int] = {}
+    for rank, own in enumerate(facts):
+        first = owners.setdefault((own.node, own.device), rank)
+        if first != rank and own.device != "cpu":
+            raise ShardGroupError(
+                f"ranks {first} and {rank} are on one GPU, {own.device} of {own.host}; every rank needs its own: check "
+                "their local ranks and CUDA_VISIBLE_DEVICES"
+            )
