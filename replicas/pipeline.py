@@ -16,18 +16,21 @@ Thus whatever is waited for comes earlier in that order, and the earliest unfini
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_TAG = 0
 
-class _Link(NamedTuple):
-    """A pair of ranks, as one of them sees it. A group of its own keeps transfers from queueing behind others."""
+
+class Link(NamedTuple):
+    """A pair of ranks, as one of them sees it. A group of its own keeps its transfers from queueing behind others."""
 
     group: dist.ProcessGroup
-    peer: int  # the other one's world rank
+    peer: int  # the other one's rank in the group
 
 
 class PipelineLinks:
@@ -40,10 +43,10 @@ class PipelineLinks:
         self,
         device: torch.device,
         *,
-        previous: _Link | None,
-        following: _Link | None,
-        first: _Link | None,
-        last: _Link | None,
+        previous: Link | None,
+        following: Link | None,
+        first: Link | None,
+        last: Link | None,
         max_in_flight: int,
     ) -> None:
         self._previous, self._following, self._first, self._last = previous, following, first, last
@@ -54,32 +57,37 @@ class PipelineLinks:
 
     @classmethod
     def connect(
-        cls, device: torch.device, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int, max_in_flight: int
+        cls,
+        open_group: Callable[[str, Sequence[int]], dist.ProcessGroup],
+        device: torch.device,
+        *,
+        rank: int,
+        tp_size: int,
+        pp_size: int,
+        max_in_flight: int,
     ) -> PipelineLinks:
-        """Make the links; every rank of the model copy calls this once, after `dist.init_process_group`.
+        """Make the links of world rank `rank`, as all ranks do at the same time.
 
-        Each link is used once, first stage first: NCCL connects two ranks at their first transfer, both waiting on
-        the host, which later might be in the middle of something else. max_in_flight: plans that may be under way.
+        open_group(name, ranks): waits for those ranks and gives their group. max_in_flight: plans that may be under
+        way at once. Each link is used once, the first stage's first: NCCL connects two ranks at their first transfer,
+        and both wait for that on the host, which later might be in the middle of something else.
         """
+        stage, tp_rank = divmod(rank, tp_size)
+        is_first, is_last = stage == 0, stage == pp_size - 1
 
-        def link(tp: int, one: int, other: int) -> _Link | None:
-            ranks = [one * tp_size + tp, other * tp_size + tp]
-            group = dist.new_group(ranks)  # by every rank, in the same order
-            if tp != tp_rank or pp_rank not in (one, other):
-                return None
-            assert isinstance(group, dist.ProcessGroup)
-            return _Link(group, ranks[0] if pp_rank == other else ranks[1])
+        def link(source: int, target: int) -> Link:
+            ranks = [source * tp_size + tp_rank, target * tp_size + tp_rank]
+            return Link(open_group(f"pipeline {ranks[0]} to {ranks[1]}", ranks), 1 - ranks.index(rank))
 
-        pairs = [(stage, stage + 1) for stage in range(pp_size - 1)] + [(pp_size - 1, 0)]
-        every = [[link(tp, *pair) for pair in pairs] for tp in range(tp_size)]
-        own = every[tp_rank]
-        is_first, is_last = pp_rank == 0, pp_rank == pp_size - 1
+        previous = None if is_first else link(stage - 1, stage)
+        following = None if is_last else link(stage, stage + 1)
+        tokens = link(pp_size - 1, 0) if is_first or is_last else None
         links = cls(
             device,
-            previous=None if is_first else own[pp_rank - 1],
-            following=None if is_last else own[pp_rank],
-            first=own[-1] if is_last else None,
-            last=own[-1] if is_first else None,
+            previous=previous,
+            following=following,
+            first=tokens if is_last else None,
+            last=tokens if is_first else None,
             max_in_flight=max_in_flight,
         )
         probe = torch.zeros(1, dtype=torch.int64, device=device)
@@ -91,7 +99,7 @@ class PipelineLinks:
             links.return_tokens(probe)
         if is_first:
             links.receive_tokens(probe)
-        if not links._on_cpu:
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         return links
 
@@ -122,24 +130,17 @@ class PipelineLinks:
         assert self._last is not None, "tokens go to the first stage"
         _receive(out, self._last)
 
-    def _send(self, x: Tensor, link: _Link) -> None:
+    def _send(self, x: Tensor, link: Link) -> None:
         if not self._on_cpu:
-            _wait(dist.isend(x, link.peer, link.group))  # the stream waits
+            link.group.send([x], link.peer, _TAG).wait()  # the stream waits, not the host
             return
         copy = x.clone()
-        work = dist.isend(copy, link.peer, link.group)
-        assert work is not None, "this rank belongs to the link"
-        self._sent.append((work, copy))
-        # A stage sends one thing a plan (the first, of two stages, hidden states; the last, tokens). More than there
-        # are plans in flight cannot be waiting to be taken.
+        self._sent.append((link.group.send([copy], link.peer, _TAG), copy))
+        # A stage sends one thing a plan: hidden states or, the last one, tokens. No more can be waiting to be taken
+        # than there are plans in flight.
         while len(self._sent) > self._max_in_flight:
             self._sent.popleft()[0].wait()
 
 
-def _receive(out: Tensor, link: _Link) -> None:
-    _wait(dist.irecv(out, link.peer, link.group))
-
-
-def _wait(work: dist.Work | None) -> None:
-    assert work is not None, "this rank belongs to the link"
-    work.wait()
+def _receive(out: Tensor, link: Link) -> None:
+    link.group.recv([out], link.peer, _TAG).wait()
