@@ -27,7 +27,7 @@ class Collectives(Protocol):
         ...
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [ranks, ...], whose block i is for rank i -> [ranks, ...], whose block i is what rank i had for this one."""
+        """x [ranks, ...], a block for each rank -> [ranks, ...], the block that each rank had for this one."""
         ...
 
     def all_reduce_add_rms_norm(

@@ -48,6 +48,10 @@ class ParallelContext:
         """Every tensor-parallel rank's x [..., n], joined along the last axis: [..., tp_size * n]."""
         return x if self.tp is None else self.tp.all_gather(x)
 
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tp_size, ...], a block for each tensor-parallel rank -> the blocks that they had for this one."""
+        return x if self.tp is None else self.tp.all_to_all(x)
+
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
