@@ -30,9 +30,13 @@ class ModelFacts:
     num_parameters: int = 0  # 0: unknown
     intermediate_sizes: tuple[int, ...] = ()  # of the MLP, and of an expert; empty where config.json does not say
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of keys and values that one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+    def kv_bytes_per_token(self, dtype: str, tp: int = 1, pp: int = 1) -> int:
+        """Bytes of keys and values that one token takes over all layers, or on one rank of tp x pp.
+
+        Heads are repeated where there are fewer than ranks; stages are taken to have as many layers as one another.
+        """
+        num_heads, num_layers = max(1, self.num_kv_heads // tp), -(-self.num_layers // pp)
+        return 2 * num_layers * num_heads * self.head_dim * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class CacheConfig:
     num_blocks: int | None = None  # auto: from memory
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None  # auto: 1 GiB on CPU, profiled on GPU
+    kv_cache_memory_bytes: int | None = None  # of each rank; auto: 1 GiB on CPU, profiled on GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,9 @@ class EngineConfig:
         num_blocks, kv_bytes = self.cache.num_blocks, self.cache.kv_cache_memory_bytes
         if num_blocks is None and (on_cpu or kv_bytes is not None):
             kv_bytes = kv_bytes if kv_bytes is not None else 1 << 30
-            num_blocks = kv_bytes // (model.kv_bytes_per_token(dtype) * block_size)
+            parallel = self.parallel
+            per_token = model.kv_bytes_per_token(dtype, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+            num_blocks = kv_bytes // (per_token * block_size)
         if num_blocks is not None and num_blocks * block_size < max_model_len:
             raise ConfigError(
                 f"the KV cache holds {num_blocks} blocks of {block_size} tokens, less than one sequence of "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.replicas.config import EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
 from shoal.replicas.errors import ConfigError
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 64, 4, 2, 16, 100, 4096, (1,), "bfloat16")
@@ -35,6 +35,14 @@ def test_a_pipeline_has_two_steps_in_flight_for_each_stage():
     assert piped.resolve(FACTS, "cpu").scheduler.max_steps_in_flight == 4
     with pytest.raises(ConfigError, match="max_steps_in_flight is 1; it must be at least 2"):
         replace(piped, scheduler=SchedulerConfig(max_steps_in_flight=1)).resolve(FACTS, "cpu")
+
+
+@pytest.mark.parametrize(("tp", "pp", "num_blocks"), [(1, 1, 64), (2, 1, 128), (4, 1, 128), (1, 2, 128), (2, 2, 256)])
+def test_memory_of_the_kv_cache_is_that_of_a_rank(tp, pp, num_blocks):
+    """A block of 64 tokens takes 16 KiB of a single rank; the two kv heads are halved once."""
+    cache = CacheConfig(block_size=64, kv_cache_memory_bytes=1 << 20)
+    config = EngineConfig(ModelConfig("folder", max_model_len=64), cache, parallel=ParallelConfig(tp, pp))
+    assert config.resolve(FACTS, "cuda").cache.num_blocks == num_blocks
 
 
 def split(tp: int = 1, pp: int = 1, *, facts: ModelFacts = FACTS, device: str = "cpu", **more) -> ParallelConfig:
