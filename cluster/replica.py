@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,14 @@ from .directory import DEFAULT_NAME, REGISTER_INTERVAL, DirectoryClient
 from .errors import DirectoryUnavailable
 from .membership import ReplicaInfo
 from .server import ReplicaServer, ServerOptions
+from .shard_actor import build_sharded_engine
+from .shard_group import ShardGroup
 from .watchdog import FLOOR, StepWatchdog
 
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
+_KILL_TIMEOUT = 2.0  # seconds; Ray's control plane may be away
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class ReplicaOptions:
     host: str | None = None  # the address to listen on; None: that of the Ray node, which other nodes reach
     check_interval: float = 0.5  # between two looks at the engine's progress
     drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
+    group_start_timeout: float = 1800.0  # for shard actors to start, meet and load the model
+    step_floor: float | None = None  # no step counts as stuck before; None: 5 on a GPU, 60 on CPU
     server: ServerOptions = field(default_factory=ServerOptions)
 
 
@@ -52,6 +58,7 @@ class Replica:
     """
 
     _closed = True  # until __init__ is through, there is nothing to close
+    _shards: ShardGroup | None = None  # None: the only shard is in this process
 
     # Serve awaits a constructor that is a coroutine, and keeps its event loop free while the model loads.
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
@@ -66,7 +73,8 @@ class Replica:
         secret, self._engine = await asyncio.gather(
             self._directory.secret(), asyncio.to_thread(self.build_engine, config)
         )
-        self._watchdog = StepWatchdog(FLOOR["cpu" if self._engine.config.device == "cpu" else "cuda"])
+        floor = self._options.step_floor
+        self._watchdog = StepWatchdog(FLOOR[self._engine.config.device] if floor is None else floor)
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
         # What is loaded by now lives as long as the process: some 280,000 objects, over which a full collection takes
@@ -75,13 +83,18 @@ class Replica:
         gc.freeze()
         await self._server.start(self._thread)
         self._thread.start()
+        if self._shards is not None:
+            self._shards.watch(self._on_failure)
         self._closed = False
         await self._tell_directory(self._directory.register(self._server.info))
         self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
 
     def build_engine(self, config: EngineConfig) -> Engine:
-        """Loads the model; runs outside the event loop. Raises ConfigError and ModelError."""
-        return build_engine(config)
+        """Loads the model; runs outside the event loop. Raises ConfigError, ModelError and ShardGroupError."""
+        if config.parallel.world_size == 1:
+            return build_engine(config)
+        engine, self._shards = build_sharded_engine(config, timeout_s=self._options.group_start_timeout)
+        return engine
 
     def _describe(self, model_id: str) -> ReplicaInfo:
         """What routers are told of the engine; the port is not known yet."""
@@ -144,7 +157,7 @@ class Replica:
             logger.warning("%d requests did not end within the drain", self._server.num_streams)
         await self._server.close()
         await asyncio.to_thread(self._thread.stop)
-        self._engine.shutdown()
+        await asyncio.to_thread(self._engine.shutdown)
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Serve calls this on shutdown, and awaits what it returns."""
@@ -174,6 +187,10 @@ class Replica:
         self._exiting = asyncio.create_task(self._exit())
 
     async def _exit(self) -> None:
+        if self._shards is not None:
+            with suppress(TimeoutError):  # they also leave by themselves, unless they are stopped
+                async with asyncio.timeout(_KILL_TIMEOUT):
+                    await asyncio.to_thread(self._shards.kill)
         await self._tell_directory(self._directory.deregister(self._server.info))
         self.exit_process()
 

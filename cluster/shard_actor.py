@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..replicas.checkpoint import read_model_facts
 from ..replicas.config import EngineConfig
+from ..replicas.engine import Engine
+from ..replicas.errors import ConfigError, ShardGroupError
 from .placement import Place, ray_actor_options
+from .shard_group import Home, ShardGroup, start_shard_group
 
 if TYPE_CHECKING:
     from ..replicas.shard_rank import ShardRank
@@ -68,9 +76,85 @@ class ShardActorHandle:
             "max_task_retries": 0,
         }
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote()
+        self._process: int | None = None  # a descriptor of its process, where that is on this node
 
     def call(self, method: str, *args: object) -> Future[Any]:
-        return getattr(self._actor, method).remote(*args).future()
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def pass_on(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                answer.set_result(done.result())
+            else:
+                answer.set_exception(_plain(error))
+
+        getattr(self._actor, method).remote(*args).future().add_done_callback(pass_on)
+        return answer
+
+    def hold(self, place: Place) -> None:
+        if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
+            with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
+                self._process = os.pidfd_open(place.pid)
 
     def kill(self) -> None:
-        ray.kill(self._actor)
+        try:
+            ray.kill(self._actor)
+        finally:
+            # Ray asks, which a stopped process does not hear, and insists after 5 s. A new rank on the same GPU would
+            # meanwhile find its memory taken.
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._process, signal.SIGKILL)
+                os.close(self._process)
+                self._process = None
+
+
+def _plain(error: BaseException) -> BaseException:
+    """What the actor's method raised, or a ShardGroupError for an actor that has ended, in one line."""
+    if isinstance(error, RayTaskError):
+        return error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if "because" in line] or lines[-1:]
+    # Ray goes on with a list of what may have happened in general.
+    reason = " ".join(reasons).partition(" Some common causes")[0]
+    return ShardGroupError(f"its process has ended ({reason})")
+
+
+def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Engine, ShardGroup]:
+    """An engine over shard actors in the placement group of the calling replica.
+
+    Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
+    """
+    facts = read_model_facts(Path(config.model.path))
+    group = _own_placement_group(config.parallel.world_size)
+    resolved = config.resolve(facts, _device(config.device, group))
+    home = Home(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    shards = start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1), home, timeout_s=timeout_s)
+    try:
+        return Engine(resolved, facts, shards), shards
+    except BaseException:
+        shards.kill()
+        raise
+
+
+def _own_placement_group(world_size: int) -> PlacementGroup:
+    group = ray.util.get_current_placement_group()
+    found = "has none" if group is None else f"has {group.bundle_count} bundles"
+    if group is None or group.bundle_count != world_size + 1:
+        raise ConfigError(
+            f"a replica of {world_size} ranks needs a placement group of {world_size + 1} bundles, and this one "
+            f"{found}; give the deployment placement_group_bundles: the replica's, then one for every rank"
+        )
+    return group
+
+
+def _device(asked: str, group: PlacementGroup) -> str:
+    """The ranks' device: what was asked for or, for "auto", a GPU where their bundles have one.
+
+    The replica's own process may see no GPU, and needs no torch to say so.
+    """
+    with_gpu = any(bundle.get("GPU") for bundle in group.bundle_specs[1:])
+    if asked == "cuda" and not with_gpu:
+        raise ConfigError("device is cuda, but the ranks' bundles have no GPU; put GPU: 1 into each, or use device cpu")
+    return "cuda" if with_gpu and asked != "cpu" else "cpu"
