@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 
 # A collective waits for the slowest rank of its group. Those of one step start within milliseconds of each other; a
 # rank that still compiles a kernel at its first launch may take a minute longer. The engine's watchdog is quicker.
@@ -25,43 +25,45 @@ class ProcessGroups:
     host: the address of this machine that other ranks reach; gloo listens on it and nowhere else.
     """
 
-    def __init__(self, store: dist.Store, rank: int, device: torch.device, host: str) -> None:
+    def __init__(self, store: Store, rank: int, device: torch.device, host: str) -> None:
         self._store, self._rank, self._device, self._host = store, rank, device, host
-        self._groups: list[dist.ProcessGroup] = []
+        self._groups: list[ProcessGroup] = []
 
-    def open(self, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
+    def open(self, name: str, ranks: Sequence[int]) -> ProcessGroup:
         """The group of these world ranks, of which this rank is one, in their order. Waits for all of them.
 
         `name` is of this group alone. Ranks that share several groups open them in the same order.
         """
-        store = dist.PrefixStore(name, self._store)
+        store = PrefixStore(name, self._store)
         rank, size = list(ranks).index(self._rank), len(ranks)
-        group = dist.ProcessGroup(store, rank, size)
-        group._set_group_name(name)
+        group = ProcessGroup(store, rank, size)
+        group._set_group_name(name)  # pyright: ignore[reportArgumentType]
         if self._device.type == "cuda":
-            kind, backend = dist.ProcessGroup.BackendType.NCCL, self._nccl(store, name, ranks)
+            kind, backend = ProcessGroup.BackendType.NCCL, self._nccl(store, name, ranks)
         else:
-            kind, backend = dist.ProcessGroup.BackendType.GLOO, self._gloo(store, rank, size)
+            kind, backend = ProcessGroup.BackendType.GLOO, self._gloo(store, rank, size)
         group._set_default_backend(kind)
         group._register_backend(self._device, kind, backend)
         self._groups.append(group)
         return group
 
-    def _nccl(self, store: dist.Store, name: str, ranks: Sequence[int]) -> dist.Backend:
-        options = dist.ProcessGroupNCCL.Options()
+    def _nccl(self, store: Store, name: str, ranks: Sequence[int]) -> Backend:
+        from torch.distributed import ProcessGroupNCCL  # absent from a torch that was built without CUDA
+
+        options = ProcessGroupNCCL.Options()
         options._timeout = _TIMEOUT
         options.global_ranks_in_group = list(ranks)
-        options.group_name = name
-        backend = dist.ProcessGroupNCCL(store, list(ranks).index(self._rank), len(ranks), options)
+        options.group_name = name  # pyright: ignore[reportAttributeAccessIssue]
+        backend = ProcessGroupNCCL(store, list(ranks).index(self._rank), len(ranks), options)
         # Connected here, and not by the first collective: that one may stand in a CUDA graph.
         backend.eager_connect_single_device(self._device)
         return backend
 
-    def _gloo(self, store: dist.Store, rank: int, size: int) -> dist.Backend:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+    def _gloo(self, store: Store, rank: int, size: int) -> Backend:
+        options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = _TIMEOUT
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return ProcessGroupGloo(store, rank, size, options)
 
     def abort(self) -> None:
         """End all groups at once, also while a collective waits in another thread."""
@@ -70,12 +72,12 @@ class ProcessGroups:
                 group.abort()
 
 
-def open_store(host: str) -> tuple[dist.TCPStore, int]:
+def open_store(host: str) -> tuple[TCPStore, int]:
     """A store that listens on `host` alone, and the port that the system chose for it."""
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host, 0), family=family)
     port = listener.getsockname()[1]
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()), port
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()), port
 
 
 def local_host(address: tuple[str, int]) -> str:

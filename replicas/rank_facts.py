@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.cuda import nccl
 
 from .. import __version__
 from .config import EngineConfig
@@ -50,7 +51,7 @@ class RankFacts:
             config=hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16],
             shoal=__version__,
             torch=torch.__version__,
-            nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "",
+            nccl=".".join(map(str, nccl.version())) if on_gpu else "",
             python=".".join(platform.python_version_tuple()[:2]),
             node=f"{socket.gethostname()} {boot}",
             host=socket.gethostname(),

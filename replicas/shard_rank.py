@@ -21,12 +21,13 @@ from datetime import timedelta
 from itertools import count
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from .collectives import TorchCollectives
 from .comm import ParallelContext
 from .config import EngineConfig
 from .errors import ShardGroupError
+from .pipeline import PipelineLinks
 from .plan_loop import run_plans
 from .process_groups import ProcessGroups, local_host, open_store
 from .rank_facts import RankFacts, check_facts
@@ -50,7 +51,7 @@ class ShardRank:
         self._world_size = config.parallel.world_size
         self._pp_rank, self._tp_rank = divmod(rank, config.parallel.tensor_parallel_size)
         self._device = torch.device("cuda", local_rank) if config.device == "cuda" else torch.device("cpu")
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._groups: ProcessGroups | None = None
         self._context = ParallelContext()
         self._num_neighbours = 1  # ranks on this node, itself included
@@ -72,7 +73,7 @@ class ShardRank:
         try:
             host = local_host(store)
             if self._store is None:
-                self._store = dist.TCPStore(*store, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+                self._store = TCPStore(*store, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
             raise ShardGroupError(f"rank {self._rank} cannot reach the group's store at {store}: {error}") from error
         if self._device.type == "cuda":
@@ -94,7 +95,18 @@ class ShardRank:
         if tp_size > 1:
             first = self._pp_rank * tp_size
             tp = TorchCollectives(groups.open(f"stage {self._pp_rank}", range(first, first + tp_size)))
-        return ParallelContext(self._tp_rank, tp_size, self._pp_rank, pp_size, tp)
+        pp, max_in_flight = None, self._config.scheduler.max_steps_in_flight
+        assert max_in_flight is not None, "the configuration is not resolved"
+        if pp_size > 1:
+            pp = PipelineLinks.connect(
+                groups.open,
+                self._device,
+                rank=self._rank,
+                tp_size=tp_size,
+                pp_size=pp_size,
+                max_in_flight=max_in_flight,
+            )
+        return ParallelContext(self._tp_rank, tp_size, self._pp_rank, pp_size, tp, pp)
 
     def load(self) -> int:
         """Loads this rank's part of the model; returns the KV blocks that every rank has room for.
