@@ -33,12 +33,16 @@ FEW_DECODES = 16
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more."""
+    """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more.
+
+    filtered: with tensor parallelism, a row is sampled from less than the whole vocabulary: that is another program.
+    """
 
     tokens: int  # T
     decodes: int  # D
     prefills: int  # P
     samples: int  # K
+    filtered: bool = False
 
     def holds(self, other: Room) -> bool:
         """Whether a step of the size of `other` fits."""
@@ -47,6 +51,7 @@ class Room:
             and other.decodes <= self.decodes
             and other.prefills <= self.prefills
             and other.samples <= self.samples
+            and other.filtered == self.filtered
         )
 
 

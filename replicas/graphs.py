@@ -51,6 +51,11 @@ def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
     return rooms
 
 
+def with_filtered(rooms: list[Room]) -> list[Room]:
+    """Each size for steps without filters and for those with them, which are two programs where logits are split."""
+    return [replace(room, filtered=filtered) for room in rooms for filtered in (False, True)]
+
+
 class StepGraphs:
     """Graphs of `run`, which executes the step whose inputs are on the device, with a given room."""
 
@@ -60,13 +65,14 @@ class StepGraphs:
         self._decode: list[Room] = []
         self._mixed: list[Room] = []
 
-    def capture(self, max_rows: int, max_tokens: int) -> None:
+    def capture(self, decode: list[Room], mixed: list[Room]) -> None:
         """Capture every size, the largest first. The inputs must be those of an empty plan: all padding.
+
+        decode, mixed: sizes of steps without and with prefills, by their number of tokens.
 
         Each size runs once before, for what its kernels and libraries do when they are first used.
         """
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
-        decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for room in sorted((*decode, *mixed), key=lambda room: room.tokens, reverse=True):

@@ -4,6 +4,11 @@ What every sequence has (temperature, top-k, ...) lies in tensors indexed by row
 device. What few have (logit bias, penalties, forbidden words, ...) is an object per row: those rows choose a second
 time, from logits changed as they wish. That needs no token on the host either: histories are kept on the device, where
 the next step may already be waiting for them.
+
+Where tensor-parallel ranks have a slice of the logits each, all of them come to the same tokens, those of the whole. In
+most steps no row filters, and the ranks exchange the best token of each slice (kernels/sample_slice.py). In a step with
+top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. What few
+want, wishes and log-probabilities, all ranks compute alike from the whole logits of those rows.
 """
 
 from __future__ import annotations
@@ -12,26 +17,43 @@ import numpy as np
 import torch
 
 from ..kernels.sample import SamplingRows, sample_rows
-from ..kernels.score import score
+from ..kernels.sample_slice import best_keys, winners
+from ..kernels.score import Scores, score
+from .comm import ParallelContext
 from .host_copy import send_ints
 from .penalty_rows import PenaltyRows
 from .plan import Ints, RowStart
+from .protocol import SamplingParams
+from .vocabulary import VocabularySlice
 
 _NEVER = float("-inf")
 NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
 class Sampler:
-    """Chooses the tokens of sequences, each by the parameters of its row in `params`, which is kept by others."""
+    """Chooses the tokens of sequences, each by the parameters of its row in `params`, which is kept by others.
+
+    Logits that it is given are those of the rank's slice of the vocabulary; with one rank, [K, V], of all of it.
+    """
 
     def __init__(
-        self, params: SamplingRows, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device
+        self,
+        params: SamplingRows,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        comm: ParallelContext | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
+        comm = comm or ParallelContext()
+        self._slice = VocabularySlice(vocab_size, comm)
+        # Ranks have slices of the logits, so that steps with filters and steps without are two programs.
+        self.is_split = comm.tp_size > 1 and comm.is_last_stage
         self._params = params
         self._num_logprobs = np.full(len(params.temperature), -1, np.int32)
+        self._filters = np.zeros(len(params.temperature), np.bool_)
         self._penalties = PenaltyRows(vocab_size, device)
         self._adjusters: dict[int, LogitAdjuster] = {}
 
@@ -39,17 +61,32 @@ class Sampler:
         """Begin a sequence in a row; whatever the row held before is forgotten."""
         row, params = start.row, start.sampling
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._filters[row] = _filters(params, self.vocab_size)
         self._penalties.start(start)
         self._adjusters.pop(row, None)
         if LogitAdjuster.needed(start):
             self._adjusters[row] = LogitAdjuster(start, self.vocab_size, self.eos_token_ids, self.device)
 
-    def choose(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, V].
+    def has_filters(self, rows: Ints) -> bool:
+        """Whether one of these rows draws from less than the whole vocabulary, and that makes a difference here."""
+        return self.is_split and bool(self._filters[rows].any())
+
+    def choose(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, *, filtered: bool = False
+    ) -> torch.Tensor:
+        """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, size].
 
         Uncommon wishes are left out; -1 where a row's logits are of no use. No value is read on the host.
+        filtered: what `has_filters` said.
         """
-        return sample_rows(logits, rows, self._params, positions)
+        own = self._slice
+        if not self.is_split:
+            return sample_rows(logits, rows, self._params, positions)
+        if filtered:
+            tokens = sample_rows(own.deal(logits), own.own(rows, -1), self._params, own.own(positions, 0))
+            return own.collect(tokens, len(rows))
+        keys = own.comm.all_gather(best_keys(logits, rows, self._params, positions, own.first))
+        return winners(keys.view(own.comm.tp_size, len(rows)))
 
     def has_wishes(self, rows: Ints) -> bool:
         """Whether one of these rows has an uncommon wish."""
@@ -65,12 +102,12 @@ class Sampler:
     def choose_again(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
         """Rows with uncommon wishes choose by them; their tokens are put in place, in `tokens` [>= K].
 
-        logits [>= K, V] stay as they are. positions [K] as in `choose`.
+        logits [>= K, size] stay as they are. positions [K] as in `choose`.
         """
         wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters or row in self._penalties]
         row_ids = rows[wishing].tolist()
         index = send_ints(wishing, self.device)
-        adjusted = logits.index_select(0, index).float()
+        adjusted = self._slice.whole(logits.index_select(0, index)).float()
         adjusters = [(i, self._adjusters[row]) for i, row in enumerate(row_ids) if row in self._adjusters]
         for i, adjuster in adjusters:
             adjuster.apply(adjusted[i], int(positions[wishing[i]]))
@@ -89,10 +126,15 @@ class Sampler:
         for i, adjuster in adjusters:
             adjuster.append(chosen[i])
 
+    def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
+        """`kernels.score.score` of token_ids int64 [P] under the whole of logits [P, size]."""
+        return score(self._slice.whole(logits), token_ids, min(num_top, self.vocab_size))
 
-def score_tensors(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
-    """`kernels.score.score`: log-probabilities [P], ranks [P], and of the likeliest ids and theirs [P, num_top]."""
-    return list(score(logits, token_ids, min(num_top, logits.shape[1])))
+
+def _filters(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether a row with these parameters draws from less than the whole vocabulary."""
+    narrows = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+    return not params.greedy and narrows
 
 
 class LogitAdjuster:

@@ -200,7 +200,10 @@ class DecoderModel(Layer):
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [K, hidden] of the last stage -> [K, vocab]: fp32; on a GPU without a soft cap the model's dtype."""
+        """hidden [K, hidden] of the last stage -> logits [K, size] of the rank's slice of the vocabulary.
+
+        fp32; on a GPU without a soft cap the model's dtype.
+        """
         assert self.lm_head is not None, "only the last pipeline stage has the output head"
         logits = self.lm_head(hidden)
         cap = self.spec.final_softcap

@@ -6,7 +6,7 @@ import torch
 
 from shoal.replicas.plan import RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
-from shoal.replicas.sampler import Sampler, score_tensors
+from shoal.replicas.sampler import Sampler
 from shoal.replicas.step_inputs import HostInputs, make_row_state
 
 VOCAB = 40
@@ -44,7 +44,7 @@ def step(state: Rows, logits: torch.Tensor, position: int, rows=(0,)):
     if sampler.has_wishes(indices):
         sampler.choose_again(logits, tokens, indices, positions)
     num_top = sampler.num_logprobs(indices)
-    return tokens.tolist(), None if num_top is None else score_tensors(logits, tokens, num_top)
+    return tokens.tolist(), None if num_top is None else sampler.score(logits, tokens, num_top)
 
 
 def greedy(**kwargs) -> SamplingParams:

@@ -80,4 +80,6 @@ class PagedModel:
 
     def logits(self, slices: list[tuple[int, list[int]]]) -> torch.Tensor:
         """float32 [T, vocab] of every token of the slices."""
-        return self.model.compute_logits(self.run(slices))
+        logits = self.model.compute_logits(self.run(slices))
+        assert self.model.lm_head is not None
+        return self.model.lm_head.slice.whole(logits)
