@@ -1,0 +1,86 @@
+"""What a pipeline stage takes in before each step and hands on after it."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .comm import ParallelContext
+from .pipeline import PipelineLinks
+from .plan import DEVICE_TOKEN, StepPlan
+from .step_inputs import count_decodes
+
+
+class StageExchange:
+    """One stage's exchange with the others, step by step, over its links.
+
+    `states` [max_tokens, hidden] stays at one address, for CUDA graphs: hidden states come in there, are worked on in
+    place, and leave from there. Just the plan's tokens travel, also where a graph has room for more.
+
+    Of tokens all rows' last ones travel, 8 bytes a row, so that the first stage need not remember which rows a step
+    sampled. A newer message holds all that an older one did.
+    """
+
+    def __init__(
+        self, comm: ParallelContext, links: PipelineLinks, last_tokens: Tensor, states: Tensor, max_in_flight: int
+    ) -> None:
+        self.states = states
+        self._links, self._last_tokens, self._max_in_flight = links, last_tokens, max_in_flight
+        self._is_first, self._is_last = comm.is_first_stage, comm.is_last_stage
+        # On the first stage: steps whose tokens have not been taken, and the step that last sampled each row.
+        self._owed: deque[int] = deque()
+        self._sampled_in = np.full(len(last_tokens), -1, np.int64)
+
+    def incoming(self, num_tokens: int) -> Tensor | None:
+        """What the stage before left of a step with room for so many tokens; None on the first stage."""
+        return None if self._is_first else self.states[:num_tokens]
+
+    def put(self, hidden: Tensor) -> None:
+        """Lay a step's hidden states where they leave from. The first stage has made them elsewhere."""
+        if self._is_first:
+            self.states[: len(hidden)].copy_(hidden)
+
+    def take_in(self, plan: StepPlan) -> None:
+        """Queue what must have come before the step can run."""
+        if not self._is_first:
+            self._links.receive_hidden(self.states[: len(plan.token_ids)])
+            return
+        num_decodes = count_decodes(plan)
+        readers = plan.rows[:num_decodes][plan.token_ids[:num_decodes] == DEVICE_TOKEN]
+        # Results so old have been read by who made this plan: taking their tokens waits for nothing, and leaving them
+        # would fill the link.
+        self._take_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._max_in_flight))
+        if len(plan.sample_rows):
+            self._sampled_in[plan.sample_rows] = plan.step
+            self._owed.append(plan.step)
+
+    def hand_on(self, plan: StepPlan) -> None:
+        """Queue what others need of the step."""
+        if not self._is_last:
+            self._links.send_hidden(self.states[: len(plan.token_ids)])
+        elif len(plan.sample_rows):
+            self._links.return_tokens(self._last_tokens)
+
+    def settle(self) -> None:
+        """Take what is owed of all steps, so that nothing is under way."""
+        if self._owed:
+            self._take_tokens(self._owed[-1])
+
+    def _take_tokens(self, step: int) -> None:
+        """Queue the arrival of the tokens of all steps up to `step`."""
+        while self._owed and self._owed[0] <= step:
+            self._owed.popleft()
+            self._links.receive_tokens(self._last_tokens)
+
+
+def make_exchange(
+    comm: ParallelContext, last_tokens: Tensor, max_tokens: int, hidden_size: int, dtype: torch.dtype, in_flight: int
+) -> StageExchange | None:
+    """The exchange of this rank; None where one stage is all."""
+    if comm.pp is None:
+        return None
+    states = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=last_tokens.device)
+    return StageExchange(comm, comm.pp, last_tokens, states, in_flight)
