@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -13,7 +14,12 @@ from typing import Any
 
 import pytest
 
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from shoal.replicas.llm import build_engine, generate
+from shoal.replicas.protocol import Request, SamplingParams
+from tests.support.checkpoints import FAMILIES
 from tests.support.netns import Namespace, two_nodes
+from tests.support.node_shard import group_on
 
 ROOT = Path(__file__).parents[2]
 NOTICED_SECONDS = 15  # by which both sides of a cut link have left; they notice it after 8
@@ -33,18 +39,10 @@ class Processes:
         self.all: list[subprocess.Popen[str]] = []
 
     def start(self, node: Namespace, *arguments: Any) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            node.command(sys.executable, *map(str, arguments)),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "tests.support.step_rank", *map(str, arguments)]
+        with node.entered():
+            process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.all.append(process)
-        return process
-
-    def step_rank(self, node: Namespace, *arguments: Any) -> subprocess.Popen[str]:
-        process = self.start(node, "-m", "tests.support.step_rank", *arguments)
         tell(process, self.token.hex())
         return process
 
@@ -75,9 +73,9 @@ def test_an_idle_connection_notices_a_cut_link_on_both_sides(
 ) -> None:
     """The engine waits for a rank of its own node that is stopped: no byte is on its way over the cable."""
     here, there = nodes
-    engine = processes.step_rank(here, "engine", here.address, 2)
+    engine = processes.start(here, "engine", here.address, 2)
     address = said(engine)
-    near, far = processes.step_rank(here, "rank", address, 0, 2), processes.step_rank(there, "rank", address, 1, 2)
+    near, far = processes.start(here, "rank", address, 0, 2), processes.start(there, "rank", address, 1, 2)
     assert said(engine) == "41"  # all are there, and have worked
     os.kill(near.pid, signal.SIGSTOP)
     tell(engine)
@@ -91,10 +89,76 @@ def test_an_idle_connection_notices_a_cut_link_on_both_sides(
 @pytest.mark.slow
 def test_a_plan_that_never_arrives_is_noticed(nodes: tuple[Namespace, Namespace], processes: Processes) -> None:
     here, there = nodes
-    engine = processes.step_rank(here, "engine", here.address, 1)
-    far = processes.step_rank(there, "rank", said(engine), 0, 1)
+    engine = processes.start(here, "engine", here.address, 1)
+    far = processes.start(there, "rank", said(engine), 0, 1)
     assert said(engine) == "41"
     there.cut()
     tell(engine)
     assert "PeerLost: rank 0 of 1 is gone" in engine.communicate(timeout=NOTICED_SECONDS)[0]
     assert "PeerLost: the engine of rank 0 is gone" in far.communicate(timeout=NOTICED_SECONDS)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(FAMILIES["llama"](tmp_path_factory.mktemp("llama")))
+
+
+def config(checkpoint: str, tp: int, pp: int) -> EngineConfig:
+    """Chunked prompts, and a pool that is too small for all sequences."""
+    return EngineConfig(
+        ModelConfig(checkpoint, max_model_len=128),
+        CacheConfig(num_blocks=12),
+        SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+        ParallelConfig(tp, pp),
+        num_threads=1,
+    )
+
+
+def requests() -> list[Request]:
+    prompts = [tuple(range(5 + i, 5 + i + length)) for i, length in enumerate((3, 50, 50, 17, 70))]
+    greedy = [
+        Request(f"{i}", prompt, SamplingParams(max_tokens=24, temperature=0.0)) for i, prompt in enumerate(prompts)
+    ]
+    return [
+        *greedy,
+        Request("drawn", prompts[3], SamplingParams(max_tokens=24, temperature=1.0, seed=5), num_samples=2),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
+    nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int
+) -> None:
+    here, there = nodes
+    engine = build_engine(config(checkpoint, 1, 1))
+    expected = generate(engine, requests())
+    engine.shutdown()
+    half = tp * pp // 2
+    with group_on(config(checkpoint, tp, pp), [here] * half + [there] * half) as group:
+        assert {seat.place.host for seat in group.group.seats} == {here.address, there.address}
+        found = generate(group.engine, requests())
+    assert {key: [each.token_ids for each in some] for key, some in found.items()} == {
+        key: [each.token_ids for each in some] for key, some in expected.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_ranks_on_both_sides_of_a_cut_link_leave(
+    nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int
+) -> None:
+    """Nobody ends them: the far one cannot be reached, and the near one waits for it in a collective."""
+    here, there = nodes
+    endless = SamplingParams(max_tokens=100, ignore_eos=True)
+    with group_on(config(checkpoint, tp, pp), [here, there]) as group:
+        group.engine.add_request(Request("endless", (5, 6, 7), endless))
+        while not group.engine.step():
+            pass
+        there.cut()
+        while group.engine.failure is None:
+            assert group.engine.has_work, "it has ended before the link was missed"
+            group.engine.step()
+        assert re.search(r"rank 1 of 2 is gone", str(group.engine.failure))
+        group.engine.shutdown()
+        assert all(shard.has_left(NOTICED_SECONDS) for shard in group.shards)

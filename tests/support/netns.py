@@ -6,6 +6,8 @@ removes namespaces, addresses and cable when the last process in them ends, also
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import pytest
 
 _DEVICE = "cable0"  # either end of it
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,27 @@ class Namespace:
     pid: int  # of the process that keeps it
     address: str
 
-    def command(self, *words: str) -> list[str]:
-        """A command that runs in it; it becomes that command, and keeps its process id."""
-        return ["nsenter", f"--net=/proc/{self.pid}/ns/net", *words]
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread is in the namespace meanwhile, and the sockets and processes that it makes stay there."""
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        try:
+            with open(f"/proc/{self.pid}/ns/net") as there:
+                _enter(there.fileno())
+            try:
+                yield
+            finally:
+                _enter(own)
+        finally:
+            os.close(own)
 
-    def run(self, *words: str) -> None:
-        subprocess.run(self.command(*words), check=True, capture_output=True, text=True)
+    def ip(self, *words: str) -> None:
+        with self.entered():
+            subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
     def cut(self) -> None:
         """Take the cable's end here down: the other end loses its carrier, and packets go nowhere."""
-        self.run("ip", "link", "set", _DEVICE, "down")
+        self.ip("link", "set", _DEVICE, "down")
 
 
 @contextmanager
@@ -44,9 +58,9 @@ def two_nodes() -> Iterator[tuple[Namespace, Namespace]]:
             *("peer", "name", _DEVICE, "netns", str(right.pid)),
         )
         for node in (left, right):
-            node.run("ip", "address", "add", f"{node.address}/24", "dev", _DEVICE)
+            node.ip("address", "add", f"{node.address}/24", "dev", _DEVICE)
             for device in ("lo", _DEVICE):
-                node.run("ip", "link", "set", device, "up")
+                node.ip("link", "set", device, "up")
         yield left, right
 
 
@@ -75,6 +89,13 @@ def _namespace(address: str) -> Iterator[Namespace]:
             yield Namespace(keeper.pid, address)
         finally:
             keeper.kill()
+
+
+def _enter(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, _CLONE_NEWNET):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def _run(*words: str) -> None:

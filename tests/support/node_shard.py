@@ -1,0 +1,76 @@
+"""Ranks of a shard group on nodes that are network namespaces: real processes, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shoal.cluster.placement import Place
+from shoal.cluster.shard_group import Home, ShardGroup, start_shard_group
+from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.config import EngineConfig
+from shoal.replicas.engine import Engine
+from shoal.replicas.shard_processes import RankProcess
+from tests.support.netns import Namespace
+
+
+class NodeShard:
+    """A ShardHandle whose actor is a process in a namespace."""
+
+    def __init__(self, node: Namespace) -> None:
+        self._node = node
+        self._process: RankProcess | None = None
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        if method == "place":
+            return _done(Place(self._node.address, self._node.address, 0, ()))
+        if method == "take_seat":
+            config, rank, local_rank, _ = args
+            with self._node.entered():
+                self._process = RankProcess(config, rank, local_rank)
+            return _done(None)
+        assert self._process is not None
+        return self._process.call(method, *args)
+
+    def hold(self, place: Place) -> None:
+        pass
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def has_left(self, seconds: float) -> bool:
+        """Whether the process has ended by itself, within that time."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+
+class Group:
+    """An engine on the first of `nodes`, and its ranks one by one on those nodes."""
+
+    def __init__(self, config: EngineConfig, nodes: Sequence[Namespace]) -> None:
+        facts = read_model_facts(Path(config.model.path))
+        resolved = config.resolve(facts, "cpu")
+        self.shards = [NodeShard(node) for node in nodes]
+        home = Home(nodes[0].address, nodes[0].address)
+        with nodes[0].entered():
+            self.group: ShardGroup = start_shard_group(resolved, self.shards.__getitem__, home, timeout_s=120)
+        self.engine = Engine(resolved, facts, self.group)
+
+
+@contextmanager
+def group_on(config: EngineConfig, nodes: Sequence[Namespace]) -> Iterator[Group]:
+    made = Group(config, nodes)
+    try:
+        yield made
+    finally:
+        made.group.shutdown()
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
