@@ -100,8 +100,8 @@ class EngineConfig:
     def resolve(self, model: ModelFacts, device: str) -> EngineConfig:
         """A copy with every automatic value set, for `device` "cpu" or "cuda".
 
-        `cache.num_blocks` may stay None on a GPU: the executor finds it by profiling. Raises ConfigError, with the
-        numbers, where the values cannot work together.
+        `cache.num_blocks` may stay None: a GPU finds it by profiling, and the stages of a pipeline agree on it. Raises
+        ConfigError, with the numbers, where the values cannot work together.
         """
         on_cpu = device == "cpu"
         dtype = self.model.dtype

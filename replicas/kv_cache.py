@@ -37,11 +37,6 @@ class KVCache:
         self.keys = [layer[:, 0] for layer in self.layers]
         self.values = [layer[:, 1] for layer in self.layers]
 
-    @property
-    def bytes_per_block(self) -> int:
-        """Of all layers together."""
-        return sum(layer[0].nbytes for layer in self.layers)
-
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole blocks in every layer, all sources read before any target is written."""
         if not copies:

@@ -7,6 +7,7 @@ difference between the two, in either direction, is an error that names file and
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -171,10 +172,19 @@ def _refuse_unknown(model: DecoderModel, tensors: Mapping[str, TensorInfo], pref
 
 
 def _fill_randomly(model: DecoderModel, seed: int) -> None:
-    """Small normal weights and norms of one, equal for equal seeds."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    """Small normal weights and norms of one: each rank's part of one model, the same for equal seeds.
+
+    A tensor's values follow from its name, and of a tensor that is split each rank makes all of it and keeps its part.
+    """
+    generator = torch.Generator(next(model.parameters()).device)
     for slot in model.weight_slots("model.", "lm_head"):
-        if slot.target.dim() == 1 and "norm" in slot.sources[0].name:
-            slot.target.fill_(1.0)
+        source, target = slot.sources[0], slot.target
+        if target.dim() == 1 and "norm" in source.name:
+            target.fill_(1.0)
+            continue
+        generator.manual_seed(zlib.crc32(f"{seed} {source.name}".encode()))
+        if target.shape == source.shape:
+            target.normal_(0.0, 0.02, generator=generator)
         else:
-            slot.target.normal_(0.0, 0.02, generator=generator)
+            whole = torch.empty(source.shape, dtype=target.dtype, device=target.device)
+            target.copy_(whole.normal_(0.0, 0.02, generator=generator)[source.index])

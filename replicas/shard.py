@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint import read_model_facts
 from .comm import ParallelContext
-from .config import EngineConfig, ModelFacts
+from .config import DTYPE_BYTES, EngineConfig, ModelFacts
 from .device import set_cpu_threads
 from .errors import ConfigError
 from .kv_cache import KVCache
@@ -67,7 +67,10 @@ class Shard:
             with self._stage("kernels"):
                 _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens)
         num_blocks = config.cache.num_blocks
-        if num_blocks is None:
+        if num_blocks is None and config.cache.kv_cache_memory_bytes is not None:
+            room = config.cache.kv_cache_memory_bytes
+            num_blocks = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
+        elif num_blocks is None:
             with self._stage("memory profile"):
                 num_blocks = _profile_blocks(model, config, facts, self.device, available)
         with self._stage("other ranks"):
@@ -164,21 +167,38 @@ def _profile_blocks(
         )
     )
     torch.cuda.synchronize(device)
-    bytes_per_block = runner.kv_cache.bytes_per_block
+    bytes_per_block = _bytes_per_block(model, config, facts)
     step = torch.cuda.max_memory_allocated(device) - weights - num_blocks * bytes_per_block
     # Graphs have a pool of their own, which the largest of them fills like a step outside of graphs.
     graphs = 0 if config.enforce_eager else step
     free, total = torch.cuda.mem_get_info(device)
     outside = max(0, available - free - torch.cuda.memory_reserved(device))
     room = int(total * config.cache.gpu_memory_utilization) - outside - weights - step - graphs
-    found = room // bytes_per_block
-    if found * block_size < config.model.max_model_len:
-        raise ConfigError(
-            f"after weights ({weights / 2**30:.1f} GiB) and activations ({(step + graphs) / 2**30:.1f} GiB) "
-            f"{max(room, 0) / 2**30:.1f} GiB are left for KV blocks: {max(found, 0) * block_size} tokens, less than "
-            f"one sequence of max_model_len {config.model.max_model_len}; lower max_model_len or "
-            f"max_num_batched_tokens, or raise gpu_memory_utilization {config.cache.gpu_memory_utilization}"
-        )
+    taken = f"weights ({weights / 2**30:.1f} GiB) and activations ({(step + graphs) / 2**30:.1f} GiB) leave"
+    found = _blocks_in(
+        room, model, config, facts, f"gpu_memory_utilization {config.cache.gpu_memory_utilization}, {taken}"
+    )
     del runner
     torch.cuda.empty_cache()
     return found
+
+
+def _blocks_in(room: int, model: DecoderModel, config: EngineConfig, facts: ModelFacts, what: str) -> int:
+    """KV blocks of this rank that fit into `room` bytes. Raises ConfigError where no whole sequence would."""
+    assert config.cache.block_size is not None
+    assert config.model.max_model_len is not None
+    found = max(0, room) // _bytes_per_block(model, config, facts)
+    if found * config.cache.block_size < config.model.max_model_len:
+        raise ConfigError(
+            f"{what} {max(room, 0) / 2**30:.1f} GiB for KV blocks: {found * config.cache.block_size} tokens, less than "
+            f"one sequence of max_model_len {config.model.max_model_len}; lower max_model_len or "
+            "max_num_batched_tokens, or give more memory"
+        )
+    return found
+
+
+def _bytes_per_block(model: DecoderModel, config: EngineConfig, facts: ModelFacts) -> int:
+    """Of this rank's layers and kv heads together."""
+    assert config.cache.block_size is not None
+    heads = model.num_local_layers * model.num_local_kv_heads
+    return 2 * heads * facts.head_dim * config.cache.block_size * DTYPE_BYTES[config.model.dtype]
