@@ -1,13 +1,13 @@
 """One rank's work: from a step plan to its tokens.
 
 `launch` queues a step on the device and returns; the step after it may be launched before anything of the first is
-read. The tokens that the next step needs stay on the device.
+read. The tokens that the next step needs stay on the device. Of a pipeline's stages the last one samples.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import proxy
 
@@ -20,12 +20,13 @@ from .batch import Room
 from .config import EngineConfig, ModelFacts
 from .device import usable_cores
 from .device_inputs import DeviceInputs
-from .graphs import StepGraphs, decode_rooms, mixed_rooms
+from .graphs import StepGraphs, decode_rooms, mixed_rooms, with_filtered
 from .host_copy import HostCopier, HostCopy
 from .kv_cache import KVCache
 from .models.decoder import DecoderModel
 from .plan import DEVICE_TOKEN, LogprobArrays, StepPlan, StepResult
-from .sampler import NO_TOKEN, Sampler, score_tensors
+from .sampler import NO_TOKEN, Sampler
+from .stage_exchange import make_exchange
 from .step_inputs import HostInputs, StepInputs, make_row_state, room_of
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,10 @@ _SCORED_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """What one forward leaves: of T tokens, K of them sampled from."""
+    """What one forward leaves: of T tokens, K of them sampled from, which is none before the last stage."""
 
     hidden: Tensor | None  # [T, hidden]; None, as logits, where a graph may have used its memory again
-    logits: Tensor | None  # [K, vocab]
+    logits: Tensor | None  # [K, size] of the rank's slice of the vocabulary
     sampled: Tensor  # [K, hidden], the states that were sampled from
     rows: Tensor  # int64 [K]
     tokens: Tensor  # int64 [K], -1 where there was none to choose
@@ -55,7 +56,7 @@ class PendingStep:
     prompt_scores: list[tuple[np.ndarray, HostCopy]] = field(default_factory=list)  # the token ids scored, and theirs
 
     def result(self) -> StepResult:
-        """Waits for the step."""
+        """Waits for the step. Its tokens are those of the last stage; the others have none."""
         (tokens,) = self.tokens.wait()
         token_ids = tokens.astype(np.int32)
         failed = ()
@@ -89,19 +90,24 @@ class Runner:
     ) -> None:
         assert config.model.max_model_len is not None
         assert config.scheduler.max_num_batched_tokens is not None
+        assert config.scheduler.max_steps_in_flight is not None
+        max_tokens, in_flight = config.scheduler.max_num_batched_tokens, config.scheduler.max_steps_in_flight
         block_size, max_rows = kv_cache.block_size, config.scheduler.max_num_seqs
         self.model, self.kv_cache, self.device = model, kv_cache, device
         state = make_row_state(max_rows + 1, -(-config.model.max_model_len // block_size), device)
-        self._sampler = Sampler(state.sampling, facts.vocab_size, facts.eos_token_ids, device)
+        self._sampler = Sampler(state.sampling, facts.vocab_size, facts.eos_token_ids, device, model.comm)
         self._num_prompt_logprobs = np.zeros(max_rows, np.int32)
         self._copier = HostCopier(device)
-        self._turns = config.scheduler.max_steps_in_flight + 1
+        self._turns = in_flight + 1
         self._inputs: StepInputs
         if backend_of(state.last_tokens) is Backend.TORCH:
             self._inputs = HostInputs(state, block_size)
         else:
-            max_tokens = config.scheduler.max_num_batched_tokens
             self._inputs = DeviceInputs(state, block_size, max_tokens, self._turns)
+        self._samples = model.comm.is_last_stage
+        self._exchange = make_exchange(
+            model.comm, state.last_tokens, max_tokens, facts.hidden_size, model.dtype, in_flight
+        )
         # Where each step's sampled states go, at an address that graphs can hold on to.
         self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
         # Through a proxy: in a cycle with its graphs a runner that is done would keep its memory, of the device too,
@@ -117,9 +123,9 @@ class Runner:
         """
         from ..kernels.compile_triton import CompilationFailed, compile_kernels, rehearsal
 
-        max_rows = len(self._sampled)
+        decode, mixed = self._rooms(max_tokens)
         with rehearsal() as kernels:
-            for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, max_tokens)):
+            for room in (*decode, *mixed):
                 self._forward(room)
         # Each process has torch in it, half a gigabyte: more of them are not worth their memory.
         try:
@@ -130,26 +136,37 @@ class Runner:
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""
+        self._graphs.capture(*self._rooms(max_tokens))
+
+    def _rooms(self, max_tokens: int) -> tuple[list[Room], list[Room]]:
+        """Sizes of steps of up to `max_tokens` tokens that are captured: without and with prefills."""
         max_rows = len(self._sampled)
-        self._graphs.capture(max_rows, max_tokens)
+        decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
+        return (with_filtered(decode), with_filtered(mixed)) if self._sampler.is_split else (decode, mixed)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue one step; on a CPU it has run when this returns."""
-        for start in plan.row_starts:
-            self._sampler.start(start)
-            self._num_prompt_logprobs[start.row] = start.sampling.prompt_logprobs or 0
+        if self._samples:
+            self._start_samplers(plan)
         turn = plan.step % self._turns
         self._inputs.send(plan, turn)
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
+        if self._exchange is not None:
+            self._exchange.take_in(plan)
+        scores_prompts = self._samples and len(plan.scored_slices) > 0
         room = room_of(plan)
-        scores_prompts = len(plan.scored_slices) > 0
+        if self._sampler.has_filters(plan.sample_rows):
+            room = replace(room, filtered=True)
         outputs = None if scores_prompts else self._graphs.replay(room)
         if outputs is None:
             outputs = self._forward(room)
-        count = len(plan.sample_rows)
-        scores = self._finish_samples(plan, outputs) if count else None
+        count, scores = 0, None
+        if self._samples and len(plan.sample_rows):
+            count, scores = len(plan.sample_rows), self._finish_samples(plan, outputs)
+        if self._exchange is not None:
+            self._exchange.hand_on(plan)
         tokens = self._copier.start([self._inputs.kept(turn, count)])
         pending = PendingStep(plan, tokens, scores)
         if scores_prompts:
@@ -158,23 +175,36 @@ class Runner:
         return pending
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Run one step and wait for its tokens."""
-        return self.launch(plan).result()
+        """Run one step and wait for its tokens; nothing of it is under way afterwards."""
+        pending = self.launch(plan)
+        if self._exchange is not None:
+            self._exchange.settle()
+        return pending.result()
 
     @torch.inference_mode()
     def _forward(self, room: Room) -> StepOutputs:
         """One step of the plan that was sent last. No host value but `room` decides anything: this is what a CUDA
         graph captures."""
-        batch = self._inputs.batch(room)
-        hidden = self.model(batch.input_ids, batch.positions, batch.attention, self.kv_cache)
+        batch, exchange = self._inputs.batch(room), self._exchange
+        incoming = None if exchange is None else exchange.incoming(room.tokens)
+        hidden = self.model(batch.input_ids, batch.positions, batch.attention, self.kv_cache, incoming)
+        if exchange is not None and not self._samples:
+            exchange.put(hidden)
+            no_rows = batch.sample_rows[:0]
+            return StepOutputs(None, None, self._sampled[:0], no_rows, no_rows)
         sampled = self._sampled[: room.samples]
         torch.index_select(hidden, 0, batch.sample_indices, out=sampled)
         tokens, logits = batch.sample_rows, None
         if room.samples:
             logits = self.model.compute_logits(sampled)
-            tokens = self._sampler.choose(logits, batch.sample_rows, batch.sample_positions)
+            tokens = self._sampler.choose(logits, batch.sample_rows, batch.sample_positions, filtered=room.filtered)
             self._inputs.keep(tokens, batch.sample_rows)
         return StepOutputs(hidden, logits, sampled, batch.sample_rows, tokens)
+
+    def _start_samplers(self, plan: StepPlan) -> None:
+        for start in plan.row_starts:
+            self._sampler.start(start)
+            self._num_prompt_logprobs[start.row] = start.sampling.prompt_logprobs or 0
 
     def _finish_samples(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
         """What few samples want: their uncommon wishes, for which they choose again, and log-probabilities."""
@@ -191,7 +221,9 @@ class Runner:
         if num_top is None:
             return None
         count = len(plan.sample_rows)
-        return self._copier.start(score_tensors(logits[:count], outputs.tokens[:count].clamp(min=0), num_top))
+        return self._copier.start(
+            list(self._sampler.score(logits[:count], outputs.tokens[:count].clamp(min=0), num_top))
+        )
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[tuple[np.ndarray, HostCopy]]:
         ends = np.cumsum(plan.num_tokens)
@@ -209,7 +241,7 @@ class Runner:
     def _score_positions(self, hidden: Tensor, targets: np.ndarray, num_top: int) -> list[Tensor]:
         target_ids = torch.from_numpy(targets.astype(np.int64)).to(self.device)
         parts = [
-            score_tensors(self.model.compute_logits(some), ids, num_top)
+            self._sampler.score(self.model.compute_logits(some), ids, num_top)
             for some, ids in zip(hidden.split(_SCORED_CHUNK), target_ids.split(_SCORED_CHUNK), strict=True)
         ]
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
