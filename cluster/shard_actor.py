@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -14,16 +14,19 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..replicas.checkpoint import read_model_facts
 from ..replicas.config import EngineConfig
 from ..replicas.engine import Engine
 from ..replicas.errors import ConfigError, ShardGroupError
+from ..replicas.llm import build_engine
 from .placement import Place, ray_actor_options
 from .shard_group import Home, ShardGroup, start_shard_group
 
 if TYPE_CHECKING:
     from ..replicas.shard_rank import ShardRank
     from ..replicas.step_sockets import Address
+
+
+_ASKED_MS = 500  # milliseconds for a process to end that Ray asked to; 11 on an idle machine
 
 
 class ShardActor:
@@ -101,13 +104,22 @@ class ShardActorHandle:
         try:
             ray.kill(self._actor)
         finally:
-            # Ray asks, which a stopped process does not hear, and insists after 5 s. A new rank on the same GPU would
-            # meanwhile find its memory taken.
             if self._process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._process, signal.SIGKILL)
+                _end(self._process)
                 os.close(self._process)
                 self._process = None
+
+
+def _end(process: int) -> None:
+    """Waits for the end of a process that has been asked for it, and insists; the process is a descriptor.
+
+    A stopped one does not hear, and Ray insists after 5 s: a new rank on its GPU would meanwhile find the memory taken.
+    """
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    if not poll.poll(_ASKED_MS):
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _plain(error: BaseException) -> BaseException:
@@ -126,15 +138,19 @@ def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Eng
 
     Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
     """
-    facts = read_model_facts(Path(config.model.path))
     group = _own_placement_group(config.parallel.world_size)
-    resolved = config.resolve(facts, _device(config.device, group))
     home = Home(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-    shards = start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1), home, timeout_s=timeout_s)
+    made: list[ShardGroup] = []
+
+    def start(resolved: EngineConfig) -> ShardGroup:
+        made.append(start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1), home, timeout_s=timeout_s))
+        return made[0]
+
     try:
-        return Engine(resolved, facts, shards), shards
+        return build_engine(config, device=_device(config.device, group), start=start), made[0]
     except BaseException:
-        shards.kill()
+        for shards in made:
+            shards.kill()
         raise
 
 
