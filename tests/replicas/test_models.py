@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shoal.kernels.rms_norm import add_rms_norm
 from shoal.replicas.comm import ParallelContext
 from shoal.replicas.errors import ConfigError, ModelError
 from shoal.replicas.layers.linear import kv_head_range
@@ -19,6 +17,7 @@ from shoal.replicas.loader import load_model
 from shoal.replicas.plan import BlockCopy
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
 from tests.support.paged import CPU, PagedModel, engine_config
+from tests.support.thread_ranks import run_ranks
 
 PROMPT_LEN = 43  # beyond every window, and no multiple of a block
 
@@ -87,56 +86,13 @@ def test_two_pipeline_stages_make_the_whole(checkpoint):
     assert_same(last.model.compute_logits(last.run([(0, checkpoint.prompt)], hidden)), checkpoint.logits)
 
 
-class _Exchange:
-    """Where the threads that stand for ranks leave what they contribute to a collective."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.parts: list[torch.Tensor] = [torch.empty(0)] * size
-
-    def gather(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
-        self.parts[rank] = x.clone()
-        self.barrier.wait()
-        parts = list(self.parts)
-        self.barrier.wait()
-        return parts
-
-
-@dataclass(frozen=True)
-class ThreadCollectives:
-    rank: int
-    exchange: _Exchange
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.copy_(torch.stack(self.exchange.gather(self.rank, x)).sum(0))
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.exchange.gather(self.rank, x), dim=-1)
-
-    def all_reduce_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
-
-
 def test_two_tensor_parallel_ranks_make_the_whole(checkpoint):
-    """Each rank reads its part of every tensor; threads stand for the ranks."""
-    exchange, logits, failures = _Exchange(2), {}, []
+    """Each rank reads its part of every tensor."""
 
-    def rank(index: int) -> None:
-        try:
-            comm = ParallelContext(tp_rank=index, tp_size=2, tp=ThreadCollectives(index, exchange))
-            logits[index] = PagedModel(checkpoint.folder, comm=comm).logits([(0, checkpoint.prompt)])
-        except BaseException as error:
-            failures.append(error)
-            exchange.barrier.abort()
+    def work(comm: ParallelContext) -> torch.Tensor:
+        return PagedModel(checkpoint.folder, comm=comm).logits([(0, checkpoint.prompt)])
 
-    threads = [threading.Thread(target=rank, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    logits = run_ranks(2, work)
     assert torch.equal(logits[0], logits[1])
     assert_same(logits[0], checkpoint.logits)
 
