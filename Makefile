@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-plots bench-table
+.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -89,6 +89,12 @@ bench-serve: $(STAMP) ## TTFT, ITL and goodput of the server on PORT, over HTTP
 
 bench-vllm: $(STAMP) ## Shoal and vLLM by turns on one GPU (ARGS='--peer-python /path/to/python', that of a vLLM)
 	@for group in 8b 1b http; do $(BIN)/python -m benchmarks.vs_vllm $$group $(ARGS) || exit 1; done
+
+bench-vllm-tp: $(STAMP) ## the same on two GPUs, tensor parallel (ARGS as above)
+	@$(BIN)/python -m benchmarks.vs_vllm 8b-tp2 $(ARGS)
+
+bench-parallel: $(STAMP) ## what a second GPU gains: tensor and pipeline parallel beside one GPU
+	@$(BIN)/python -m benchmarks.parallel 8b $(ARGS)
 
 bench-plots: $(STAMP) ## the plots of docs/performance.md from benchmarks/results
 	@$(BIN)/python -m benchmarks.plots

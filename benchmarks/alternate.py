@@ -1,4 +1,4 @@
-"""Rows of a comparison of two, measured by turns: first one, then the other, then both again.
+"""Rows of a comparison, measured by turns: first one, then the other, then both again.
 
 A turn of a row that no longer fits the time there is, is left out; every first turn is taken. Of times the fastest
 turn counts, of rates the median.
@@ -20,6 +20,7 @@ from shoal.deploy.bench.limits import Dense, Rates
 from shoal.deploy.bench.workload import Run, Workload
 
 OURS, PEER = "shoal", "vllm"
+Pair = tuple[str, str]  # names of two subjects; a ratio above 1 says that the first is better
 
 Subject = TypeVar("Subject", contravariant=True)
 # What a row wants: the least ratio to pass, and the one aimed at.
@@ -33,28 +34,29 @@ class Row(Protocol[Subject]):
         """Measure it once more; the same `turn` gives both the same work."""
         ...
 
-    def figures(self) -> Iterator[Figure]:
-        """What there is to say so far."""
+    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
+        """What there is to say of two subjects so far."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of both, ours and the peer's; `limit` is the best that the device could do."""
+    """One figure of both of a pair; `limit` is the best that the device could do."""
 
     what: str
     unit: str
     values: Sequence[float | None]
     lower_is_better: bool
     limit: float | None = None
+    pair: Pair = (OURS, PEER)
 
     def row(self, goals: Goals) -> dict[str, Any]:
-        """A row of the report. The ratio is above 1 where ours is better."""
+        """A row of the report. The ratio is above 1 where the first of the pair is better."""
         ratio, (ours, peer) = None, self.values
         if ours and peer:
             ratio = peer / ours if self.lower_is_better else ours / peer
         floor, aim = goals.get(self.what, (None, None))
-        row = {"what": self.what, "unit": self.unit, OURS: ours, PEER: peer, "ratio": ratio}
+        row = {"what": self.what, "unit": self.unit, self.pair[0]: ours, self.pair[1]: peer, "ratio": ratio}
         row |= {"floor": floor, "aim": aim, "met": None if ratio is None or floor is None else ratio >= floor}
         if self.limit is not None and ours:
             row["of limit"] = self.limit / ours if self.lower_is_better else ours / self.limit
@@ -77,18 +79,18 @@ class Decode:
         timing = self.timings.setdefault(name, Timing(self.batch, self.context, self.num_decoded))
         timing.add_round(subject, random.Random(f"{self.batch} {self.context} {turn}"), self.vocab_size)
 
-    def figures(self) -> Iterator[Figure]:
+    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
         which = f"B={self.batch} @{self.context}"
-        ours, peer = self._timing(OURS), self._timing(PEER)
+        ours, peer = (self._timing(name) for name in pair)
         limit = prefill_limit = None
         if self.model is not None and self.rates is not None:
             like = Timing(self.batch, self.context, self.num_decoded)
             limit = like.decode_limit_s(self.model, self.rates) * 1e3
             prefill_limit = like.prefill_limit(self.model, self.rates)
         step_ms = [timing and timing.decode_s * 1e3 for timing in (ours, peer)]
-        yield Figure(f"decode {which}", "ms", step_ms, True, limit)
+        yield Figure(f"decode {which}", "ms", step_ms, True, limit, pair)
         prefill = [timing and timing.prefill_rate for timing in (ours, peer)]
-        yield Figure(f"prefill {which}", "tok/s", prefill, False, prefill_limit)
+        yield Figure(f"prefill {which}", "tok/s", prefill, False, prefill_limit, pair)
 
     def _timing(self, name: str) -> Timing | None:
         timing = self.timings.get(name)
@@ -106,10 +108,10 @@ class Offline:
         del turn  # the workload is the same in all of them
         self.seconds.setdefault(name, []).append(subject(self.workload))
 
-    def figures(self) -> Iterator[Figure]:
+    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
         num_tokens = self.workload.num_output_tokens
-        rates = [num_tokens / median(self.seconds[name]) if name in self.seconds else None for name in (OURS, PEER)]
-        yield Figure("offline throughput", "output tok/s", rates, False)
+        rates = [num_tokens / median(self.seconds[name]) if name in self.seconds else None for name in pair]
+        yield Figure("offline throughput", "output tok/s", rates, False, pair=pair)
 
 
 @dataclass
@@ -125,17 +127,15 @@ class Http:
         row = serving.measure(subject, self.shape, self.num_requests, concurrency=self.concurrency, seed=turn)
         self.rows.setdefault(name, []).append(row)
 
-    def figures(self) -> Iterator[Figure]:
-        yield self._figure("output tok/s", "tok/s", lower_is_better=False)
+    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
+        yield self._figure(pair, "output tok/s", "tok/s", lower_is_better=False)
         for name in ("TTFT", "TPOT", "ITL"):
             for share in (50, 99):
-                yield self._figure(f"{name} p{share}", "ms", lower_is_better=True)
+                yield self._figure(pair, f"{name} p{share}", "ms", lower_is_better=True)
 
-    def _figure(self, column: str, unit: str, *, lower_is_better: bool) -> Figure:
-        values = [
-            median(row[column] for row in self.rows[name]) if name in self.rows else None for name in (OURS, PEER)
-        ]
-        return Figure(f"c={self.concurrency} {column}", unit, values, lower_is_better)
+    def _figure(self, pair: Pair, column: str, unit: str, *, lower_is_better: bool) -> Figure:
+        values = [median(row[column] for row in self.rows[name]) if name in self.rows else None for name in pair]
+        return Figure(f"c={self.concurrency} {column}", unit, values, lower_is_better, pair=pair)
 
 
 def alternate(

@@ -11,17 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from shoal.deploy.bench import serving
 from shoal.deploy.bench.http_client import Target
 from shoal.deploy.bench.limits import Rates
 from shoal.deploy.bench.workload import Workload
 from shoal.replicas.errors import ServingError
+
+Subject = TypeVar("Subject")
+Said = TypeVar("Said")
 
 WORKER = Path(__file__).resolve().parent / "worker.py"
 START_TIMEOUT_S = 240.0
@@ -187,6 +191,26 @@ def _flags(target: Target, settings: dict[str, Any]) -> list[str]:
     """The settings as both servers spell them."""
     flags = ["--served-model-name", target.model, "--port", str(target.port), "--no-enable-prefix-caching"]
     return flags + [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def wait_for_all(
+    subjects: Mapping[str, Subject], wait: Callable[[Subject], Said], log: Callable[[str], Path]
+) -> dict[str, Said]:
+    """What each said when it was ready. One that does not come up is left out, and its log named."""
+    ready, begin = {}, time.monotonic()
+    with ThreadPoolExecutor() as pool:  # each is asked at once, so that none's time holds another's
+        waiting = {name: pool.submit(wait, subject) for name, subject in subjects.items()}
+        for name, future in waiting.items():
+            try:
+                ready[name] = future.result()
+            except Exception as error:  # the other's figures are worth having alone
+                say(f"{name} did not come up ({log(name)}): {error}")
+    say(f"ready after {time.monotonic() - begin:.0f} s: {', '.join(ready)}")
+    return ready
 
 
 def _end(process: subprocess.Popen[Any]) -> None:

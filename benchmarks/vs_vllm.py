@@ -1,12 +1,13 @@
-"""Shoal and vLLM on one GPU in one run: the same random weights' shapes, prompts and lengths, by turns.
+"""Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|1b|http [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
+    python -m benchmarks.vs_vllm 8b|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
 
-Both are loaded at once and stay; each has the same memory for its KV cache, no prefix cache, 256 sequences at most and
-contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes, http two servers (8B shape). A ratio above
-1 says that Shoal is faster. The report is written after every measurement, so that a run that is cut short keeps what
-it has; a second turn that no longer fits the budget is left out.
-A rehearsal on a CPU: `python -m benchmarks.vs_vllm tiny --peer-engine shoal`.
+Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
+at most and contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes on one GPU, 8b-tp2 and 70b-tp4
+on two and four (tensor parallel), http two servers (8B shape). A ratio above 1 says that Shoal is faster. The report
+is written after every measurement, so that a run that is cut short keeps what it has; a second turn that no longer fits
+the budget is left out.
+A rehearsal on a CPU: `python -m benchmarks.vs_vllm tiny --peer-engine shoal`, or tiny-tp2.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from benchmarks.alternate import OURS, PEER, Decode, Goals, Http, Offline, Row, alternate
 from benchmarks.load import free_port
@@ -30,10 +30,12 @@ from benchmarks.subjects import (
     VLLM_VARIABLES,
     Python,
     Worker,
+    say,
     shoal_arguments,
     started_server,
     started_worker,
     vllm_arguments,
+    wait_for_all,
 )
 from shoal.deploy.bench import serving
 from shoal.deploy.bench.http_client import Target
@@ -44,9 +46,6 @@ from shoal.deploy.bench.workload import Workload, fixed_lengths, mixed_lengths
 from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.device import choose_device
 
-Subject = TypeVar("Subject")
-Said = TypeVar("Said")
-
 MODEL_ID = "model"
 DTYPE = "bfloat16"
 
@@ -56,7 +55,7 @@ class Group:
     """What one run measures, of one model. `goals`: floor and aim of a ratio."""
 
     model: str
-    kv_cache_memory_bytes: int  # of each of the two
+    kv_cache_memory_bytes: int  # of each of the two, on each GPU
     budget_s: float
     goals: Goals
     decode: Sequence[tuple[int, int]] = ()  # batch, context
@@ -65,8 +64,16 @@ class Group:
     http: Sequence[tuple[int, int]] = ()  # concurrency, requests
     http_shape: serving.Shape = field(default_factory=serving.Shape)
     settings: Mapping[str, Any] = field(default_factory=lambda: {"max_model_len": 16_384, "max_num_seqs": 256})
+    tp: int = 1
 
 
+# What is measured of models that are split over GPUs.
+SPLIT: dict[str, Any] = {
+    "decode": ((1, 1024), (32, 1024), (128, 1024), (256, 1024)),
+    "offline": (1000, 100, 1024),
+    "goals": {f"decode B={batch} @1024": (1.0, 1.2) for batch in (1, 32, 128, 256)}
+    | {"offline throughput": (1.0, 1.2)},
+}
 GROUPS = {
     "8b": Group(
         "8b",
@@ -115,6 +122,9 @@ GROUPS = {
             "c=64 ITL p99": (1.0, 1.3),
         },
     ),
+    "8b-tp2": Group("8b", 40 << 30, budget_s=300, tp=2, **SPLIT),
+    # Weights take 33 GiB of each GPU, twice.
+    "70b-tp4": Group("70b", 26 << 30, budget_s=420, tp=4, **SPLIT),
     # Rehearsals on a CPU.
     "tiny": Group(
         "tiny",
@@ -125,6 +135,17 @@ GROUPS = {
         offline=(6, 4, 16),
         goals={"decode B=1 @32": (0.1, 1.0)},
         settings={"max_model_len": 512, "max_num_seqs": 8},
+    ),
+    "tiny-tp2": Group(
+        "tiny",
+        1 << 26,
+        budget_s=90,
+        decode=((2, 32),),
+        num_decoded=4,
+        offline=(4, 4, 16),
+        goals={"decode B=2 @32": (0.1, 1.0)},
+        settings={"max_model_len": 512, "max_num_seqs": 8, "num_threads": 1},
+        tp=2,
     ),
     "tiny-http": Group(
         "tiny",
@@ -163,27 +184,24 @@ class Run:
         self.report.write(self.out / f"{self.report.benchmark}.json")
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
 def compare_engines(run: Run, folder: Path, *, dummy: bool) -> None:
     """Both engines in workers: decode and prefill, then the mixed workload, then both once more."""
     group = run.group
     settings = {**group.settings, "model": str(folder), "kv_cache_memory_bytes": group.kv_cache_memory_bytes}
     settings |= {"load_format": "dummy"} if dummy else {}
+    settings |= {"tensor_parallel_size": group.tp} if group.tp > 1 else {}
     with ExitStack() as stack:
         workers = {
             OURS: stack.enter_context(started_worker("shoal", settings, run.log(OURS), Python())),
             PEER: stack.enter_context(started_worker(run.peer_engine, settings, run.log(PEER), run.peer_python)),
         }
-        ready = wait_for_all(run, workers, Worker.wait)
+        ready = wait_for_all(workers, Worker.wait, run.log)
         for name, worker in ready.items():
             run.report.settings[f"{name} ready s"] = round(worker["ready_s"], 1)
             run.report.settings[f"{name} is"] = worker["engine"]
-            run.report.device = worker["device"]
+            run.report.device = worker["device"] if group.tp == 1 else f"{group.tp} x {worker['device']}"
         rates = workers[OURS].rates(DTYPE) if OURS in ready else None
-        model, vocab_size = Dense.of(folder, DTYPE), read_model_facts(folder).vocab_size
+        model, vocab_size = Dense.of(folder, DTYPE, group.tp), read_model_facts(folder).vocab_size
         rows: list[Row[Any]] = [
             Decode(batch, context, vocab_size, group.num_decoded, model, rates) for batch, context in group.decode
         ]
@@ -191,14 +209,14 @@ def compare_engines(run: Run, folder: Path, *, dummy: bool) -> None:
             rows.append(Offline(mixed_lengths(*group.offline, vocab_size)))
         subjects = {name: workers[name].run for name in ready}
         for one in subjects.values():
-            warm_up(one, group, vocab_size)
+            warm_up(one, group.decode, vocab_size)
         alternate(rows, subjects, run.deadline, lambda: run.keep(rows), say=say)
 
 
-def warm_up(run: Callable[[Workload], float], group: Group, vocab_size: int) -> None:
+def warm_up(run: Callable[[Workload], float], decode: Sequence[tuple[int, int]], vocab_size: int) -> None:
     """Let everything be loaded that is loaded once: four short sequences, and a prompt of every length."""
     draw = random.Random(0)
-    for batch, context in [(4, 128), *((1, context) for context in dict.fromkeys(c for _, c in group.decode))]:
+    for batch, context in [(4, 128), *((1, context) for context in dict.fromkeys(c for _, c in decode))]:
         run(fixed_lengths(draw, batch, context, 8, vocab_size))
 
 
@@ -218,7 +236,7 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
             name: stack.enter_context(started_server(python, arguments, targets[name], run.log(name)))
             for name, python, arguments in ((OURS, Python(), ours), (PEER, run.peer_python, peer))
         }
-        ready = wait_for_all(run, servers, lambda server: server.wait(group.http_shape))
+        ready = wait_for_all(servers, lambda server: server.wait(group.http_shape), run.log)
         run.report.device = device_name(choose_device("auto"))
         run.report.settings |= {f"{name} ready s": round(seconds, 1) for name, seconds in ready.items()}
         rows: list[Row[Any]] = [
@@ -226,20 +244,6 @@ def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
         ]
         subjects = {name: servers[name].target for name in ready}
         alternate(rows, subjects, run.deadline, lambda: run.keep(rows), say=say)
-
-
-def wait_for_all(run: Run, subjects: Mapping[str, Subject], wait: Callable[[Subject], Said]) -> dict[str, Said]:
-    """What each said when it was ready. One that does not come up is left out, and its log named."""
-    ready = {}
-    with ThreadPoolExecutor() as pool:  # each is asked at once, so that none's time holds another's
-        waiting = {name: pool.submit(wait, subject) for name, subject in subjects.items()}
-        for name, future in waiting.items():
-            try:
-                ready[name] = future.result()
-            except Exception as error:  # the other's figures are worth having alone
-                say(f"{name} did not come up ({run.log(name)}): {error}")
-    say(f"ready after {time.monotonic() - run.begin:.0f} s: {', '.join(ready)}")
-    return ready
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -258,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.budget_s is not None:
         group = replace(group, budget_s=options.budget_s)
     settings = {**group.settings, "kv_cache_GiB": group.kv_cache_memory_bytes / (1 << 30), "model": group.model}
+    settings |= {"tp": group.tp} if group.tp > 1 else {}
     report = Report(f"vs_vllm_{options.group}".replace("-", "_"), settings=settings)
     if options.commit is not None:
         report.commit = options.commit

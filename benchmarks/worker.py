@@ -3,13 +3,15 @@
     python -P benchmarks/worker.py shoal|vllm
 
 One JSON object a line. In: first the settings ({"model", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes",
-"load_format"}), then any number of workloads ({"prompts", "num_new_tokens", "temperature"}) or {"rates": dtype}. Out:
-{"engine", "device"} when the model is loaded, then {"seconds"} or {"bytes_per_s", "flops"}; {"error"} where something
-failed. It ends with its input. With -P nothing of this repository is in the way of vLLM's own imports.
+"load_format", "tensor_parallel_size", ...}), then any number of workloads ({"prompts", "num_new_tokens",
+"temperature"}) or {"rates": dtype}. Out: {"engine", "device"} when the model is loaded, then {"seconds"} or
+{"bytes_per_s", "flops"}; {"error"} where something failed. It ends with its input. With -P nothing of this repository
+is in the way of vLLM's own imports.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -38,6 +40,7 @@ def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
 
     folder = Path(settings.pop("model"))
     engine = build_engine(engine_config(folder, settings, dummy=False))
+    atexit.register(engine.shutdown)  # ranks in processes of their own end first
     run, device = engine_run(engine), engine.config.device
 
     def answer(order: dict[str, Any]) -> Answer:
@@ -53,6 +56,8 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
     import torch
 
     vllm: Any = import_module("vllm")  # by name: it is no requirement of this project
+    if settings.get("tensor_parallel_size", 1) > 1:
+        settings["distributed_executor_backend"] = "mp"  # processes, and not Ray's actors
     llm = vllm.LLM(
         **settings,
         skip_tokenizer_init=True,

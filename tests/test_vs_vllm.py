@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import vs_vllm
+from benchmarks import parallel, vs_vllm
 from benchmarks.alternate import OURS, PEER, Decode, Figure, Offline, alternate
 from benchmarks.subjects import Python, started_server, started_worker
 from shoal.deploy.bench.http_client import Target
@@ -105,6 +105,30 @@ def test_engines_in_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         )
     assert report["rows"][0]["floor"] == 0.1
     assert "offline throughput" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_engines_of_two_ranks_in_workers(tmp_path: Path) -> None:
+    vs_vllm.main(["tiny-tp2", "--peer-engine", "shoal", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "vs_vllm_tiny_tp2.json").read_text())
+    assert report["settings"]["tp"] == 2
+    assert report["device"].startswith("2 x ")
+    assert [row["what"] for row in report["rows"]] == ["decode B=2 @32", "prefill B=2 @32", "offline throughput"]
+    assert all(row["shoal"] > 0 and row["vllm"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_splits_beside_one_rank(tmp_path: Path) -> None:
+    parallel.main(["tiny", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "parallel_tiny.json").read_text())
+    whats = ["decode B=2 @32", "prefill B=2 @32", "offline throughput"]
+    assert [(row["split"], row["what"]) for row in report["rows"]] == [
+        (split, what) for split in ("tp 2", "pp 2") for what in whats
+    ]
+    decode, _, offline = report["rows"][3:]
+    assert decode["ratio"] == pytest.approx(decode["one GPU"] / decode["split's"])
+    assert offline["ratio"] == pytest.approx(offline["split's"] / offline["one GPU"])
+    assert offline["floor"] == 0.1
 
 
 def test_a_worker_says_what_went_wrong(tmp_path: Path) -> None:

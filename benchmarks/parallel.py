@@ -1,0 +1,135 @@
+"""What GPUs beside the first one gain: Shoal on one, with tensor parallel and with pipeline parallel ranks, by turns.
+
+    python -m benchmarks.parallel 8b|tiny [--out FOLDER] [--budget-s S] [--commit C]
+
+All three engines are loaded at once and stay, each with the same memory of a GPU for its KV cache. A pipeline has as
+many sequences as its GPUs would have one by one, for each stage keeps the KV cache of some layers only. `ratio` says
+how many times as fast as one GPU the others are. A rehearsal on a CPU: tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alternate import Decode, Goals, Offline, Row, alternate
+from benchmarks.report import RESULTS, Report
+from benchmarks.subjects import Python, Worker, say, started_worker, wait_for_all
+from benchmarks.vs_vllm import warm_up
+from shoal.deploy.bench.shapes import open_model
+from shoal.deploy.bench.workload import mixed_lengths
+from shoal.replicas.checkpoint import read_model_facts
+
+ONE = "one GPU"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one run measures, of one model; `goals` are those of each split."""
+
+    model: str
+    budget_s: float
+    settings: Mapping[str, Any]
+    splits: Mapping[str, Mapping[str, Any]]  # what differs from one GPU
+    decode: Sequence[tuple[int, int]]  # batch, context
+    num_decoded: int
+    offline: tuple[int, int, int]  # requests, shortest, longest
+    goals: Mapping[str, Goals]
+
+
+GROUPS = {
+    "8b": Group(
+        "8b",
+        budget_s=240,
+        settings={"max_model_len": 16_384, "max_num_seqs": 256, "kv_cache_memory_bytes": 24 << 30},
+        splits={
+            "tp 2": {"tensor_parallel_size": 2},
+            "pp 2": {"pipeline_parallel_size": 2, "max_num_seqs": 512},
+        },
+        decode=((1, 1024), (128, 1024)),
+        num_decoded=128,
+        offline=(1500, 100, 512),
+        goals={"tp 2": {"decode B=128 @1024": (1.5, 1.7)}, "pp 2": {"offline throughput": (1.8, 2.0)}},
+    ),
+    "tiny": Group(
+        "tiny",
+        budget_s=120,
+        settings={"max_model_len": 512, "max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 26, "num_threads": 1},
+        splits={
+            "tp 2": {"tensor_parallel_size": 2},
+            "pp 2": {"pipeline_parallel_size": 2, "max_num_seqs": 8},
+        },
+        decode=((2, 32),),
+        num_decoded=4,
+        offline=(6, 4, 16),
+        goals={"pp 2": {"offline throughput": (0.1, 1.0)}},
+    ),
+}
+
+
+def compare(group: Group, report: Report, out: Path, folder: Path, *, dummy: bool) -> None:
+    """All engines in workers, every row of each by turns; the report is written after every measurement."""
+    deadline = time.monotonic() + group.budget_s
+    settings = {**group.settings, "model": str(folder)} | ({"load_format": "dummy"} if dummy else {})
+    subjects = {ONE: settings, **{name: {**settings, **split} for name, split in group.splits.items()}}
+    num_gpus = max(math.prod(value for key, value in split.items() if "parallel" in key) for split in subjects.values())
+    vocab_size = read_model_facts(folder).vocab_size
+    rows: list[Row[Any]] = [Decode(*each, vocab_size, group.num_decoded) for each in group.decode]
+    rows.append(Offline(mixed_lengths(*group.offline, vocab_size)))
+
+    def log(name: str) -> Path:
+        return out / f"{report.benchmark}_{name.replace(' ', '_')}.log"
+
+    def keep() -> None:
+        figures = [(name, figure) for name in group.splits for row in rows for figure in row.figures((name, ONE))]
+        report.rows = [_row(name, figure.row(group.goals.get(name, {}))) for name, figure in figures]
+        report.write(out / f"{report.benchmark}.json")
+
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(started_worker("shoal", its, log(name), Python()))
+            for name, its in subjects.items()
+        }
+        ready = wait_for_all(workers, Worker.wait, log)
+        for name, said in ready.items():
+            report.settings[f"{name} ready s"] = round(said["ready_s"], 1)
+            report.device = f"{num_gpus} x {said['device']}"
+        runs = {name: workers[name].run for name in ready}
+        for run in runs.values():
+            warm_up(run, group.decode, vocab_size)
+        alternate(rows, runs, deadline, keep, say=say)
+
+
+def _row(split: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a split in a table of several."""
+    return {"split": split} | {"split's" if key == split else key: value for key, value in row.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of report and logs")
+    parser.add_argument("--budget-s", type=float, help="seconds, loading included, after which no turn begins")
+    parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
+    options = parser.parse_args(arguments)
+
+    group = GROUPS[options.group]
+    report = Report(f"parallel_{options.group}", settings={**group.settings, "model": group.model})
+    if options.commit is not None:
+        report.commit = options.commit
+    if options.budget_s is not None:
+        group = replace(group, budget_s=options.budget_s)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open_model(group.model) as (folder, dummy):
+        compare(group, report, options.out, folder, dummy=dummy)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()
