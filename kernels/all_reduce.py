@@ -1,0 +1,152 @@
+"""The sum over ranks of a tensor that each of them has, alone or with the residual addition and norm that follow it.
+
+    all_reduce(x)                     : x[rank] <- sum over r of x[r], on every rank
+    all_reduce_add_rms_norm(x, y, w)  : y <- y + sum over r of x[r], then rms_norm(y, w)
+
+Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. The sum is taken in
+fp32 in the order of ranks, x[0] + x[1] + ..., and rounded once to x's dtype: every rank has the same bits, whatever the
+algorithm, and a row's bits do not depend on the rows beside it.
+
+Two algorithms over symmetric memory, memory of every rank that the others can write (all_reduce_triton.py):
+one-shot      every rank sends x to all others and sums what it receives: one way over the link, (W - 1) n bytes;
+two-shot      rank r sums slice r of all and sends it to the others: two ways, 2 (W - 1) / W n bytes.
+Whatever is larger than `choose` allows is NCCL's. Called by replicas/symmetric.py, which owns the memory.
+Paper: Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter, all-gather).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from .backend import Backend, backend_of
+from .rms_norm import add_rms_norm_ref
+
+NUM_BUFFERS = 3
+STATE_SIZE = 2 + NUM_BUFFERS  # tickets drawn, bytes written in each buffer, failed
+WORLD_SIZES = (2, 4, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ALIGNMENT = 16  # elements: a slot begins where a wide store may
+_PIECE = 4096  # elements of what is a row where a message is not normed
+
+
+class Algorithm(Enum):
+    ONE_SHOT = "one_shot"
+    TWO_SHOT = "two_shot"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What one rank's kernels know of the ranks' memory.
+
+    Every rank has NUM_BUFFERS buffers of `capacity` bytes one after the other, all bits set at the start: `memory` is
+    its own. `peers` [W] int64: where they begin for each rank, as addresses valid on this device. `state` [STATE_SIZE]
+    int64, zeros at the start. `alarm` [1] int32, where the host reads it without a copy: not 0 once a wait ended after
+    `spin_limit` turns.
+    """
+
+    rank: int
+    world_size: int
+    capacity: int
+    memory: torch.Tensor
+    peers: torch.Tensor
+    state: torch.Tensor
+    alarm: torch.Tensor
+    spin_limit: int
+
+
+# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond.
+LIMITS_KIB = {2: (512, 4096), 4: (256, 4096), 8: (128, 4096)}
+
+
+def choose(num_bytes: int, world_size: int) -> Algorithm | None:
+    """The fastest way to sum messages of `num_bytes`; None is NCCL's."""
+    one_shot, two_shot = LIMITS_KIB.get(world_size, (0, 0))
+    if num_bytes <= one_shot << 10:
+        return Algorithm.ONE_SHOT
+    return Algorithm.TWO_SHOT if num_bytes <= two_shot << 10 else None
+
+
+def as_rows(numel: int) -> tuple[int, int]:
+    """(rows, elements of each) of a message that is not normed; the last row may be short."""
+    piece = min(_PIECE, max(_ALIGNMENT, 1 << (numel - 1).bit_length()))
+    return math.ceil(numel / piece), piece
+
+
+def slot_size(algorithm: Algorithm, num_rows: int, num_features: int, world_size: int) -> int:
+    """Elements of one slot of a buffer: a message of [num_rows, num_features], or a rank's slice of it."""
+    rows = num_rows if algorithm is Algorithm.ONE_SHOT else math.ceil(num_rows / world_size)
+    return math.ceil(rows * num_features / _ALIGNMENT) * _ALIGNMENT
+
+
+def buffer_bytes(algorithm: Algorithm, num_rows: int, num_features: int, itemsize: int, world_size: int) -> int:
+    """Bytes of a buffer that a message of [num_rows, num_features] takes."""
+    slots = world_size if algorithm is Algorithm.ONE_SHOT else 2 * world_size
+    return slots * slot_size(algorithm, num_rows, num_features, world_size) * itemsize
+
+
+def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' tensors, in their order in fp32."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+def all_reduce_add_rms_norm_ref(
+    parts: Sequence[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normalised, new residual), no input changed."""
+    return add_rms_norm_ref(all_reduce_ref(parts), residual, weight, eps)
+
+
+def all_reduce(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
+    """The sum over the ranks, in place; every rank calls it with the same shape, dtype and algorithm."""
+    _check(x, exchange)
+    from .all_reduce_triton import all_reduce_triton
+
+    return all_reduce_triton(x, exchange, algorithm)
+
+
+def all_reduce_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    exchange: Exchange,
+    algorithm: Algorithm,
+) -> torch.Tensor:
+    """Adds the ranks' sum of x [..., N] to `residual` in place and returns the normalised sum. x stays as it is."""
+    _check(x, exchange)
+    if x.shape != residual.shape or not residual.is_contiguous():
+        raise ValueError(
+            f"the residual has shape {tuple(residual.shape)} and strides {residual.stride()}, x {tuple(x.shape)}; "
+            "they must have one shape, without gaps"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, x has {x.shape[-1]} features")
+    from .all_reduce_triton import all_reduce_add_rms_norm_triton
+
+    return all_reduce_add_rms_norm_triton(x, residual, weight, eps, exchange, algorithm)
+
+
+def _check(x: torch.Tensor, exchange: Exchange) -> None:
+    if backend_of(x) is Backend.TORCH:
+        raise ValueError("all-reduce over symmetric memory runs on a CUDA device; elsewhere use torch.distributed")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; the kernels sum {', '.join(map(str, DTYPES))}")
+    if exchange.world_size not in WORLD_SIZES:
+        raise ValueError(f"{exchange.world_size} ranks; the kernels know {WORLD_SIZES}")
+    if not x.is_contiguous():
+        raise ValueError(f"x has strides {x.stride()}; it must be contiguous")
+
+
+def all_reduce_cost(num_bytes: int, world_size: int, algorithm: Algorithm) -> int:
+    """Bytes that a rank sends over its link, as many as it receives."""
+    if algorithm is Algorithm.ONE_SHOT:
+        return (world_size - 1) * num_bytes
+    return 2 * (world_size - 1) * num_bytes // world_size

@@ -1,0 +1,204 @@
+"""Collectives whose sums over ranks are taken over symmetric memory, where that is faster than NCCL.
+
+`open_collectives` gives a group what its configuration asks for and its machine can do. The table of sizes is that of
+kernels/all_reduce.py; what is too large for it, and everything that is not a sum, goes to the plain collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from ..kernels.all_reduce import (
+    DTYPES,
+    LIMITS_KIB,
+    NUM_BUFFERS,
+    STATE_SIZE,
+    Algorithm,
+    Exchange,
+    all_reduce,
+    all_reduce_add_rms_norm,
+    as_rows,
+    buffer_bytes,
+    choose,
+)
+from ..kernels.rms_norm import add_rms_norm
+from .collectives import Collectives
+from .errors import ShardGroupError
+from .symmetric_memory import PeersUnreachable, SymmetricMemory, open_symmetric_memory
+
+logger = logging.getLogger(__name__)
+
+# Turns of a wait before it ends, some 0.8 us each on an H200: 27 s. A rank that is that late has been stopped, and the
+# engine's watchdog was there before.
+_SPIN_LIMIT = 1 << 25
+_SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A tensor-parallel group as one of its ranks sees it. `name` is the group's own in `store`, and in the process."""
+
+    store: Store
+    name: str
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def open_collectives(
+    plain: Collectives,
+    group: Group,
+    *,
+    all_reduce: str,
+    max_num_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> Collectives:
+    """What sums for a group whose messages have up to `max_num_tokens` rows of `hidden_size`; see ParallelConfig.
+
+    Every rank calls it with the same arguments. `plain` itself where that is asked for, on a CPU, and, with a warning
+    that says why, where the ranks cannot write each other's memory. Raises ShardGroupError where they cannot and
+    `all_reduce` is neither "auto" nor "nccl".
+    """
+    if all_reduce == "nccl" or group.device.type != "cuda":
+        return plain
+    reason, memory = "", None
+    capacity = buffer_capacity(group.world_size, max_num_tokens, hidden_size, dtype.itemsize)
+    if group.world_size not in LIMITS_KIB:
+        reason = f"the kernels know {', '.join(map(str, LIMITS_KIB))} ranks, not {group.world_size}"
+    elif dtype not in DTYPES:
+        reason = f"the kernels do not sum {dtype}"
+    else:
+        try:
+            memory = open_symmetric_memory(
+                group.store, group.name, group.rank, group.world_size, group.device, NUM_BUFFERS * capacity
+            )
+        except PeersUnreachable as unreachable:
+            reason = str(unreachable)
+    if memory is None:
+        if all_reduce != "auto":
+            raise ShardGroupError(f"all_reduce {all_reduce!r} cannot be had: {reason}; use auto or nccl")
+        logger.warning("sums over the ranks of %s are left to NCCL alone: %s", group.name, reason)
+        return plain
+    if all_reduce == "symm_mem":
+        return TorchSymmetricCollectives(plain, memory)
+    exchange = Exchange(
+        rank=group.rank,
+        world_size=group.world_size,
+        capacity=capacity,
+        memory=memory.own,
+        peers=torch.tensor(memory.addresses, dtype=torch.int64, device=group.device),
+        state=torch.zeros(STATE_SIZE, dtype=torch.int64, device=group.device),
+        # The kernels write into it when a wait has failed; on the host, it can be looked at without a copy.
+        alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        spin_limit=_SPIN_LIMIT,
+    )
+    return SymmetricCollectives(plain, exchange, whatever_fits=all_reduce == "triton")
+
+
+def buffer_capacity(world_size: int, max_num_tokens: int, hidden_size: int, itemsize: int) -> int:
+    """Bytes of a buffer that holds every message of the table, normed or not."""
+    most = 0
+    for algorithm, limit in zip(Algorithm, LIMITS_KIB.get(world_size, (0, 0)), strict=True):
+        rows = max(1, min((limit << 10) // (hidden_size * itemsize), max_num_tokens))
+        for shape in ((rows, hidden_size), as_rows(rows * hidden_size)):
+            most = max(most, buffer_bytes(algorithm, *shape, itemsize, world_size))
+    return math.ceil(most / 4096) * 4096
+
+
+class SymmetricCollectives:
+    """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
+
+    whatever_fits: larger ones too, in parts.
+    """
+
+    def __init__(self, plain: Collectives, exchange: Exchange, *, whatever_fits: bool = False) -> None:
+        self._plain, self._exchange, self._whatever_fits = plain, exchange, whatever_fits
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        algorithm = self._choose(x)
+        if algorithm is None:
+            return self._plain.all_reduce(x)
+        flat = x.view(-1)
+        for part in (flat,) if self._holds(algorithm, *as_rows(x.numel()), x) else flat.split(self._part_size(x)):
+            all_reduce(part, self._exchange, algorithm)
+        return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        algorithm = self._choose(x)
+        if algorithm is None:
+            return self._plain.all_reduce_add_rms_norm(x, residual, weight, eps)
+        if self._holds(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
+            return all_reduce_add_rms_norm(x, residual, weight, eps, self._exchange, algorithm)
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._plain.all_gather(x)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return self._plain.all_to_all(x)
+
+    def check(self) -> None:
+        """Raises ShardGroupError once a kernel has waited in vain: results since then are NaN. Costs a memory read."""
+        if self._exchange.alarm[0]:
+            raise ShardGroupError(
+                f"rank {self._exchange.rank} of {self._exchange.world_size} has waited {self._exchange.spin_limit} "
+                "turns, some 0.8 us each, for another rank's part of a sum; look at the other ranks' logs"
+            )
+
+    def _choose(self, x: torch.Tensor) -> Algorithm | None:
+        if not x.is_contiguous() or x.dtype not in DTYPES or x.numel() == 0:
+            return None
+        algorithm = choose(x.nbytes, self._exchange.world_size)
+        if algorithm is None:
+            return Algorithm.TWO_SHOT if self._whatever_fits else None
+        return algorithm
+
+    def _holds(self, algorithm: Algorithm, num_rows: int, num_features: int, x: torch.Tensor) -> bool:
+        needed = buffer_bytes(algorithm, num_rows, num_features, x.itemsize, self._exchange.world_size)
+        return needed <= self._exchange.capacity
+
+    def _part_size(self, x: torch.Tensor) -> int:
+        """Elements that a buffer surely holds, in two shots: a power of two, so that all slices are alike."""
+        size = 1 << (self._exchange.capacity // (2 * x.itemsize)).bit_length() - 1
+        return size if as_rows(size)[0] >= self._exchange.world_size else size // self._exchange.world_size
+
+
+class TorchSymmetricCollectives:
+    """Sums by torch's operators over symmetric memory, `torch.ops.symm_mem`, up to the table's largest message."""
+
+    def __init__(self, plain: Collectives, memory: SymmetricMemory) -> None:
+        self._plain, self._memory = plain, memory
+        self._world_size = len(memory.addresses)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        algorithm = choose(x.nbytes, self._world_size)
+        aligned = x.is_contiguous() and x.nbytes % (16 * self._world_size) == 0
+        if algorithm is None or not aligned or x.dtype not in _SYMM_MEM_DTYPES or x.nbytes > self._memory.own.nbytes:
+            return self._plain.all_reduce(x)
+        shared = self._memory.own[: x.nbytes].view(x.dtype)
+        if algorithm is Algorithm.ONE_SHOT:
+            total = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.view(-1), "sum", self._memory.group_name)
+        else:
+            shared.copy_(x.view(-1))
+            total = torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._memory.group_name)
+        x.view(-1).copy_(total)
+        return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._plain.all_gather(x)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return self._plain.all_to_all(x)
