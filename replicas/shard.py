@@ -19,7 +19,8 @@ from .errors import ConfigError
 from .kv_cache import KVCache
 from .loader import load_model
 from .models.decoder import DecoderModel
-from .plan import StepPlan, StepResult
+from .plan import RowStart, StepPlan, StepResult
+from .protocol import SamplingParams
 from .runner import PendingStep, Runner
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,8 @@ def _profile_blocks(
             table_rows=np.repeat(rows, per_seq),
             table_indices=np.tile(np.arange(per_seq, dtype=np.int32), num_seqs),
             table_blocks=np.arange(num_blocks, dtype=np.int32),
+            # Filtered by one row: with tensor parallelism, ranks then share all logits out.
+            row_starts=(RowStart(0, 0, 1, SamplingParams(top_p=0.5)),),
         )
     )
     torch.cuda.synchronize(device)
