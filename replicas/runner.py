@@ -142,7 +142,8 @@ class Runner:
         """Sizes of steps of up to `max_tokens` tokens that are captured: without and with prefills."""
         max_rows = len(self._sampled)
         decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
-        return (with_filtered(decode), with_filtered(mixed)) if self._sampler.is_split else (decode, mixed)
+        split = self._samples and self._sampler.is_split
+        return (with_filtered(decode), with_filtered(mixed)) if split else (decode, mixed)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
