@@ -127,7 +127,7 @@ class HostInputs:
         self._kept = tokens
 
     def kept(self, turn: int, count: int) -> Tensor:
-        return self._kept
+        return self._kept[:count]  # those of an earlier plan where this one samples nothing
 
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
         last_tokens = self._state.last_tokens
