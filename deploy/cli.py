@@ -16,6 +16,7 @@ import typer
 
 from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
+from .doctor.command import doctor
 from .environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="Serve large language models.",
 )
 app.add_typer(bench_app, name="bench")
+app.command()(doctor)
 
 
 @app.callback()

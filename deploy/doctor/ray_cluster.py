@@ -1,0 +1,96 @@
+"""The Ray that runs, if one does: its nodes, what is installed on them, their shared memory and their clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from . import memory
+from .finding import Finding, Status
+from .process import Outcome
+
+# Nothing that Shoal does depends on equal clocks; logs of several nodes cannot be read together without them, and
+# certificates and tokens expire at the wrong time.
+_SKEW_S = 1.0
+
+
+def nodes_of(outcome: Outcome) -> list[dict[str, float]]:
+    """The resources of every node; none where no Ray runs."""
+    return [line["resources"] for line in outcome.lines if "node" in line]
+
+
+def findings(outcome: Outcome, *, wanted: bool) -> list[Finding]:
+    """What the probe of Ray means. wanted: its user said where Ray is, so that there must be one."""
+    missing = next((line["missing"] for line in outcome.lines if "missing" in line), None)
+    nodes = [line for line in outcome.lines if "node" in line]
+    if missing is not None or (not nodes and outcome.failure is not None):
+        return [_missing(missing or str(outcome.failure), wanted)]
+    answers = {line["asked"]: line for line in outcome.lines if "asked" in line}
+    total = {name: sum(node["resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    message = f"Ray has {_nodes(len(nodes))} with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
+    found = [Finding("ray", Status.OK, message, figures={"nodes": len(nodes), **total})]
+    for node in nodes:
+        answer = answers.get(node["node"])
+        if answer is None or "error" in answer:
+            why = "it was not asked in time" if answer is None else answer["error"]
+            remedy = "look at that node's logs (ray logs), and whether it has memory and processes to spare"
+            found.append(Finding("ray", Status.WRONG, f"no worker on node {node['host']} answers: {why}", remedy))
+    answered = [(node["host"], answers[node["node"]]) for node in nodes if "versions" in answers.get(node["node"], {})]
+    found += _versions(answered)
+    found += _shared_memory(answered)
+    found += _clocks(answered)
+    return found
+
+
+def _missing(why: str, wanted: bool) -> Finding:
+    if wanted:
+        remedy = "is it up, and is this its address? If it asks for a token, set RAY_AUTH_MODE=token"
+        return Finding("ray", Status.WRONG, f"Ray cannot be joined: {why}", remedy)
+    return Finding("ray", Status.SKIPPED, "no Ray runs here; `shoal serve` starts one of its own")
+
+
+def _versions(answered: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Finding]:
+    """Ranks of a group must be of one version; Ray itself refuses only other versions of Python and Ray."""
+    by_versions: dict[str, list[str]] = {}
+    for host, answer in answered:
+        text = ", ".join(f"{name} {version}" for name, version in sorted(answer["versions"].items()))
+        by_versions.setdefault(text, []).append(host)
+    if len(by_versions) > 1:
+        parts = [f"{', '.join(hosts)}: {text}" for text, hosts in by_versions.items()]
+        message = f"nodes have different versions: {'; '.join(parts)}"
+        return [Finding("ray", Status.WRONG, message, "install one environment on every node")]
+    for text, hosts in by_versions.items():
+        if "shoal" not in text:
+            message = f"workers on {', '.join(hosts)} have no Shoal: {text}"
+            return [Finding("ray", Status.WRONG, message, "install Shoal where Ray's workers run")]
+    return []
+
+
+def _shared_memory(answered: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Finding]:
+    found = []
+    for host, answer in answered:
+        place = f"/dev/shm of node {host}"
+        found += memory.findings(place, answer["shm_size_bytes"], answer["shm_free_bytes"])
+    return [finding for finding in found if finding.status is not Status.OK]
+
+
+def _clocks(answered: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Finding]:
+    if not answered:
+        return []
+    ahead = {host: answer["ahead_s"] for host, answer in answered}
+    known = {host: max(0.0, abs(answer["ahead_s"]) - answer["uncertain_s"]) for host, answer in answered}
+    figures = {host: round(seconds, 4) for host, seconds in ahead.items()}
+    far = [host for host, seconds in known.items() if seconds > _SKEW_S]
+    if far:
+        named = ", ".join(f"{host} by {ahead[host]:+.1f} s" for host in far)
+        message = f"clocks differ from this machine's: {named}"
+        return [Finding("clocks", Status.WARNING, message, "run an NTP client on every node (chronyd)", figures)]
+    most = max(known.values())
+    message = (
+        f"clocks of {_nodes(len(known))} differ from this machine's by {most:.3f} s or less, as far as can be told"
+    )
+    return [Finding("clocks", Status.OK, message, figures=figures)]
+
+
+def _nodes(number: int) -> str:
+    return "1 node" if number == 1 else f"{number} nodes"
