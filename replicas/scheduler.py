@@ -8,7 +8,8 @@ A step takes, in this order:
 
 A context gets all of its blocks when it is admitted, so that only decoding can run short of blocks. Then the last in
 rank loses its blocks, keeps its row and the tokens it has, and is prefilled again when its turn comes. The first in
-rank is never preempted for another, so there is always progress.
+rank is never preempted for another, so there is always progress. With pipeline stages a step decodes the sequences of
+one lane (lanes.py).
 
 Plans run in the order in which they were made. Hence blocks that a sequence gives up may be given away by the next
 plan although steps in flight still write to them, and the blocks of a prefilled prompt may be reused by the next
@@ -19,29 +20,20 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .block_pool import BlockPool, extend_digests
 from .config import EngineConfig, ModelFacts
+from .counters import Counters
+from .lanes import Lanes
 from .plan import DEVICE_TOKEN, BlockCopy, Ints, StepPlan, StepResult
 from .plan_draft import Chunk, PlanDraft, Rows
 from .protocol import BlockReport, FinishReason, ReplicaLoad, Request
 from .sequence import Ending, Phase, RequestState, Sequence, SequenceTable, true_rows
 from .step_outcome import StepInFlight, StepOutcome
 from .waiting_line import WaitingLine
-
-
-@dataclass(slots=True)
-class _Counters:
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    cache_queries: int = 0
-    cache_hits: int = 0
 
 
 class Scheduler:
@@ -53,9 +45,12 @@ class Scheduler:
         assert block_size is not None, "the configuration is not resolved"
         assert max_model_len is not None, "the configuration is not resolved"
         assert budget is not None, "the configuration is not resolved"
+        num_stages, in_flight = config.parallel.pipeline_parallel_size, config.scheduler.max_steps_in_flight
+        assert in_flight is not None, "the configuration is not resolved"
         self.pool = BlockPool(num_blocks, block_size)
         self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts)
-        self.counters = _Counters()
+        self.counters = Counters()
+        self._lanes = Lanes(num_stages, self.table, in_flight) if num_stages > 1 else None
         self._shift = block_size.bit_length() - 1
         self._budget = budget
         self._chunked = config.scheduler.enable_chunked_prefill
@@ -117,11 +112,12 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a result has come."""
         draft = PlanDraft()
-        self._plan_decodes(draft)
-        budget = self._budget - draft.decode_rows.size
-        if self._prefilling or self._line:
-            budget = self._plan_running_prefills(draft, budget)
-            self._admit(draft, budget)
+        for _ in range(1 if self._lanes is None else self._lanes.num_lanes):  # a lane without work loses its turn
+            self._fill(draft)
+            if self._lanes is not None:
+                self._lanes.advance()
+            if not draft.empty:
+                break
         if draft.empty:
             return None
         plan, scored = draft.build(self.counters.steps)
@@ -134,11 +130,20 @@ class Scheduler:
             self._register(self._sequence(chunk.row))
         return plan
 
+    def _fill(self, draft: PlanDraft) -> None:
+        """Plan all that the budget allows."""
+        self._plan_decodes(draft)
+        budget = self._budget - draft.decode_rows.size
+        if self._prefilling or self._line:
+            budget = self._plan_running_prefills(draft, budget)
+            self._admit(draft, budget)
+
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """One token of each decoding sequence that may have another; preempts until their blocks suffice."""
         table, pool = self.table, self.pool
         while True:
-            rows = true_rows(table.decoding & (table.length < table.max_length))
+            ready = table.decoding & (table.length < table.max_length)
+            rows = true_rows(ready) if self._lanes is None else self._lanes.rows(ready)
             if not rows.size:
                 return
             starts = table.computed[rows]
@@ -292,6 +297,8 @@ class Scheduler:
         table.length[rows] = length + 1
         table.in_flight[rows] += 1
         table.decoding[rows] = True
+        if self._lanes is not None:
+            self._lanes.enter(rows)
         for sequence in running:
             sequence.phase = Phase.DECODE
         return tuple(rows.tolist())
@@ -415,22 +422,8 @@ class Scheduler:
     def load(self) -> ReplicaLoad:
         """Counts for placement and metrics."""
         num_running = int(np.count_nonzero(self.table.num_blocks))
-        count, pool = self.counters, self.pool
-        return ReplicaLoad(
-            num_running=num_running,
-            num_waiting=max(0, self._num_open - num_running),
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached,
-            block_size=pool.block_size,
-            blocks=pool.report(),
-            prefix_cache_queries=count.cache_queries,
-            prefix_cache_hits=count.cache_hits,
-            num_preemptions=count.preemptions,
-            num_steps=count.steps,
-            prompt_tokens=count.prompt_tokens,
-            generation_tokens=count.generation_tokens,
-        )
+        num_waiting = max(0, self._num_open - num_running)
+        return self.counters.load(self.pool, num_running=num_running, num_waiting=num_waiting)
 
     def block_report(self, state: RequestState) -> BlockReport:
         """How the request's sequences hold their blocks."""

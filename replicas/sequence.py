@@ -111,6 +111,7 @@ class SequenceTable:
         self.min_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # below it no token stops
         self.max_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.decoding: NDArray[np.bool_] = np.zeros(num_rows, bool)
+        self.lane: NDArray[np.intp] = np.zeros(num_rows, np.intp)  # of a decoding row, where there are lanes
         self.is_eos: NDArray[np.bool_] = np.zeros(facts.vocab_size, bool)  # by token id, not by row
         self.is_eos[[token for token in facts.eos_token_ids if token < facts.vocab_size]] = True
         self.stops_at_eos: NDArray[np.bool_] = np.zeros(num_rows, bool)

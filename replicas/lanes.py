@@ -1,0 +1,47 @@
+"""Which decoding rows each plan of a pipeline runs: they take turns, in as many lanes as there are stages.
+
+A row's next token needs its last one, which the last stage has only when the plan has gone through all stages. So a
+plan decodes the rows of one lane; by the time that lane's turn comes round the others have filled the stages. Prefills
+wait for no token and go with any plan, which spreads them evenly; a row enters the lane of the plan that ends its
+prefill. Where a lane has become smaller than the one whose turn it is, that one gives it rows before it runs: they are
+late by a few plans and nobody waits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan_draft import Rows
+from .sequence import SequenceTable, true_rows
+
+
+class Lanes:
+    """The lanes of `table`'s rows. One is current; the scheduler moves on with each plan, past lanes without work."""
+
+    def __init__(self, num_lanes: int, table: SequenceTable, max_steps_in_flight: int) -> None:
+        self.num_lanes = num_lanes
+        self.current = 0
+        self._table = table
+        # More would only make new requests wait behind them: a lane's plans run one after the other.
+        self._max_in_flight = max_steps_in_flight // num_lanes
+
+    def advance(self) -> None:
+        """The next lane's turn."""
+        self.current = (self.current + 1) % self.num_lanes
+
+    def enter(self, rows: Rows) -> None:
+        """These rows' prefill ends in the current plan."""
+        self._table.lane[rows] = self.current
+
+    def rows(self, ready: NDArray[np.bool_]) -> Rows:
+        """Of the rows that may decode those whose turn it is, once the lanes are balanced."""
+        table = self._table
+        sizes = np.bincount(table.lane[ready], minlength=self.num_lanes)
+        smallest = int(sizes.argmin())
+        own = true_rows(ready & (table.lane == self.current))
+        surplus = (len(own) - int(sizes[smallest])) // 2
+        if surplus > 0:
+            own, moved = own[:-surplus], own[-surplus:]
+            table.lane[moved] = smallest
+        return own[table.in_flight[own] < self._max_in_flight]
