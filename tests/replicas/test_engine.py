@@ -28,11 +28,12 @@ def assert_idle(engine) -> None:
     assert engine.block_reports() == {}
 
 
-@pytest.mark.parametrize("max_steps_in_flight", [1, 2, 3])
+@pytest.mark.parametrize(("max_steps_in_flight", "num_stages"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 4)])
 @pytest.mark.parametrize("enable_chunked_prefill", [True, False])
-def test_outputs_equal_the_naive_loop(max_steps_in_flight: int, enable_chunked_prefill: bool):
+def test_outputs_equal_the_naive_loop(max_steps_in_flight: int, num_stages: int, enable_chunked_prefill: bool):
     engine, executor = make_engine(
         max_steps_in_flight=max_steps_in_flight,
+        num_stages=num_stages,
         enable_chunked_prefill=enable_chunked_prefill,
         max_num_batched_tokens=16 if enable_chunked_prefill else 64,
         max_model_len=64,

@@ -27,11 +27,18 @@ class EngineMachine(RuleBasedStateMachine):
         num_blocks=st.integers(12, 20),
         block_size=st.sampled_from([2, 4]),
         budget=st.integers(4, 12),
-        max_steps_in_flight=st.integers(1, 3),
+        num_stages=st.sampled_from([1, 2, 4]),
+        more_in_flight=st.integers(0, 4),
         enable_prefix_caching=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, budget: int, max_steps_in_flight: int, enable_prefix_caching: bool
+        self,
+        num_blocks: int,
+        block_size: int,
+        budget: int,
+        num_stages: int,
+        more_in_flight: int,
+        enable_prefix_caching: bool,
     ) -> None:
         self.engine, self.executor = make_engine(
             num_blocks=num_blocks,
@@ -39,8 +46,9 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_seqs=4,
             max_num_batched_tokens=budget,
             max_model_len=24,
-            max_steps_in_flight=max_steps_in_flight,
+            max_steps_in_flight=num_stages + more_in_flight,
             enable_prefix_caching=enable_prefix_caching,
+            num_stages=num_stages,
         )
         self.transcript = Transcript()
         self.accepted: list[Request] = []

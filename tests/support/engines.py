@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
 from shoal.replicas.engine import Engine
 from shoal.replicas.plan import StepPlan
 from shoal.replicas.protocol import FinishReason, Request, TokenDelta
@@ -17,7 +17,7 @@ EOS = 3
 def facts(max_model_len: int = 256, vocab_size: int = VOCAB_SIZE) -> ModelFacts:
     return ModelFacts(
         architecture="Fake",
-        num_layers=1,
+        num_layers=4,
         hidden_size=8,
         num_attention_heads=1,
         num_kv_heads=1,
@@ -35,9 +35,10 @@ def make_engine(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 16,
     max_model_len: int = 256,
-    max_steps_in_flight: int = 2,
+    max_steps_in_flight: int | None = None,
     enable_prefix_caching: bool = True,
     enable_chunked_prefill: bool = True,
+    num_stages: int = 1,
 ) -> tuple[Engine, FakeExecutor]:
     """An engine whose every plan is checked: no block is written that another sequence holds or writes too."""
     model = facts(max_model_len)
@@ -45,6 +46,7 @@ def make_engine(
         ModelConfig("fake"),
         CacheConfig(block_size=block_size, num_blocks=num_blocks, enable_prefix_caching=enable_prefix_caching),
         SchedulerConfig(max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, max_steps_in_flight),
+        ParallelConfig(pipeline_parallel_size=num_stages),
     ).resolve(model, "cpu")
     executor = FakeExecutor(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB_SIZE, (EOS,))
     engine = Engine(config, model, executor)
