@@ -79,6 +79,7 @@ class ShardActorHandle:
             "max_task_retries": 0,
         }
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote()
+        self._name = "shard"  # what Ray and lists of processes call it
         self._process: int | None = None  # a descriptor of its process, where that is on this node
 
     def call(self, method: str, *args: object) -> Future[Any]:
@@ -92,10 +93,12 @@ class ShardActorHandle:
             else:
                 answer.set_exception(_plain(error))
 
-        getattr(self._actor, method).remote(*args).future().add_done_callback(pass_on)
+        remote = getattr(self._actor, method).options(name=f"{self._name}.{method}")
+        remote.remote(*args).future().add_done_callback(pass_on)
         return answer
 
-    def hold(self, place: Place) -> None:
+    def seated(self, rank: int, place: Place) -> None:
+        self._name = f"shard {rank} of replica {os.getpid()}"
         if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
             with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
                 self._process = os.pidfd_open(place.pid)

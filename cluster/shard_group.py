@@ -21,7 +21,7 @@ from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from ..replicas.group_executor import GroupExecutor
 from ..replicas.plan import StepPlan, StepResult
 from ..replicas.step_channel import StepChannelServer
-from ..replicas.step_sockets import Address
+from ..replicas.step_sockets import Address, ChannelClosed
 from .placement import Place, Seat, seat, spread_stages
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class ShardHandle(Protocol):
         """Calls a method of ShardActor. The future fails with what it raises, or when the actor's process ends."""
         ...
 
-    def hold(self, place: Place) -> None:
-        """Is told where the actor is, so that `kill` can reach its process."""
+    def seated(self, rank: int, place: Place) -> None:
+        """Is told which rank the actor will be, and where it is."""
         ...
 
     def kill(self) -> None:
@@ -150,11 +150,10 @@ class _Builder:
     def _take_seats(self) -> None:
         parallel = self._config.parallel
         places: list[Place] = self._all("start", "place", [()] * len(self._shards))
-        for shard, place in zip(self._shards, places, strict=True):
-            shard.hold(place)
         self._seats = seat(places, parallel, self._home.node_id)
         self._shards = [self._shards[taken.actor] for taken in self._seats]
         for rank, taken in enumerate(self._seats):
+            self._shards[rank].seated(rank, taken.place)
             if self._config.device == "cuda" and len(taken.place.gpus) != 1:
                 raise ShardGroupError(
                     f"{_name(self._seats, rank)} has been given {len(taken.place.gpus)} GPUs ({taken.place.gpus}); "
@@ -193,12 +192,12 @@ class _Builder:
         with ThreadPoolExecutor(1) as pool:
             accepting = pool.submit(server.accept, self._left())
             wait([accepting, *runs], return_when=FIRST_COMPLETED)
-            if not accepting.done():
+            if any(run.done() for run in runs):
                 server.close()  # nobody need wait for the others
-                wait([accepting])
-                raise ShardGroupError(f"the shard group could not connect: {_ended(self._seats, runs)}")
             try:
                 accepting.result()
+            except ChannelClosed as error:
+                raise ShardGroupError(f"the shard group could not connect: {_ended(self._seats, runs)}") from error
             except EngineError as error:
                 raise ShardGroupError(f"the shard group could not connect: {error}") from error
         return server, runs

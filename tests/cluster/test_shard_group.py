@@ -1,5 +1,5 @@
-"""Shard groups: made together, taken down together. Without Ray, over a real step channel; `test_shard_kill.py` has
-real actors."""
+"""Shard groups: made together, taken down together. Fake actors, and a real step channel; `test_shard_actors.py` has
+real ones."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Mak
     group = maker.start(group_config(1, 2), [place(1), place(0)])
     first, second = sorted(maker.shards, key=lambda shard: shard.rank or 0)
     [server] = maker.servers
-    assert [first.held, second.held] == [place(0), place(1)]  # the first stage is on the engine's node
+    # The first stage is on the engine's node.
+    assert [first.seated_at, second.seated_at] == [(0, place(0)), (1, place(1))]
     assert [dict(shard.calls)["serve"][0] for shard in (first, second)] == [server.path, server.address]
     assert dict(second.calls)["join"][0] == ("10.0.0.0", 1)
     group.submit(decode_plan(0))

@@ -28,7 +28,7 @@ class FakeShard:
         self._before = before
         self.rank: int | None = None
         self.seat: tuple[int, tuple[str, ...]] | None = None
-        self.held: Place | None = None
+        self.seated_at: tuple[int, Place] | None = None
         self.killed = threading.Event()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[Future[Any]] = []
@@ -53,8 +53,8 @@ class FakeShard:
         threading.Thread(target=run, daemon=True).start()
         return future
 
-    def hold(self, place: Place) -> None:
-        self.held = place
+    def seated(self, rank: int, place: Place) -> None:
+        self.seated_at = rank, place
 
     def kill(self) -> None:
         if self.killed.is_set():

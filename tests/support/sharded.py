@@ -1,0 +1,131 @@
+"""Replicas of several ranks on the session's Ray, and what is to be seen of them from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from shoal.cluster.directory import DirectoryClient, remove_directory
+from shoal.cluster.membership import ReplicaInfo
+from shoal.cluster.options import RouterOptions
+from shoal.cluster.placement import bundles, ray_actor_options, strategy
+from shoal.cluster.replica import Replica, ReplicaOptions
+from shoal.cluster.router import Router
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+
+MODEL = "tiny"
+DIRECTORY = "sharded-directory"
+_FOLDER = Path(__file__).parents[2] / "deploy" / "models" / "tiny"
+_PATIENCE = 180.0  # seconds; only a failing test waits so long
+_TITLE = re.compile(r"ray::shard (\d+) of replica (\d+)")
+
+
+def tiny_config(parallel: ParallelConfig, folder: Path = _FOLDER) -> EngineConfig:
+    return EngineConfig(
+        ModelConfig(str(folder), max_model_len=512),
+        CacheConfig(num_blocks=256),
+        SchedulerConfig(max_num_seqs=16),
+        parallel=parallel,
+        device="cpu",
+        num_threads=1,
+    )
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(_PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@contextmanager
+def deployed(config: EngineConfig, num_replicas: int = 1) -> Iterator[None]:
+    """So many replicas, on few of the machine's CPUs; a step of theirs counts as stuck after 3 s."""
+    made = bundles(config.parallel, num_cpus=0.1, num_gpus_per_shard=0)
+    deployment: Any = serve.deployment(
+        Replica,  # pyright: ignore[reportArgumentType]
+        name="replica",
+        num_replicas=num_replicas,
+        placement_group_bundles=made,
+        placement_group_strategy=strategy(config.parallel),
+        ray_actor_options=ray_actor_options(made[0]),
+        health_check_period_s=1,
+        health_check_timeout_s=3,
+        max_constructor_retry_count=2,
+    )
+    options = ReplicaOptions(directory=DIRECTORY, host="127.0.0.1", step_floor=3.0)
+    try:
+        serve.run(deployment.bind(MODEL, config, options), name="app", route_prefix=None)
+        yield
+    finally:
+        serve.shutdown()
+        remove_directory(DIRECTORY)
+
+
+@asynccontextmanager
+async def router(num_replicas: int) -> AsyncIterator[Router]:
+    """A router that is connected to all replicas."""
+    client = DirectoryClient(DIRECTORY)
+    made = Router(client, await client.secret(), RouterOptions(replay_timeout=_PATIENCE, queue_timeout=_PATIENCE))
+    await made.start()
+    try:
+        await until(lambda: len(made.replicas(MODEL)) == num_replicas)
+        yield made
+    finally:
+        await made.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes of one replica."""
+
+    replica: int
+    ranks: tuple[int, ...]
+
+    @staticmethod
+    def of(info: ReplicaInfo) -> Processes:
+        found = {}
+        for folder in _processes():
+            title = _TITLE.match(_read(folder / "cmdline"))
+            if title is not None and int(title[2]) == info.pid:
+                found[int(title[1])] = int(folder.name)
+        return Processes(info.pid, tuple(found[rank] for rank in sorted(found)))
+
+    @property
+    def left(self) -> list[str]:
+        """Those that still run."""
+        folders = [Path(f"/proc/{pid}") for pid in (self.replica, *self.ranks)]
+        return [_read(folder / "cmdline") for folder in folders if _runs(folder)]
+
+
+def placement_groups() -> int:
+    """Those that hold resources, or wait for them."""
+    return sum(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def shard_processes() -> list[str]:
+    """All shard actors of this machine, whatever their state; their titles."""
+    titles = [_read(folder / "cmdline") for folder in _processes() if _runs(folder)]
+    return [title for title in titles if re.match(r"ray::(shard |ShardActor)", title)]
+
+
+def _processes() -> list[Path]:
+    return [folder for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+
+
+def _runs(folder: Path) -> bool:
+    return _read(folder / "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().rstrip("\0")
+    except OSError:  # the process has just ended
+        return ""
