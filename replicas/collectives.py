@@ -37,6 +37,11 @@ class Collectives(Protocol):
         weight [N], as kernels.rms_norm.add_rms_norm does. x is of no use afterwards."""
         ...
 
+    def check(self) -> None:
+        """Raises ShardGroupError once an operation has ended without the other ranks: what it made is NaN. Called on
+        the host before each step, and before a step's tokens are believed; costs no more than a read of memory."""
+        ...
+
 
 class TorchCollectives:
     """By a process group: gloo for tensors on CPU, NCCL for those of a GPU."""
@@ -68,3 +73,6 @@ class TorchCollectives:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    def check(self) -> None:
+        """Nothing to look for: what a process group cannot do raises, or never ends."""

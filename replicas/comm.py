@@ -59,3 +59,8 @@ class ParallelContext:
         if self.tp is None:
             return add_rms_norm(x, residual, weight, eps)
         return self.tp.all_reduce_add_rms_norm(x, residual, weight, eps)
+
+    def check(self) -> None:
+        """Raises ShardGroupError once an operation has ended without the other ranks; see Collectives."""
+        if self.tp is not None:
+            self.tp.check()

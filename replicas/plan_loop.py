@@ -7,6 +7,7 @@ thread does that, where there are any to send.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 
 from .runner import PendingStep
@@ -14,17 +15,19 @@ from .shard import Shard
 from .step_channel import ChannelClosed, PeerLost, StepChannelClient
 
 
-def run_plans(client: StepChannelClient, shard: Shard, *, answers: bool) -> None:
+def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None], *, answers: bool) -> None:
     """Runs plans until the engine has no more. answers: this rank sends the results; the others send failures alone.
+    check: raises where the results so far are not to be believed.
 
     Raises PeerLost when the engine is gone, and whatever makes a step fail, after it has told the engine.
     """
     launched: SimpleQueue[PendingStep | None] = SimpleQueue()
-    sender = threading.Thread(target=_send_results, args=(client, launched), name="shoal-results", daemon=True)
+    sender = threading.Thread(target=_send_results, args=(client, launched, check), name="shoal-results", daemon=True)
     if answers:
         sender.start()
     while (plan := client.receive()) is not None:
         try:
+            check()
             step = shard.launch(plan)
         except Exception as error:
             client.send_failure(plan.step, f"{type(error).__name__}: {error}")
@@ -36,12 +39,15 @@ def run_plans(client: StepChannelClient, shard: Shard, *, answers: bool) -> None
         sender.join()
 
 
-def _send_results(client: StepChannelClient, launched: SimpleQueue[PendingStep | None]) -> None:
+def _send_results(
+    client: StepChannelClient, launched: SimpleQueue[PendingStep | None], check: Callable[[], None]
+) -> None:
     """Ends with the last result, or with the first that cannot be had: the engine then ends the work of all ranks."""
     try:
         while (step := launched.get()) is not None:
             try:
                 result = step.result()
+                check()
             except Exception as error:
                 client.send_failure(step.plan.step, f"{type(error).__name__}: {error}")
                 return

@@ -34,6 +34,7 @@ from .rank_facts import RankFacts, check_facts
 from .shard import Shard
 from .step_channel import StepChannelClient
 from .step_sockets import Address
+from .symmetric import Group, open_collectives
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,11 @@ class ShardRank:
         tp = None
         if tp_size > 1:
             first = self._pp_rank * tp_size
-            tp = TorchCollectives(groups.open(f"stage {self._pp_rank}", range(first, first + tp_size)))
+            name = f"stage {self._pp_rank}"
+            plain = TorchCollectives(groups.open(name, range(first, first + tp_size)))
+            assert self._store is not None
+            group = Group(self._store, name, self._tp_rank, tp_size, self._device)
+            tp = open_collectives(plain, group, parallel.all_reduce, batch_invariant=self._config.batch_invariant)
         pp, max_in_flight = None, self._config.scheduler.max_steps_in_flight
         assert max_in_flight is not None, "the configuration is not resolved"
         if pp_size > 1:
@@ -128,7 +133,7 @@ class ShardRank:
         threading.Thread(target=self._watch_engine, args=(client,), name="shoal-engine-watch", daemon=True).start()
         last_stage = self._context.is_last_stage
         try:
-            run_plans(client, self._shard, answers=last_stage and self._tp_rank == 0)
+            run_plans(client, self._shard, self._context.check, answers=last_stage and self._tp_rank == 0)
         except Exception as error:
             self._leave(f"{type(error).__name__}: {error}")
         self._left.set()

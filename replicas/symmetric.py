@@ -7,7 +7,6 @@ kernels/all_reduce.py; what is too large for it, and everything that is not a su
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from ..kernels.all_reduce import (
     LIMITS_KIB,
     NUM_BUFFERS,
     STATE_SIZE,
+    WORLD_SIZES,
     Algorithm,
     Exchange,
     all_reduce,
@@ -29,13 +29,14 @@ from ..kernels.all_reduce import (
 from ..kernels.rms_norm import add_rms_norm
 from .collectives import Collectives
 from .errors import ShardGroupError
-from .symmetric_memory import PeersUnreachable, SymmetricMemory, open_symmetric_memory
+from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric_memory
 
 logger = logging.getLogger(__name__)
 
 # Turns of a wait before it ends, some 0.8 us each on an H200: 27 s. A rank that is that late has been stopped, and the
 # engine's watchdog was there before.
 _SPIN_LIMIT = 1 << 25
+_LONGEST_ROW = 1 << 16  # bytes
 _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -51,41 +52,29 @@ class Group:
 
 
 def open_collectives(
-    plain: Collectives,
-    group: Group,
-    *,
-    all_reduce: str,
-    max_num_tokens: int,
-    hidden_size: int,
-    dtype: torch.dtype,
+    plain: Collectives, group: Group, kind: str = "auto", *, batch_invariant: bool = False
 ) -> Collectives:
-    """What sums for a group whose messages have up to `max_num_tokens` rows of `hidden_size`; see ParallelConfig.
+    """What sums for a group; `kind` is `all_reduce` of ParallelConfig. Every rank calls it with the same arguments.
 
-    Every rank calls it with the same arguments. `plain` itself where that is asked for, on a CPU, and, with a warning
-    that says why, where the ranks cannot write each other's memory. Raises ShardGroupError where they cannot and
-    `all_reduce` is neither "auto" nor "nccl".
+    batch_invariant: messages of all sizes are summed in one order. `plain` itself is the answer where NCCL is asked
+    for, on a CPU, and, with a warning that says why, where the ranks cannot write each other's memory. Raises
+    ShardGroupError where they cannot and `kind` is neither "auto" nor "nccl".
     """
-    if all_reduce == "nccl" or group.device.type != "cuda":
+    if kind == "nccl" or group.device.type != "cuda":
         return plain
-    reason, memory = "", None
-    capacity = buffer_capacity(group.world_size, max_num_tokens, hidden_size, dtype.itemsize)
-    if group.world_size not in LIMITS_KIB:
-        reason = f"the kernels know {', '.join(map(str, LIMITS_KIB))} ranks, not {group.world_size}"
-    elif dtype not in DTYPES:
-        reason = f"the kernels do not sum {dtype}"
-    else:
-        try:
-            memory = open_symmetric_memory(
-                group.store, group.name, group.rank, group.world_size, group.device, NUM_BUFFERS * capacity
-            )
-        except PeersUnreachable as unreachable:
-            reason = str(unreachable)
-    if memory is None:
-        if all_reduce != "auto":
-            raise ShardGroupError(f"all_reduce {all_reduce!r} cannot be had: {reason}; use auto or nccl")
-        logger.warning("sums over the ranks of %s are left to NCCL alone: %s", group.name, reason)
+    try:
+        if group.world_size not in WORLD_SIZES:
+            raise NoSymmetricMemory(f"its kernels are for {WORLD_SIZES} ranks, and there are {group.world_size}")
+        capacity = buffer_capacity(group.world_size)
+        memory = open_symmetric_memory(
+            group.store, group.name, group.rank, group.world_size, group.device, NUM_BUFFERS * capacity
+        )
+    except NoSymmetricMemory as none:
+        if kind != "auto":
+            raise ShardGroupError(f"all_reduce {kind!r} cannot be had: {none}; use auto or nccl") from none
+        logger.warning("%s has no symmetric memory, and all its sums are left to NCCL: %s", group.name, none)
         return plain
-    if all_reduce == "symm_mem":
+    if kind == "symm_mem":
         return TorchSymmetricCollectives(plain, memory)
     exchange = Exchange(
         rank=group.rank,
@@ -98,27 +87,24 @@ def open_collectives(
         alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         spin_limit=_SPIN_LIMIT,
     )
-    return SymmetricCollectives(plain, exchange, whatever_fits=all_reduce == "triton")
+    return SymmetricCollectives(plain, exchange, every_size=batch_invariant or kind == "triton")
 
 
-def buffer_capacity(world_size: int, max_num_tokens: int, hidden_size: int, itemsize: int) -> int:
-    """Bytes of a buffer that holds every message of the table, normed or not."""
-    most = 0
-    for algorithm, limit in zip(Algorithm, LIMITS_KIB.get(world_size, (0, 0)), strict=True):
-        rows = max(1, min((limit << 10) // (hidden_size * itemsize), max_num_tokens))
-        for shape in ((rows, hidden_size), as_rows(rows * hidden_size)):
-            most = max(most, buffer_bytes(algorithm, *shape, itemsize, world_size))
-    return math.ceil(most / 4096) * 4096
+def buffer_capacity(world_size: int) -> int:
+    """Bytes of a buffer that holds every message of the table, slices being a row longer than their share of it."""
+    one_shot, two_shot = LIMITS_KIB[world_size]
+    return (max(world_size * one_shot, 2 * two_shot) << 10) + 2 * world_size * _LONGEST_ROW
 
 
 class SymmetricCollectives:
     """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
 
-    whatever_fits: larger ones too, in parts.
+    every_size: larger ones too, in parts.
     """
 
-    def __init__(self, plain: Collectives, exchange: Exchange, *, whatever_fits: bool = False) -> None:
-        self._plain, self._exchange, self._whatever_fits = plain, exchange, whatever_fits
+    def __init__(self, plain: Collectives, exchange: Exchange, *, every_size: bool = False) -> None:
+        self._plain, self._exchange, self._every_size = plain, exchange, every_size
+        self._alarm = exchange.alarm.numpy()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         algorithm = self._choose(x)
@@ -146,8 +132,7 @@ class SymmetricCollectives:
         return self._plain.all_to_all(x)
 
     def check(self) -> None:
-        """Raises ShardGroupError once a kernel has waited in vain: results since then are NaN. Costs a memory read."""
-        if self._exchange.alarm[0]:
+        if self._alarm[0]:
             raise ShardGroupError(
                 f"rank {self._exchange.rank} of {self._exchange.world_size} has waited {self._exchange.spin_limit} "
                 "turns, some 0.8 us each, for another rank's part of a sum; look at the other ranks' logs"
@@ -158,7 +143,7 @@ class SymmetricCollectives:
             return None
         algorithm = choose(x.nbytes, self._exchange.world_size)
         if algorithm is None:
-            return Algorithm.TWO_SHOT if self._whatever_fits else None
+            return Algorithm.TWO_SHOT if self._every_size else None
         return algorithm
 
     def _holds(self, algorithm: Algorithm, num_rows: int, num_features: int, x: torch.Tensor) -> bool:
@@ -202,3 +187,6 @@ class TorchSymmetricCollectives:
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         return self._plain.all_to_all(x)
+
+    def check(self) -> None:
+        self._plain.check()

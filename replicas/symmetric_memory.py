@@ -19,8 +19,8 @@ from torch._C._distributed_c10d import Store
 _TIMEOUT = timedelta(minutes=5)  # the ranks do this at the same point of their start, but load at different speeds
 
 
-class PeersUnreachable(Exception):
-    """A rank cannot write another one's memory; says which, and why. Every rank of the group raises the same."""
+class NoSymmetricMemory(Exception):
+    """A rank cannot write another one's memory; says which, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def open_symmetric_memory(
 ) -> SymmetricMemory:
     """`num_bytes` on each rank's device, all bits set. `name`: of the group, in this process and in the store.
 
-    Every rank of the group calls it. Raises PeersUnreachable, on all of them for one reason.
+    Every rank of the group calls it. Raises NoSymmetricMemory, on all of them for one reason.
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 
@@ -89,7 +89,7 @@ def open_symmetric_memory(
 
     def agree(what: str, reason: str) -> None:
         if reasons := [each for each in exchange(what, reason) if each]:
-            raise PeersUnreachable(reasons[0])
+            raise NoSymmetricMemory(reasons[0])
 
     places = [Place(**json.loads(each)) for each in exchange("place", json.dumps(asdict(Place.of(device))))]
     agree("access", why_unreachable(places, rank, lambda uuid: _has_access(device, uuid)))
