@@ -56,11 +56,22 @@ def best_keys_ref(
         scaled = wide * torch.where(greedy, 1.0, temperature.unsqueeze(1)).reciprocal()
         noise = gumbel_noise(params.seed[known], positions, wide.shape[1], first_token)
         scores = torch.where(greedy, wide, scaled + noise)
-    tokens = scores.argmax(dim=1)
-    best = scores.gather(1, tokens.unsqueeze(1)).squeeze(1) + 0.0  # of equal zeros there is one: +0
-    bits = best.view(torch.int32).long()
-    ordered = torch.where(bits < 0, bits ^ LAST_TOKEN, bits)
-    return torch.where(usable, (ordered << 32) + (LAST_TOKEN - first_token - tokens), UNUSABLE)
+    tokens = scores.argmax(dim=1, keepdim=True)
+    keys = make_keys(scores.gather(1, tokens), first_token + tokens).squeeze(1)
+    return torch.where(usable, keys, UNUSABLE)
+
+
+def make_keys(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Keys int64 of scores float32 and tokens int64 of one shape."""
+    bits = (scores + 0.0).view(torch.int32).long()  # of equal zeros there is one: +0
+    return (torch.where(bits < 0, bits ^ LAST_TOKEN, bits) << 32) + (LAST_TOKEN - tokens)
+
+
+def read_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores and tokens that keys were made of."""
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ LAST_TOKEN, ordered).int()
+    return bits.view(torch.float32), LAST_TOKEN - (keys & LAST_TOKEN)
 
 
 def winners(keys: torch.Tensor) -> torch.Tensor:
@@ -78,7 +89,7 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
     """`winners` in plain torch."""
     key = keys.amax(dim=0)
     score = key >> 32
-    return torch.where((score == LAST_TOKEN) | (score == NOTHING), -1, LAST_TOKEN - (key & 0xFFFFFFFF))
+    return torch.where((score == LAST_TOKEN) | (score == NOTHING), -1, LAST_TOKEN - (key & LAST_TOKEN))
 
 
 def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:

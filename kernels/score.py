@@ -5,7 +5,7 @@
 
 Legend: P rows of logits, V vocabulary, N likeliest tokens. Sums are taken in fp32 whatever the logits' dtype.
 On a CUDA device: score_triton.py for all but the N likeliest, which are torch's. Called for rows with logprobs, and
-for prompts.
+for prompts. Where a rank has a slice of the vocabulary, `score_slice` gives its share of the same.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ class Scores(NamedTuple):
     ranks: torch.Tensor  # int64 [P]; 1 is the likeliest
     top_ids: torch.Tensor  # int64 [P, N], the likeliest first
     top_logprobs: torch.Tensor  # float32 [P, N]
+
+
+class SliceScores(NamedTuple):
+    totals: torch.Tensor  # float32 [P], the slice's log-sum-exp
+    above: torch.Tensor  # int64 [P], its tokens that are likelier than the chosen one
+    top_ids: torch.Tensor  # int64 [P, N], its likeliest, counted from its first token
+    top_logits: torch.Tensor  # float32 [P, N]
 
 
 def score_ref(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
@@ -53,6 +60,28 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores
     logprobs, totals, ranks = score_triton(logits, token_ids)
     top_logits, top_ids = logits.topk(num_top, dim=1)
     return Scores(logprobs, ranks, top_ids, top_logits.float() - totals.unsqueeze(1))
+
+
+def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> SliceScores:
+    """What a slice's logits [P, V] add to the scores of tokens whose logits are `chosen` float32 [P].
+
+    The tokens may be of other slices. `num_top` <= V; a slice may be empty.
+    """
+    if logits.dim() != 2 or chosen.shape != logits.shape[:1] or num_top > logits.shape[1]:
+        raise ValueError(
+            f"logits {list(logits.shape)} and chosen {list(chosen.shape)} must be [P, V] and [P], with V of at least "
+            f"the {num_top} likeliest that are asked for"
+        )
+    top_logits, top_ids = logits.topk(num_top, dim=1)
+    if logits.shape[1] == 0:
+        totals, above = torch.full_like(chosen, float("-inf")), torch.zeros_like(chosen, dtype=torch.int64)
+    elif backend_of(logits) is Backend.TORCH:
+        totals, above = logits.float().logsumexp(dim=1), (logits > chosen.unsqueeze(1)).sum(dim=1)
+    else:
+        from .score_triton import score_slice_triton
+
+        totals, above = score_slice_triton(logits, chosen)
+    return SliceScores(totals, above, top_ids, top_logits.float())
 
 
 def score_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -7,8 +7,8 @@ the next step may already be waiting for them.
 
 Where tensor-parallel ranks have a slice of the logits each, all of them come to the same tokens, those of the whole. In
 most steps no row filters, and the ranks exchange the best token of each slice (kernels/sample_slice.py). In a step with
-top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. What few
-want, wishes and log-probabilities, all ranks compute alike from the whole logits of those rows.
+top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. Rows with
+wishes, which are few, choose on all ranks alike from the whole of theirs. Log-probabilities add up (slice_scores.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .host_copy import send_ints
 from .penalty_rows import PenaltyRows
 from .plan import Ints, RowStart
 from .protocol import SamplingParams
+from .slice_scores import score_slices
 from .vocabulary import VocabularySlice
 
 _NEVER = float("-inf")
@@ -127,8 +128,13 @@ class Sampler:
             adjuster.append(chosen[i])
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
-        """`kernels.score.score` of token_ids int64 [P] under the whole of logits [P, size]."""
-        return score(self._slice.whole(logits), token_ids, min(num_top, self.vocab_size))
+        """`kernels.score.score` of token_ids int64 [P] under logits [P, size] of all ranks."""
+        num_top = min(num_top, self.vocab_size)
+        return (
+            score_slices(logits, token_ids, num_top, self._slice)
+            if self.is_split
+            else score(logits, token_ids, num_top)
+        )
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:

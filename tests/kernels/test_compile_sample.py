@@ -88,19 +88,20 @@ def _winners():
     return Variant("shoal.kernels.sample_slice_triton:_winners_kernel", types, constants, {"num_warps": 4})
 
 
-PARTIALS = {"highest_ptr": "*fp32", "mass_ptr": "*fp32", "above_ptr": "*i32", "token_ptr": "*i64"}
+PARTIALS = {"highest_ptr": "*fp32", "mass_ptr": "*fp32", "above_ptr": "*i32"}
 
 
-def _score(dtype: str):
-    types = PARTIALS | {"logits_ptr": f"*{dtype}", "vocab_size": "i32/16"}
-    constants = {"CHUNK": score_triton.CHUNK, "PDL": True}
+def _score(dtype: str, *, sliced: bool = False):
+    types = PARTIALS | {"logits_ptr": f"*{dtype}", "vocab_size": "i32/16", "chosen_ptr": "*fp32" if sliced else "*i64"}
+    constants = {"CHUNK": score_triton.CHUNK, "SLICE": sliced, "PDL": True}
     options = {"num_warps": score_triton.NUM_WARPS}
     return Variant("shoal.kernels.score_triton:_score_chunks_kernel", types, constants, options)
 
 
-def _score_join(dtype: str):
+def _score_join(dtype: str, *, sliced: bool = False):
     types = PARTIALS | {"logits_ptr": f"*{dtype}", "logprob_ptr": "*fp32", "total_ptr": "*fp32", "rank_ptr": "*i64"}
-    constants = {"CHUNKS": CHUNKS, "PDL": True}
+    types |= {"chosen_ptr": "*fp32" if sliced else "*i64"}
+    constants = {"CHUNKS": CHUNKS, "SLICE": sliced, "PDL": True}
     return Variant("shoal.kernels.score_triton:_score_join_kernel", types, constants, {"num_warps": 1})
 
 
@@ -148,6 +149,8 @@ VARIANTS = {
     "score": _score("bf16"),
     "score in fp32": _score("fp32"),
     "score join": _score_join("bf16"),
+    "score of a slice": _score("bf16", sliced=True),
+    "score join of a slice": _score_join("bf16", sliced=True),
     "penalties": _penalties(),
     "count tokens": _count_tokens(),
     "embedding": _embed("bf16"),

@@ -7,7 +7,7 @@ import torch
 
 from shoal.kernels.backend import Backend, backend_of
 from shoal.kernels.sample import SamplingRows, sample_rows, sample_rows_ref
-from shoal.kernels.sample_slice import LAST_TOKEN, best_keys, best_keys_cost, winners
+from shoal.kernels.sample_slice import LAST_TOKEN, best_keys, best_keys_cost, make_keys, read_keys, winners
 from tests.kernels.test_sample_rows import make_logits, make_params
 
 SETTINGS = [{"temperature": 0.0}, {}, {"temperature": 0.02}, {"temperature": 20.0}]
@@ -81,6 +81,14 @@ def test_rows_without_usable_logits(settings, device, dtype):
     assert tokens[[0, 1, 2, 3, 6]].tolist() == [-1] * 5
     assert tokens[4] == 250
     assert torch.equal(tokens, sample_rows(logits, rows, params, rows))
+
+
+def test_keys_order_as_scores_and_then_the_lower_token():
+    ordered = [(-INFINITY, 0), (-3.5, 9), (-1e-40, 7), (0.0, 5), (-0.0, 4), (1e-40, 8), (2.0, 2**31 - 1), (INFINITY, 3)]
+    scores, tokens = (torch.tensor(column) for column in zip(*ordered, strict=True))
+    keys = make_keys(scores, tokens)
+    assert torch.equal(keys, keys.sort().values)
+    assert all(torch.equal(a, b) for a, b in zip(read_keys(keys), (scores, tokens), strict=True))
 
 
 def test_many_rows_and_ranks(device):

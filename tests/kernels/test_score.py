@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.kernels.score import score, score_cost
+from shoal.kernels.score import score, score_cost, score_slice
 
 
 @pytest.mark.parametrize(("vocab_size", "num_top"), [(1, 1), (33, 4), (4096, 20), (9001, 5), (130, 0)])
@@ -42,12 +42,34 @@ def test_no_token_and_no_rows(device):
     assert [len(each) for each in score(logits[:0], torch.empty(0, dtype=torch.int64, device=device), 2)] == [0] * 4
 
 
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_slices_add_up_to_the_whole(num_top, device, dtype):
+    """A slice of -inf alone, one of more than a chunk, one that is small, and an empty one."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(4, 4600, generator=generator) * 4 + 50).to(device, dtype)
+    logits[1, :100] = float("-inf")
+    chosen = logits[torch.arange(4), torch.randint(0, 4600, (4,), generator=generator)].float()
+    parts = [score_slice(logits[:, a:b], chosen, num_top) for a, b in ((0, 100), (100, 4500), (4500, 4600))]
+    empty = score_slice(logits[:, :0], chosen, 0)
+    assert empty.totals.tolist() == [float("-inf")] * 4
+    assert empty.above.tolist() == [0] * 4
+    totals = torch.stack([part.totals for part in parts]).logsumexp(0)
+    torch.testing.assert_close(totals.double(), logits.double().logsumexp(1), atol=2e-5, rtol=1e-6)
+    assert parts[0].totals[1] == float("-inf")
+    assert torch.equal(torch.stack([part.above for part in parts]).sum(0), (logits.float() > chosen[:, None]).sum(1))
+    top = torch.cat([part.top_logits for part in parts], dim=1).topk(num_top, dim=1).values
+    assert torch.equal(top, logits.float().topk(num_top, dim=1).values)
+    assert torch.equal(logits[:, 4500:].gather(1, parts[2].top_ids).float(), parts[2].top_logits)
+
+
 def test_wrong_arguments_are_named():
     index = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="20 likeliest tokens of a vocabulary of 5"):
         score(torch.zeros(2, 5), index, 20)
     with pytest.raises(ValueError, match=r"\[3\]"):
         score(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="the 6 likeliest"):
+        score_slice(torch.zeros(2, 5), torch.zeros(2), 6)
 
 
 def test_cost():

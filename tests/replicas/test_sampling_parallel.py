@@ -139,17 +139,18 @@ def test_wishes(params):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_top", [0, 7, 131])
-def test_scores_are_those_of_one_process(num_top, dtype):
-    logits, tokens = make_logits(5, 131, dtype), torch.tensor([0, 130, 63, 64, 17])
+@pytest.mark.parametrize(("vocab_size", "size"), [(131, 2), (40, 4)])
+@pytest.mark.parametrize("num_top", [0, 7, 40])
+def test_scores_are_those_of_one_process(num_top, vocab_size, size, dtype):
+    logits, tokens = make_logits(5, vocab_size, dtype), torch.tensor([0, vocab_size - 1, 31, 32, -1])
     logits[1, 9] = -INFINITY
     expected = score(logits, tokens, num_top)
 
     def work(comm: ParallelContext):
-        rank = RankSampler(131, PLAIN, comm)
+        rank = RankSampler(vocab_size, PLAIN, comm)
         return rank.sampler.score(rank.own(logits), tokens, num_top)
 
-    for found in run_ranks(2, work):
+    for found in run_ranks(size, work):
         assert_close(found.logprobs, expected.logprobs)
         assert torch.equal(found.ranks, expected.ranks)
         assert_close(found.top_logprobs, expected.top_logprobs)
@@ -158,7 +159,10 @@ def test_scores_are_those_of_one_process(num_top, dtype):
 
 
 def test_what_ranks_exchange():
-    """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row."""
+    """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row.
+
+    Scores: the chosen logit, then eight bytes for each likeliest token and for two sums.
+    """
     num_rows, vocab_size, params = 6, 1024, PLAIN + FILTERED
 
     def work(comm: ParallelContext):
@@ -168,9 +172,12 @@ def test_what_ranks_exchange():
             comm.tp.sent = dict.fromkeys(comm.tp.sent, 0)
             rank.step(make_logits(num_rows, vocab_size), rows, 0)
             sent.append(comm.tp.sent)
-        return sent
+        comm.tp.sent = dict.fromkeys(comm.tp.sent, 0)
+        rank.sampler.score(rank.own(make_logits(num_rows, vocab_size)), torch.arange(num_rows), 5)
+        return *sent, comm.tp.sent
 
-    for filtered, plain in run_ranks(2, work):
+    for filtered, plain, scores in run_ranks(2, work):
+        assert scores == {"all_reduce": 0, "all_gather": (4 + 8 * 7) * num_rows, "all_to_all": 0}
         assert plain == {"all_reduce": 0, "all_gather": 8 * num_rows, "all_to_all": 0}
         slices = num_rows * vocab_size // 2 * 4
         assert filtered == {"all_reduce": 0, "all_gather": 8 * num_rows // 2, "all_to_all": slices}
