@@ -101,6 +101,7 @@ def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
         "get_if_exists": True,
         "num_cpus": 0,
         "max_restarts": -1,
+        "scheduling_strategy": "DEFAULT",  # not in the placement group of the replica that asks, which ends before it
         "max_concurrency": 10_000,  # every router's watch is a call that waits
     }
     # Ray keeps the arguments for restarts, so that the secret outlives the process.
