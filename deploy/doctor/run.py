@@ -49,7 +49,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
             content = serve_file.read(subject.config)
             host, port = serve_file.listens(content)
         except ConfigError as error:
-            yield Finding("configuration", Status.WRONG, error.message)
+            yield _refused(error)
     host, port = subject.host or host, subject.port or port
     for name, check in (
         ("versions", check_versions),
@@ -106,7 +106,11 @@ def _check_placement(content: dict[str, Any], nodes: list[dict[str, float]]) -> 
     try:
         plans = serve_file.plans_of(content, device="cuda" if room.gpus else "cpu")
     except ServingError as error:
-        return [Finding("configuration", Status.WRONG, error.message)]
+        return [_refused(error)]
     share = cpu_share(plans, room)
     requests = [(plan, replica_request(plan, room, share)) for plan in plans]
     return placement.findings(requests, nodes or [{"CPU": room.node_cpus, "GPU": room.gpus}], where)
+
+
+def _refused(error: ServingError) -> Finding:
+    return Finding("configuration", Status.WRONG, error.message, "correct the file; Serve would start nothing of it")

@@ -34,7 +34,8 @@ def unknown_keys(kind: type[BaseModel], value: dict[str, Any]) -> set[str]:
 
 def replica_of(application: Application) -> Any:
     """What Serve is told of the only model's deployment."""
-    replica = application._bound_deployment.init_args[1]
+    deployment: Any = application._bound_deployment
+    replica = deployment.init_args[1]
     return replica._bound_deployment
 
 
