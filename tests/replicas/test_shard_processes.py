@@ -1,0 +1,143 @@
+"""Groups of local processes that fail: the error says which rank and why, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.errors import EngineError, ModelError, ShardGroupError
+from shoal.replicas.llm import build_engine
+from shoal.replicas.protocol import FinishReason, Request, SamplingParams
+from shoal.replicas.shard_processes import ShardProcesses, start_shard_processes
+from tests.support.checkpoints import FAMILIES
+from tests.support.golden import PROMPTS, engine_config
+from tests.support.processes import children, cpu_seconds, leftovers, wait_for_children, wait_for_end
+
+pytestmark = pytest.mark.slow
+
+LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return FAMILIES["llama"](tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    before = children(), leftovers()
+    yield
+    assert (children(), leftovers()) == before
+
+
+def start(folder: Path, tp: int = 2) -> ShardProcesses:
+    config = engine_config(folder, tp).resolve(read_model_facts(folder), "cpu")
+    return start_shard_processes(config, timeout_s=240)
+
+
+@pytest.fixture
+def serving(folder):
+    """An engine in the middle of a request, and its ranks' processes."""
+    before = children()
+    engine = build_engine(engine_config(folder, tp=2))
+    engine.add_request(Request("1", PROMPTS[0], LONG))
+    while not engine.step():
+        pass
+    yield engine, sorted(children() - before)
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_engine_and_is_named(serving, rank):
+    engine, pids = serving
+    os.kill(pids[rank], signal.SIGKILL)
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.ERROR]
+    assert isinstance(engine.failure, EngineError)
+    assert f"process {pids[rank]}) was killed by signal 9" in str(engine.failure)
+    wait_for_end(set(pids))  # the other one leaves by itself
+
+
+def test_a_stopped_rank_is_ended_with_the_group(serving):
+    engine, pids = serving
+    os.kill(pids[1], signal.SIGSTOP)
+    engine.shutdown()
+    wait_for_end(set(pids))
+
+
+def test_ranks_that_wait_for_a_plan_use_no_cpu(serving):
+    engine, pids = serving
+    while engine.has_work:
+        engine.step()
+    before = [cpu_seconds(pid) for pid in pids]
+    time.sleep(2.0)  # the span that is measured
+    spent = [cpu_seconds(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
+    assert max(spent) <= 0.02, f"CPU seconds of two idle ranks in two seconds: {spent}"
+
+
+def test_a_rank_that_is_killed_while_it_starts_is_named(folder):
+    before = children()
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, folder)
+        pids = wait_for_children(before, 2)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(ShardGroupError, match=rf"rank 1 \(process {pids[1]}\) was killed by signal 9"):
+            starting.result()
+
+
+def test_a_damaged_checkpoint_is_what_the_ranks_say_it_is(tmp_path):
+    folder = FAMILIES["llama"](tmp_path)
+    weights = folder / "model.safetensors"
+    config = engine_config(folder, 2).resolve(read_model_facts(folder), "cpu")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors is truncated"):
+        start_shard_processes(config)
+
+
+def test_a_group_that_does_not_start_in_time_is_taken_down(folder):
+    config = engine_config(folder, 2).resolve(read_model_facts(folder), "cpu")
+    with pytest.raises(ShardGroupError, match=r"could not open the store in time: no answer from rank 0"):
+        start_shard_processes(config, timeout_s=0.0)
+
+
+_ENGINE = """
+import sys
+from pathlib import Path
+from shoal.replicas.llm import build_engine
+from tests.support.golden import engine_config
+engine = build_engine(engine_config(Path(sys.argv[1]), tp=2))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ranks_end_with_an_engine_that_is_killed(folder):
+    """The program has no main module to import and no guard around it, as in a notebook."""
+    engine = subprocess.Popen(
+        [sys.executable, "-c", _ENGINE, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with engine:
+        assert engine.stdout
+        assert engine.stdout.readline() == b"ready\n"
+        ranks = children(engine.pid)
+        assert len(ranks) == 2
+        engine.kill()
+    wait_for_end(ranks)
+
+
+def test_ranks_end_with_an_engine_that_is_killed_while_they_start(folder):
+    engine = subprocess.Popen([sys.executable, "-c", _ENGINE, str(folder)], stdin=subprocess.PIPE)
+    with engine:
+        ranks = wait_for_children(set(), 2, engine.pid)
+        engine.kill()
+    wait_for_end(set(ranks))
