@@ -17,17 +17,25 @@ from .step_inputs import count_decodes
 class StageExchange:
     """One stage's exchange with the others, step by step, over its links.
 
-    `states` [max_tokens, hidden] stays at one address, for CUDA graphs: hidden states come in there, are worked on in
-    place, and leave from there. Just the plan's tokens travel, also where a graph has room for more.
+    Hidden states come in and leave through buffers that stay at one address, for CUDA graphs. Just the plan's tokens
+    travel: where a graph has room for more, what lies beyond is of an earlier step, and finite. That is why the two
+    are not one: padding that went through the layers again and again would not remain so.
 
     Of tokens all rows' last ones travel, 8 bytes a row, so that the first stage need not remember which rows a step
     sampled. A newer message holds all that an older one did.
     """
 
     def __init__(
-        self, comm: ParallelContext, links: PipelineLinks, last_tokens: Tensor, states: Tensor, max_in_flight: int
+        self,
+        comm: ParallelContext,
+        links: PipelineLinks,
+        last_tokens: Tensor,
+        max_in_flight: int,
+        *,
+        incoming: Tensor,
+        outgoing: Tensor,
     ) -> None:
-        self.states = states
+        self._incoming, self._outgoing = incoming, outgoing  # each [max_tokens, hidden], empty where there is none
         self._links, self._last_tokens, self._max_in_flight = links, last_tokens, max_in_flight
         self._is_first, self._is_last = comm.is_first_stage, comm.is_last_stage
         # On the first stage: steps whose tokens have not been taken, and the step that last sampled each row.
@@ -36,17 +44,16 @@ class StageExchange:
 
     def incoming(self, num_tokens: int) -> Tensor | None:
         """What the stage before left of a step with room for so many tokens; None on the first stage."""
-        return None if self._is_first else self.states[:num_tokens]
+        return None if self._is_first else self._incoming[:num_tokens]
 
     def put(self, hidden: Tensor) -> None:
-        """Lay a step's hidden states where they leave from. The first stage has made them elsewhere."""
-        if self._is_first:
-            self.states[: len(hidden)].copy_(hidden)
+        """Lay a step's hidden states where they leave from."""
+        self._outgoing[: len(hidden)].copy_(hidden)
 
     def take_in(self, plan: StepPlan) -> None:
         """Queue what must have come before the step can run."""
         if not self._is_first:
-            self._links.receive_hidden(self.states[: len(plan.token_ids)])
+            self._links.receive_hidden(self._incoming[: len(plan.token_ids)])
             return
         num_decodes = count_decodes(plan)
         readers = plan.rows[:num_decodes][plan.token_ids[:num_decodes] == DEVICE_TOKEN]
@@ -60,7 +67,7 @@ class StageExchange:
     def hand_on(self, plan: StepPlan) -> None:
         """Queue what others need of the step."""
         if not self._is_last:
-            self._links.send_hidden(self.states[: len(plan.token_ids)])
+            self._links.send_hidden(self._outgoing[: len(plan.token_ids)])
         elif len(plan.sample_rows):
             self._links.return_tokens(self._last_tokens)
 
@@ -82,5 +89,8 @@ def make_exchange(
     """The exchange of this rank; None where one stage is all."""
     if comm.pp is None:
         return None
-    states = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=last_tokens.device)
-    return StageExchange(comm, comm.pp, last_tokens, states, in_flight)
+    incoming, outgoing = (
+        torch.zeros(0 if unused else max_tokens, hidden_size, dtype=dtype, device=last_tokens.device)
+        for unused in (comm.is_first_stage, comm.is_last_stage)
+    )
+    return StageExchange(comm, comm.pp, last_tokens, in_flight, incoming=incoming, outgoing=outgoing)

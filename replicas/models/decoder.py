@@ -171,14 +171,13 @@ class DecoderModel(Layer):
     ) -> torch.Tensor:
         """input_ids, positions int64 [T] -> hidden states [T, hidden], final norm applied on the last stage.
 
-        `hidden` [T, hidden] is what the stage before returned, and is worked on in place; the first stage embeds
-        input_ids instead.
+        `hidden` [T, hidden] is what the stage before returned; the first stage embeds input_ids instead.
         """
         if hidden is None:
             assert self.embed_tokens is not None, "a later pipeline stage needs the hidden states of the one before"
             residual = self.embed_tokens(input_ids)
         else:
-            residual = hidden
+            residual = hidden.clone()
         ropes = {
             name: rotary.rows(positions, self.dtype)  # pyright: ignore[reportCallIssue]
             for name, rotary in zip(self.rope_names, self.ropes, strict=True)
