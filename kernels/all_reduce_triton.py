@@ -130,7 +130,7 @@ def _sum_of_slots(
 
     `slots` are the places of rank 0's words, those of the others `stride_slot` further each; `own` are this rank's.
     """
-    total = tl.full(own.shape, -0.0, tl.float32)  # what leaves the sign of a zero
+    total = tl.full(own.shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # -0: adding to it leaves all bits
     for first in range(0, WORLD, GROUP):
         ranks = first + tl.arange(0, GROUP)[:, None]
         wanted = mask[None, :] & (ranks != rank)
