@@ -1,5 +1,5 @@
-"""Shard groups: made together, taken down together. Fake actors, and a real step channel; `test_shard_actors.py` has
-real ones."""
+"""Shard groups: made together, taken down together. The actors are fake and the step channel is real; real actors are
+in `test_sharded_replicas.py`."""
 
 from __future__ import annotations
 
