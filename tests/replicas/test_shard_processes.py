@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.errors import EngineError, ModelError, ShardGroupError
 from shoal.replicas.llm import build_engine
@@ -75,14 +77,22 @@ def test_a_stopped_rank_is_ended_with_the_group(serving):
     wait_for_end(set(pids))
 
 
-def test_ranks_that_wait_for_a_plan_use_no_cpu(serving):
-    engine, pids = serving
+def test_an_idle_server_uses_no_cpu(serving):
+    """Neither the engine's thread, once it has answered a request, nor its ranks."""
+    engine, ranks = serving
     while engine.has_work:
         engine.step()
+    ended = threading.Event()
+    thread = EngineThread(engine, lambda deltas: ended.set() if deltas[-1].finish_reason else None, print)
+    thread.start()
+    thread.submit(Request("2", PROMPTS[0], LONG))
+    assert ended.wait(60)
+    pids = [os.getpid(), *ranks]
     before = [cpu_seconds(pid) for pid in pids]
     time.sleep(2.0)  # the span that is measured
     spent = [cpu_seconds(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
-    assert max(spent) <= 0.02, f"CPU seconds of two idle ranks in two seconds: {spent}"
+    thread.stop()
+    assert max(spent) <= 0.02, f"CPU seconds of an idle engine and two idle ranks in two seconds: {spent}"
 
 
 def test_a_rank_that_is_killed_while_it_starts_is_named(folder):
