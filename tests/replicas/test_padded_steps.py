@@ -11,27 +11,29 @@ import torch
 
 from shoal.kernels.backend import Backend, use_backend
 from shoal.replicas.batch import Room
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from shoal.replicas.graphs import StepGraphs, decode_rooms, mixed_rooms
 from shoal.replicas.kv_cache import KVCache
 from shoal.replicas.llm import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
+from tests.support.stages import StagesInTurn
 
 
-def run(folder: Path) -> list[tuple[list[int], list[float]]]:
+def run(folder: Path, num_stages: int = 1) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of prompts that are prefilled in chunks, forked, and decoded beside each other."""
     config = EngineConfig(
         ModelConfig(str(folder), dtype="float32", max_model_len=64),
         CacheConfig(block_size=16, num_blocks=24),
         SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=16),
+        ParallelConfig(pipeline_parallel_size=num_stages),
         device="cpu",
     )
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=1)
     drawn = SamplingParams(max_tokens=3, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
     wishing = SamplingParams(max_tokens=3, temperature=0.7, repetition_penalty=1.3, seed=5, ignore_eos=True)
     prompts = [tuple((37 * i + 11 * p) % (VOCAB_SIZE - 8) + 5 for i in range(3 + 9 * p)) for p in range(3)]
-    engine = build_engine(config)
+    engine = build_engine(config, start=StagesInTurn if num_stages > 1 else None)
     try:
         completions = generate(
             engine,
@@ -48,8 +50,11 @@ def run(folder: Path) -> list[tuple[list[int], list[float]]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_padding_changes_nothing(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "num_stages"),
+    [("llama", 1), ("mixtral", 1), ("llama", 2), pytest.param("mixtral", 2, marks=pytest.mark.slow)],
+)
+def test_padding_changes_nothing(family, num_stages, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process, not interpreted")
     folder = FAMILIES[family](tmp_path)
@@ -63,7 +68,7 @@ def test_padding_changes_nothing(family, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StepGraphs, "replay", padded)
     with use_backend(Backend.INTERPRET):
-        got = run(folder)
+        got = run(folder, num_stages)
     assert any(room.prefills and room.decodes for room in rooms), "a mixed step was run"
     assert any(not room.prefills for room in rooms), "a decode step was run"
     for (got_tokens, got_logprobs), (tokens, logprobs) in zip(got, want, strict=True):
