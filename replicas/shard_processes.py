@@ -112,6 +112,7 @@ class ShardProcesses:
         self.ranks = tuple(ranks)
         self._executor = executor
         self._runs = tuple(runs)  # each done when its rank runs no plans any more
+        self._patience_s = _LEAVE_SECONDS
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every rank; returns at once. Raises EngineError when one is gone."""
@@ -130,10 +131,11 @@ class ShardProcesses:
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves. Idempotent."""
         self._executor.shutdown()
-        _end_all(self.ranks, _LEAVE_SECONDS)
+        _end_all(self.ranks, self._patience_s)
 
     def _explained(self, error: EngineError) -> EngineError:
         """The error, and which process has ended: the ranks that are left know no more than that a peer is gone."""
+        self._patience_s = 0.0  # those that are left may wait for one that is gone
         wait(self._runs, _LAST_WORDS_SECONDS, return_when=FIRST_COMPLETED)
         ends = [str(run.exception()) for run in self._runs if run.done() and run.exception()]
         return type(error)(f"{error.message}; {'; '.join(ends)}") if ends else error
