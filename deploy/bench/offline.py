@@ -36,7 +36,9 @@ def run_latency(
     """A row for each context and batch; with `trace`, one traced run of the first of each."""
     vocab_size = opened.engine.facts.vocab_size
     run, draw = engine_run(opened.engine), random.Random(_SEED)
-    dense, rates = _limits(opened)
+    _check_trace(opened, trace)
+    # A token passes all stages of a pipeline, one after the other.
+    dense, rates = _limits(opened, opened.engine.config.parallel.tensor_parallel_size)
     _describe(report, opened, rates)
     latency.warm_up(run, draw, vocab_size)
     for context in contexts:
@@ -63,7 +65,8 @@ def run_throughput(
     """One row: all requests handed over at once, until the last token of the last."""
     engine = opened.engine
     run = engine_run(engine)
-    dense, rates = _limits(opened)
+    _check_trace(opened, trace)
+    dense, rates = _limits(opened, engine.config.parallel.world_size)
     _describe(report, opened, rates)
     latency.warm_up(run, random.Random(_SEED), engine.facts.vocab_size)
     workload = mixed_lengths(num_requests, *lengths, engine.facts.vocab_size)
@@ -97,12 +100,12 @@ def throughput_limit_s(model: Dense, rates: Rates, workload: Workload, max_num_s
     return prefill + num_tokens / batch * model.decode_s(batch, context, rates)
 
 
-def _limits(opened: OpenEngine) -> tuple[Dense | None, Rates]:
-    """The model's sizes, None for one that is not dense, and the device's rates."""
+def _limits(opened: OpenEngine, num_ranks: int) -> tuple[Dense | None, Rates]:
+    """The model's sizes for each of `num_ranks` that share it, None for one that is not dense, and a device's rates."""
     dtype = opened.engine.config.model.dtype
     rates = measure_rates(opened.device, getattr(torch, dtype))
     try:
-        return Dense.of(opened.folder, dtype), rates
+        return Dense.of(opened.folder, dtype, num_ranks), rates
     except ConfigError:
         return None, rates
 
@@ -112,12 +115,23 @@ def _describe(report: Report, opened: OpenEngine, rates: Rates) -> None:
     report.device = device_name(opened.device)
     report.settings |= {
         "dtype": config.model.dtype,
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": config.parallel.pipeline_parallel_size,
         "max_num_seqs": config.scheduler.max_num_seqs,
         "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
         "load_s": round(opened.load_s, 2),
         "copy GB/s": round(rates.bytes_per_s / 1e9, 1),
         "matmul TFLOP/s": round(rates.flops / 1e12, 3),
     }
+
+
+def _check_trace(opened: OpenEngine, trace: Path | None) -> None:
+    world_size = opened.engine.config.parallel.world_size
+    if trace is not None and world_size > 1:
+        raise ConfigError(
+            f"a trace is of this process, and the model runs in {world_size} others; trace it with "
+            "tensor_parallel_size and pipeline_parallel_size 1"
+        )
 
 
 def _room(opened: OpenEngine, context: int) -> int:

@@ -47,6 +47,23 @@ def test_latency(tmp_path: Path) -> None:
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_model_that_is_split(tp: int, pp: int, tmp_path: Path) -> None:
+    split = ["--set", f"tensor_parallel_size={tp}", "--set", f"pipeline_parallel_size={pp}", "--set", "num_threads=1"]
+    latency, throughput = tmp_path / "latency_split.json", tmp_path / "throughput_split.json"
+    sizes = ["--batches", "2", "--contexts", "16", "--decoded", "3", "--rounds", "1"]
+    bench("latency", "--model", "tiny", *sizes, *SMALL, *split, "--json", latency, "--commit", "abc")
+    (row,) = read(latency)["rows"]
+    assert row["decode ms"] > 0
+    sizes = ["--requests", "4", "--shortest", "2", "--longest", "9"]
+    bench("throughput", "--model", "tiny", *sizes, *SMALL, *split, "--json", throughput, "--commit", "abc")
+    report = read(throughput)
+    assert report["rows"][0]["requests"] == 4
+    settings = report["settings"]
+    assert (settings["tensor_parallel_size"], settings["pipeline_parallel_size"]) == (tp, pp)
+
+
 def test_throughput(tmp_path: Path) -> None:
     path = tmp_path / "throughput_tiny.json"
     sizes = ["--requests", "10", "--shortest", "2", "--longest", "9"]
