@@ -90,9 +90,3 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
     key = keys.amax(dim=0)
     score = key >> 32
     return torch.where((score == LAST_TOKEN) | (score == NOTHING), -1, LAST_TOKEN - (key & LAST_TOKEN))
-
-
-def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): as sampling from a vocabulary of that size."""
-    size = num_rows * slice_size
-    return size * dtype.itemsize, 90 * size

@@ -80,11 +80,11 @@ class Sampler:
         Uncommon wishes are left out; -1 where a row's logits are of no use. No value is read on the host.
         filtered: what `has_filters` said.
         """
-        own = self._slice
         if not self.is_split:
             return sample_rows(logits, rows, self._params, positions)
+        own = self._slice
         if filtered:
-            tokens = sample_rows(own.deal(logits), own.own(rows, -1), self._params, own.own(positions, 0))
+            tokens = sample_rows(own.deal(logits), own.dealt(rows, -1), self._params, own.dealt(positions, 0))
             return own.collect(tokens, len(rows))
         keys = own.comm.all_gather(best_keys(logits, rows, self._params, positions, own.first))
         return winners(keys.view(own.comm.tp_size, len(rows)))
@@ -130,11 +130,9 @@ class Sampler:
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
         """`kernels.score.score` of token_ids int64 [P] under logits [P, size] of all ranks."""
         num_top = min(num_top, self.vocab_size)
-        return (
-            score_slices(logits, token_ids, num_top, self._slice)
-            if self.is_split
-            else score(logits, token_ids, num_top)
-        )
+        if self.is_split:
+            return score_slices(logits, token_ids, num_top, self._slice)
+        return score(logits, token_ids, num_top)
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:

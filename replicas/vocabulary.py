@@ -44,16 +44,15 @@ class VocabularySlice:
         return self.comm.all_gather(self._padded(logits, len(logits)))[:, : self.vocab_size]
 
     def deal(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [K, size] of every rank -> whole rows [ceil(K / ranks), vocab_size]: this rank's, as `own` says.
+        """Logits [K, size] of every rank -> whole rows [ceil(K / ranks), vocab_size]: this rank's share of the rows.
 
-        The ranks share the rows out: a rank receives 1 / ranks of what `whole` would bring it, and has as much less to
-        do with it.
+        A rank receives 1 / ranks of what `whole` would bring it, and has as much less to do with it.
         """
         ranks, share = self.comm.tp_size, self._share(len(logits))
         blocks = self.comm.all_to_all(self._padded(logits, ranks * share).view(ranks, share, self.width))
         return blocks.transpose(0, 1).reshape(share, ranks * self.width)[:, : self.vocab_size]
 
-    def own(self, values: torch.Tensor, padding: int) -> torch.Tensor:
+    def dealt(self, values: torch.Tensor, padding: int) -> torch.Tensor:
         """Of values [K], the same on every rank, those of the rows that `deal` brings, then `padding`."""
         share = self._share(len(values))
         missing = share * self.comm.tp_size - len(values)

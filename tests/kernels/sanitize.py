@@ -27,6 +27,7 @@ from tests.kernels import (
     test_paged_attention_triton,
     test_penalties,
     test_sample_rows,
+    test_sample_slice,
     test_score,
     test_step_inputs,
 )
@@ -92,7 +93,9 @@ def sampling() -> Iterator[Case]:
     yield tests.test_a_vocabulary_of_several_chunks, {"num_rows": 13, **BF16}
     yield test_penalties.test_penalties_equal_the_loop, {}
     yield test_penalties.test_counting_goes_on_where_the_history_began, {}
+    yield test_sample_slice.test_slices_choose_as_the_whole, {"vocab_size": 1001, "width": 256, "num_rows": 12, **BF16}
     yield test_score.test_scores_equal_log_softmax, {"vocab_size": 9001, "num_top": 5, **BF16}
+    yield test_score.test_slices_add_up_to_the_whole, {"num_top": 3, **BF16}
     yield test_embedding.test_ranks_add_up_to_the_whole_table, {"num_features": 1500, **BF16}
 
 

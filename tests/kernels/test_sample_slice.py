@@ -7,7 +7,7 @@ import torch
 
 from shoal.kernels.backend import Backend, backend_of
 from shoal.kernels.sample import SamplingRows, sample_rows, sample_rows_ref
-from shoal.kernels.sample_slice import LAST_TOKEN, best_keys, best_keys_cost, make_keys, read_keys, winners
+from shoal.kernels.sample_slice import LAST_TOKEN, best_keys, make_keys, read_keys, winners
 from tests.kernels.test_sample_rows import make_logits, make_params
 
 SETTINGS = [{"temperature": 0.0}, {}, {"temperature": 0.02}, {"temperature": 20.0}]
@@ -114,7 +114,3 @@ def test_wrong_arguments_are_named():
         best_keys(torch.zeros(3, 4), index, params, index, 4)
     with pytest.raises(ValueError, match="int64"):
         winners(torch.zeros(2, 4))
-
-
-def test_cost_reads_each_logit_once():
-    assert best_keys_cost(2, 100, torch.bfloat16)[0] == 400
