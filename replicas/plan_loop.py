@@ -48,9 +48,11 @@ def _send_results(
             try:
                 result = step.result()
                 check()
+                client.send_result(result)
+            except (PeerLost, ChannelClosed):
+                raise
             except Exception as error:
                 client.send_failure(step.plan.step, f"{type(error).__name__}: {error}")
                 return
-            client.send_result(result)
     except (PeerLost, ChannelClosed):  # the loop notices it too, and says so
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -55,9 +56,16 @@ def _receive(control: Connection, calls: SimpleQueue[tuple[str, tuple[Any, ...]]
 
 
 def _answer(control: Connection, answer: tuple[Any, Exception | None]) -> None:
+    value, error = answer
     try:
-        control.send(answer)
+        control.send((value, _portable(error)))
     except OSError:
         os._exit(_EXIT_PARENT_GONE)
-    except Exception:  # an error that cannot be pickled
-        control.send((None, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error, or its words where the parent could not read it: some can be written and not read."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
