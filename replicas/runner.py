@@ -105,9 +105,7 @@ class Runner:
         else:
             self._inputs = DeviceInputs(state, block_size, max_tokens, self._turns)
         self._samples = model.comm.is_last_stage
-        self._exchange = make_exchange(
-            model.comm, state.last_tokens, max_tokens, facts.hidden_size, model.dtype, in_flight
-        )
+        self._exchange = make_exchange(model.comm, state.last_tokens, max_tokens, facts.hidden_size, model.dtype)
         # Where each step's sampled states go, at an address that graphs can hold on to.
         self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
         # Through a proxy: in a cycle with its graphs a runner that is done would keep its memory, of the device too,

@@ -30,13 +30,12 @@ class StageExchange:
         comm: ParallelContext,
         links: PipelineLinks,
         last_tokens: Tensor,
-        max_in_flight: int,
         *,
         incoming: Tensor,
         outgoing: Tensor,
     ) -> None:
         self._incoming, self._outgoing = incoming, outgoing  # each [max_tokens, hidden], empty where there is none
-        self._links, self._last_tokens, self._max_in_flight = links, last_tokens, max_in_flight
+        self._links, self._last_tokens, self._num_stages = links, last_tokens, comm.pp_size
         self._is_first, self._is_last = comm.is_first_stage, comm.is_last_stage
         # On the first stage: steps whose tokens have not been taken, and the step that last sampled each row.
         self._owed: deque[int] = deque()
@@ -57,9 +56,9 @@ class StageExchange:
             return
         num_decodes = count_decodes(plan)
         readers = plan.rows[:num_decodes][plan.token_ids[:num_decodes] == DEVICE_TOKEN]
-        # Results so old have been read by who made this plan: taking their tokens waits for nothing, and leaving them
-        # would fill the link.
-        self._take_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._max_in_flight))
+        # The last stage cannot be further behind than there are stages, for each hands a step on before it begins the
+        # next. So taking tokens that nobody reads yet does not wait for long; left alone they would fill the link.
+        self._take_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._num_stages))
         if len(plan.sample_rows):
             self._sampled_in[plan.sample_rows] = plan.step
             self._owed.append(plan.step)
@@ -84,7 +83,7 @@ class StageExchange:
 
 
 def make_exchange(
-    comm: ParallelContext, last_tokens: Tensor, max_tokens: int, hidden_size: int, dtype: torch.dtype, in_flight: int
+    comm: ParallelContext, last_tokens: Tensor, max_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> StageExchange | None:
     """The exchange of this rank; None where one stage is all."""
     if comm.pp is None:
@@ -93,4 +92,4 @@ def make_exchange(
         torch.zeros(0 if unused else max_tokens, hidden_size, dtype=dtype, device=last_tokens.device)
         for unused in (comm.is_first_stage, comm.is_last_stage)
     )
-    return StageExchange(comm, comm.pp, last_tokens, in_flight, incoming=incoming, outgoing=outgoing)
+    return StageExchange(comm, comm.pp, last_tokens, incoming=incoming, outgoing=outgoing)
