@@ -50,10 +50,26 @@ class TorchCollectives:
         self.group = group
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cpu and self.group.size() > 2:
+            return self._sum_in_order(x)
         dist.all_reduce(x, group=self.group)
         return x
 
+    def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """In place, in order of rank: gloo sums each part of a message in another order, so that a token's bits would
+        depend on the tokens beside it. As quick for few tokens; at 8 MB and four ranks 190 ms against 30 (two cores).
+        """
+        parts = self._gather(x)
+        torch.add(parts[0], parts[1], out=x)
+        for part in parts[2:]:
+            x += part
+        return x
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._gather(x).movedim(0, -2).flatten(-2)
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[ranks, ...]."""
         x = x.contiguous()
         parts = torch.empty((self.group.size(), *x.shape), dtype=x.dtype, device=x.device)
         # Torch's function for it has one name up to 2.12 and another from 2.13 on; this is what both call.
@@ -62,7 +78,7 @@ class TorchCollectives:
         work = self.group._allgather_base(parts.view(-1), x.view(-1), options)
         if work is not None:
             work.wait()
-        return parts.movedim(0, -2).flatten(-2)
+        return parts
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         received = torch.empty_like(x, memory_format=torch.contiguous_format)
