@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -162,3 +163,20 @@ def test_ranks_on_both_sides_of_a_cut_link_leave(
         assert re.search(r"rank 1 of 2 is gone", str(group.engine.failure))
         group.engine.shutdown()
         assert all(shard.has_left(NOTICED_SECONDS) for shard in group.shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_replica_over_two_raylets_outlives_one_of_them(checkpoint: str, tp: int, pp: int) -> None:
+    """The second node is killed while it works for a request; nothing but its ranks was on it."""
+    command = [sys.executable, "-m", "tests.support.two_raylets", checkpoint, str(tp), str(pp)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    head, *ranks = seen["nodes"]
+    assert ranks[0] == head != ranks[1]
+    assert seen["undisturbed"] == seen["alone"]
+    assert seen["reason"] == "NO_RESOURCES"
+    assert seen["killed"] == seen["alone"]
+    assert seen["nodes after"][:2] == [head, head]
+    assert seen["nodes after"][2] not in seen["nodes"]
