@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from shoal.kernels.sample import sample_rows
 from shoal.kernels.score import score
 from shoal.replicas.comm import ParallelContext
+from shoal.replicas.graphs import decode_rooms, mixed_rooms, with_filtered
 from shoal.replicas.plan import RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
 from shoal.replicas.sampler import Sampler
@@ -231,3 +233,17 @@ def test_tokens_do_not_depend_on_who_else_is_there():
 
     alone = sample_rows(logits[:1], torch.tensor([0]), RankSampler(200, params).sampler._params, torch.tensor([5]))
     assert run_ranks(2, work) == [[int(alone)] * 2] * 2
+
+
+def test_each_size_of_a_step_has_both_programs():
+    """Sorted by tokens as before, and a step fits into the rooms of its own program alone."""
+    for rooms in (decode_rooms(20), mixed_rooms(20, 200)):
+        both = with_filtered(rooms)
+        assert [room.tokens for room in both] == sorted(room.tokens for room in both)
+        for filtered in (False, True):
+            step = replace(rooms[0], filtered=filtered)
+            fitting = [room for room in both if room.holds(step)]
+            assert {room.filtered for room in fitting} == {filtered}
+            assert [replace(room, filtered=False) for room in fitting] == [
+                room for room in rooms if room.holds(rooms[0])
+            ]
