@@ -45,7 +45,7 @@ class Shard:
         context: ParallelContext | None = None,
         device: torch.device | None = None,
         *,
-        agree: Callable[[int], int] = int,
+        agree: Callable[[int], int] | None = None,
         num_neighbours: int = 1,
     ) -> None:
         facts = read_model_facts(Path(config.model.path))
@@ -67,15 +67,17 @@ class Shard:
         if self.device.type == "cuda":
             with self._stage("kernels"):
                 _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens)
-        num_blocks = config.cache.num_blocks
-        if num_blocks is None and config.cache.kv_cache_memory_bytes is not None:
-            room = config.cache.kv_cache_memory_bytes
-            num_blocks = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
+        num_blocks, room = config.cache.num_blocks, config.cache.kv_cache_memory_bytes
+        if room is not None:  # this stage of a pipeline may have more layers than the configuration took it to have
+            found = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
+            num_blocks = min(found, num_blocks or found)
         elif num_blocks is None:
             with self._stage("memory profile"):
                 num_blocks = _profile_blocks(model, config, facts, self.device, available)
-        with self._stage("other ranks"):
-            self.num_blocks = agree(num_blocks)
+        if agree is not None:
+            with self._stage("other ranks"):
+                num_blocks = agree(num_blocks)
+        self.num_blocks = num_blocks
         with self._stage("KV cache"):
             self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
         if self.device.type == "cuda" and not config.enforce_eager:

@@ -31,6 +31,8 @@ def test_threads_are_set_whatever_the_environment_says():
     try:
         assert set_cpu_threads(2) == torch.get_num_threads() == 2
         assert set_cpu_threads(None) == torch.get_num_threads() == max(1, usable_cores() - 1)
+        assert set_cpu_threads(None, 2) == torch.get_num_threads() == max(1, (usable_cores() - 1) // 2)
+        assert set_cpu_threads(3, 2) == 3, "what a user says is of each rank"
         with pytest.raises(ConfigError, match="num_threads is 0"):
             set_cpu_threads(0)
     finally:

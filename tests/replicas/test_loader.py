@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from shoal.replicas import loader
 from shoal.replicas.checkpoint import ARCHITECTURES, INDEX_FILE, list_tensors, read_model_facts, resolve_model_path
+from shoal.replicas.comm import ParallelContext
+from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ModelError
 from shoal.replicas.loader import load_model
+from shoal.replicas.models.decoder import DecoderModel
 from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
 from shoal.replicas.models.families import decoder_spec
 from tests.support.checkpoints import FAMILIES
@@ -257,6 +262,78 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(llama):
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
     assert all(value.isfinite().all() for value in logits)
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+@pytest.mark.parametrize("family", ["llama", "llama_biased_tied", "mixtral"])
+def test_ranks_hold_parts_of_one_model(family, load_format, tmp_path):
+    """What the ranks have of a tensor, put together as it was split, is the tensor of a single rank."""
+    config = engine_config(FAMILIES[family](tmp_path), load_format=load_format)
+    contexts = [ParallelContext(tp_rank=rank, tp_size=2) for rank in range(2)]
+    whole, *parts = (_filled(config, context) for context in (ParallelContext(), *contexts))
+    for name, (tensor, _) in whole.items():
+        rebuilt = torch.zeros_like(tensor)
+        for part in parts:
+            own, index = part.get(name, (tensor[:0], (slice(0, 0),)))
+            rebuilt[index or ...] = own.view(rebuilt[index or ...].shape)
+        assert torch.equal(rebuilt, tensor), name
+
+
+def _filled(config: EngineConfig, context: ParallelContext) -> dict[str, tuple[torch.Tensor, tuple]]:
+    """Every slot's tensor, and where in its source it lies, by the source's name."""
+    filled = {}
+
+    def keep(model: DecoderModel) -> None:
+        for slot in model.weight_slots("model.", "lm_head"):
+            filled[slot.sources[0].name] = slot.target.clone(), slot.sources[0].index
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecoderModel, "prepare", keep)
+        load_model(config, CPU, context)
+    return filled
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_rank_reads_its_part_of_the_file_alone(family, tmp_path, monkeypatch):
+    """Norms and what is as small are read by every rank, and all else once."""
+    config = engine_config(FAMILIES[family](tmp_path))
+    read: list[int] = []
+    monkeypatch.setattr(loader, "safe_open", lambda file, framework: CountedFile(safe_open(file, framework), read))
+    totals = []
+    for context in (ParallelContext(), *(ParallelContext(tp_rank=rank, tp_size=4) for rank in range(4))):
+        read.clear()
+        load_model(config, CPU, context)
+        totals.append(sum(read))
+    whole = sum(math.prod(info.shape) for info in list_tensors(tmp_path).values())
+    assert totals[0] == whole
+    assert all(total < 0.4 * whole for total in totals[1:]), totals  # two of the four ranks share each kv head
+
+
+class CountedFile:
+    """A safetensors file that notes how many elements are read of it."""
+
+    def __init__(self, file, read: list[int]) -> None:
+        self._file, self._read = file, read
+
+    def __enter__(self):
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._file.__exit__(*error)
+
+    def get_slice(self, name: str):
+        return _CountedSlice(self._file.get_slice(name), self._read)
+
+
+class _CountedSlice:
+    def __init__(self, part, read: list[int]) -> None:
+        self._part, self._read = part, read
+
+    def __getitem__(self, index) -> torch.Tensor:
+        tensor = self._part[index]
+        self._read.append(tensor.numel())
+        return tensor
 
 
 # Damage
