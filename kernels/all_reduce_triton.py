@@ -33,6 +33,7 @@ from .all_reduce import NUM_BUFFERS, Algorithm, Exchange, as_rows, buffer_bytes,
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 MAX_TILE = 32768  # bytes of all ranks' words that a program holds: 4 vectors a thread with 16 warps
+MAX_REGISTERS = 128  # of a thread; left to itself the compiler spills a few to keep below 64
 MAX_PROGRAMS = 128  # all of them run at once on an H200, 132 multiprocessors, whatever else does
 TICKETS = tl.constexpr(1 << 16)
 BUFFERS = tl.constexpr(NUM_BUFFERS)
@@ -348,5 +349,5 @@ def _launch(
     kernel: Any = _two_shot_kernel if sliced else _one_shot_kernel
     kernel[(min(rows[-1], MAX_PROGRAMS),)](
         *arguments, NUM_FEATURES=num_features, HAS_NORM=weight is not None, WORLD=world_size, GROUP=group,
-        BLOCK_N=block_n, num_warps=num_warps, **pdl_launch(x),
+        BLOCK_N=block_n, num_warps=num_warps, maxnreg=MAX_REGISTERS, **pdl_launch(x),
     )  # fmt: skip

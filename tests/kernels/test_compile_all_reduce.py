@@ -1,0 +1,95 @@
+"""All-reduce compiles for sm_90a: nothing spilled, wide loads and stores, and no wait without an end."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from shoal.kernels import all_reduce_triton
+from tests.support.aot import Compiled, Variant, compile_variants
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def _variant(kind: str, dtype: str, world_size: int, num_features: int, *, norm: str = "") -> Variant:
+    block_n = 1 << (num_features - 1).bit_length()
+    group, num_warps = all_reduce_triton.launch_parameters(block_n, ITEMSIZE[dtype], world_size)
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr"), f"*{dtype}") | {
+        "weight_ptr": f"*{norm or dtype}", "peers_ptr": "*i64", "state_ptr": "*i64", "alarm_ptr": "*i32",
+        "numel": "i32/16", "eps": "fp32",
+    }  # fmt: skip
+    constants = {
+        "NUM_FEATURES": num_features, "HAS_NORM": bool(norm), "WORLD": world_size, "GROUP": group, "BLOCK_N": block_n,
+        "PDL": True,
+    }  # fmt: skip
+    options = {"num_warps": num_warps, "launch_pdl": True, "maxnreg": all_reduce_triton.MAX_REGISTERS}
+    return Variant(f"shoal.kernels.all_reduce_triton:{kind}", types, constants, options)
+
+
+VARIANTS = {
+    f"{kind} {name}": _variant(kind, *arguments, norm=norm)
+    for kind in ("_one_shot_kernel", "_two_shot_kernel")
+    for name, arguments, norm in (
+        ("of 2 ranks", ("bf16", 2, 4096), ""),
+        ("of 2 ranks, normed", ("bf16", 2, 4096), "bf16"),
+        ("of 4 ranks, normed", ("bf16", 4, 8192), "bf16"),
+        ("of 4 ranks, an odd row, fp32 weight", ("fp16", 4, 2304), "fp32"),
+        ("of 8 ranks", ("bf16", 8, 4096), ""),
+        ("of 8 ranks, normed", ("bf16", 8, 8192), "bf16"),
+        ("in fp32", ("fp32", 2, 4096), "fp32"),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    return compile_variants(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_spills(name, compiled):
+    assert compiled[name].spilled == 0
+    assert compiled[name].registers <= all_reduce_triton.MAX_REGISTERS
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_words_are_read_and_written_16_bytes_at_a_time(name, compiled):
+    """The rest is the state, one number at a time: the ticket, what to empty, whether a wait has failed."""
+    kernel = compiled[name]
+    opcodes = {each.opcode for each in kernel.sass if each.opcode.startswith(("LDG", "STG"))}
+    assert opcodes == {"LDG.E.128.STRONG.SYS", "LDG.E.128", "LDG.E.64", "LDG.E", "STG.E.128", "STG.E.64", "STG.E"}
+    assert kernel.count("LDG.E", "STG.E") - kernel.count("LDG.E.128", "STG.E.128") <= 8
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_wait_counts_its_turns_to_a_limit(name, compiled):
+    waits = [loop for loop in _inner_loops(compiled[name].ptx) if "ld.volatile" in loop]
+    assert len(waits) == (2 if "two_shot" in name else 1)
+    for loop in waits:
+        going_on = re.findall(r"@(%p\d+) bra", loop)[-1]
+        both = re.search(rf"and\.pred\s+{going_on}, (%p\d+), (%p\d+);", loop)
+        assert both is not None
+        counts = [re.search(rf"setp\.lt\.s32\s+{predicate}, (%r\d+), (%r\d+);", loop) for predicate in both.groups()]
+        turn, limit = next(found.groups() for found in counts if found is not None)
+        assert re.search(rf"add\.s32\s+{turn}, {turn}, 1;", loop)
+        assert not re.search(rf"\s{limit}, .*;\n", re.sub(r"setp.*", "", loop)), "the limit does not move"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_shared_before_the_kernels_before_it_have_ended(name, compiled):
+    ptx = compiled[name].ptx
+    wait = ptx.index("griddepcontrol.wait")
+    assert ptx.index("griddepcontrol.launch_dependents") < wait
+    assert all(wait < ptx.index(access) for access in ("st.global", "ld.volatile", "atom.global"))
+
+
+def _inner_loops(ptx: str) -> list[str]:
+    """What stands between a label and a branch back to it, no other loop being in between."""
+    places = {match[1]: match.start() for match in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.M)}
+    jumps = [(places[match[1]], match.end()) for match in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx)]
+    back = [(begin, end) for begin, end in jumps if begin < end]
+    inner = [(a, b) for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+    return [ptx[begin:end] for begin, end in inner]
