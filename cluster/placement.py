@@ -57,6 +57,10 @@ class Place:
     pid: int
     gpus: tuple[str, ...]  # Ray's names of the GPUs that it may use: indices, or UUIDs
 
+    def __str__(self) -> str:
+        gpus = f", GPU {' and '.join(self.gpus)}" if self.gpus else ""
+        return f"node {self.host}, process {self.pid}{gpus}"
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:

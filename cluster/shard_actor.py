@@ -79,7 +79,8 @@ class ShardActorHandle:
             "max_task_retries": 0,
         }
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote()
-        self._name = "shard"  # what Ray and lists of processes call it
+        self._name = f"the actor of bundle {bundle}"
+        self._title = "shard"  # what Ray and lists of processes call it
         self._process: int | None = None  # a descriptor of its process, where that is on this node
 
     def call(self, method: str, *args: object) -> Future[Any]:
@@ -93,12 +94,16 @@ class ShardActorHandle:
             else:
                 answer.set_exception(_plain(error))
 
-        remote = getattr(self._actor, method).options(name=f"{self._name}.{method}")
+        remote = getattr(self._actor, method).options(name=f"{self._title}.{method}")
         remote.remote(*args).future().add_done_callback(pass_on)
         return answer
 
-    def seated(self, rank: int, place: Place) -> None:
-        self._name = f"shard {rank} of replica {os.getpid()}"
+    def __str__(self) -> str:
+        return self._name
+
+    def seated(self, rank: int, world_size: int, place: Place) -> None:
+        self._name = f"rank {rank} of {world_size} ({place})"
+        self._title = f"shard {rank} of replica {os.getpid()}"
         if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
             with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
                 self._process = os.pidfd_open(place.pid)

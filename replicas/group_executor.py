@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from .errors import EngineError, ServingError, ShardGroupError
+from .group_start import RankHandle, ended
 from .plan import StepPlan, StepResult
 from .step_channel import StepChannelServer
 
+_REASON_SECONDS = 1.0  # after the channel has lost a rank, for its process's end to be known
+
 
 class GroupExecutor:
-    """Runs plans on the ranks that `server` has accepted; implements `Executor`.
+    """Runs plans on ranks that have loaded their model and are connected; implements `Executor`.
 
-    A rank that fails or is gone makes `submit` or `result` raise EngineError; the group is of no use then.
+    A rank that fails or is gone makes `submit` or `result` raise EngineError, and the group is of no use then. While
+    there is nothing to run, `watch` tells of it. Whoever has started the processes says in a subclass how they end.
+    runs: futures, each done when its rank runs no plans any more.
     """
 
-    def __init__(self, server: StepChannelServer, num_blocks: int) -> None:
+    def __init__(
+        self, num_blocks: int, server: StepChannelServer, ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]
+    ) -> None:
         self.num_blocks = num_blocks
+        self.runs = tuple(runs)
+        self.failed = False  # ranks that are left may then wait for ever for one that is gone
         self._server = server
+        self._ranks = tuple(ranks)
+        self._leaving = threading.Event()
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every rank; returns at once."""
-        self._server.submit(plan)
+        """Send a plan to every rank; returns at once. Raises EngineError when one is gone."""
+        try:
+            self._server.submit(plan)
+        except EngineError as error:
+            raise self._explained(error) from error
 
     def result(self) -> StepResult:
-        """The result of the oldest plan not yet answered."""
-        return self._server.result()
+        """The result of the oldest plan not yet answered. Raises EngineError if the step fails or a rank is gone."""
+        try:
+            return self._server.result()
+        except EngineError as error:
+            raise self._explained(error) from error
+
+    def watch(self, on_lost: Callable[[ServingError], None]) -> None:
+        """Calls `on_lost` once, from a thread of its own, if a rank ends before `shutdown`."""
+
+        def wait_for_one() -> None:
+            wait(self.runs, return_when=FIRST_COMPLETED)
+            if not self._leaving.is_set():
+                on_lost(ShardGroupError(f"the group has lost {ended(self._ranks, self.runs)}"))
+
+        threading.Thread(target=wait_for_one, name="shoal-ranks", daemon=True).start()
 
     def shutdown(self) -> None:
         """Tell the ranks that there are no more plans: they leave by themselves. Idempotent; from any thread."""
+        self._leaving.set()
         self._server.close()
+
+    def _explained(self, error: EngineError) -> EngineError:
+        """The error, and whose process has ended: the channel knows no more than that a rank hung up."""
+        self.failed = True
+        if not self._leaving.is_set():
+            wait(self.runs, _REASON_SECONDS, return_when=FIRST_COMPLETED)
+        ends = ended(self._ranks, self.runs)
+        return type(error)(f"{error.message}; {ends}") if ends else error

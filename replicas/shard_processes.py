@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
 from .config import EngineConfig
-from .errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
+from .errors import ShardGroupError
 from .group_executor import GroupExecutor
-from .plan import StepPlan, StepResult
+from .group_start import GroupStart
 from .step_channel import StepChannelServer
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more plans
-_LAST_WORDS_SECONDS = 2.0  # after one rank has failed, for the one that made it fail to be known
 # Run by the interpreter with the parent's path, and not as a module: the folder that the process is started in is then
 # no place to import from, and the parent's main module is not run again.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from {package}.rank_process import main; main(int(sys.argv[1]))"
@@ -98,47 +96,25 @@ class RankProcess:
         status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"has ended with status {status}"
         with self._lock:
-            self._end = ShardGroupError(f"{self} {how}")
+            self._end = ShardGroupError(f"it {how}")
             if self._call is not None and not self._call.done():
                 self._call.set_exception(self._end)
         self._control.close()
 
 
-class ShardProcesses:
+class ShardProcesses(GroupExecutor):
     """The ranks of one model copy on this machine; implements `Executor`."""
 
-    def __init__(self, executor: GroupExecutor, ranks: Sequence[RankProcess], runs: Sequence[Future[Any]]) -> None:
-        self.num_blocks = executor.num_blocks
+    def __init__(
+        self, num_blocks: int, server: StepChannelServer, ranks: Sequence[RankProcess], runs: Sequence[Future[Any]]
+    ) -> None:
+        super().__init__(num_blocks, server, ranks, runs)
         self.ranks = tuple(ranks)
-        self._executor = executor
-        self._runs = tuple(runs)  # each done when its rank runs no plans any more
-        self._patience_s = _LEAVE_SECONDS
-
-    def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every rank; returns at once. Raises EngineError when one is gone."""
-        try:
-            self._executor.submit(plan)
-        except EngineError as error:
-            raise self._explained(error) from error
-
-    def result(self) -> StepResult:
-        """The result of the oldest plan not yet answered. Raises EngineError if the step fails or a rank is gone."""
-        try:
-            return self._executor.result()
-        except EngineError as error:
-            raise self._explained(error) from error
 
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves. Idempotent."""
-        self._executor.shutdown()
-        _end_all(self.ranks, self._patience_s)
-
-    def _explained(self, error: EngineError) -> EngineError:
-        """The error, and which process has ended: the ranks that are left know no more than that a peer is gone."""
-        self._patience_s = 0.0  # those that are left may wait for one that is gone
-        wait(self._runs, _LAST_WORDS_SECONDS, return_when=FIRST_COMPLETED)
-        ends = [str(run.exception()) for run in self._runs if run.done() and run.exception()]
-        return type(error)(f"{error.message}; {'; '.join(ends)}") if ends else error
+        super().shutdown()
+        _end_all(self.ranks, 0.0 if self.failed else _LEAVE_SECONDS)
 
 
 def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) -> ShardProcesses:
@@ -147,61 +123,17 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
     config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,
     ModelError), else ShardGroupError. No process is left then.
     """
-    builder = _Builder(config, time.monotonic() + timeout_s)
+    start = GroupStart(config, timeout_s)
+    ranks: list[RankProcess] = []
     try:
-        return builder.build()
+        for rank in range(config.parallel.world_size):
+            ranks.append(RankProcess(config, rank, local_rank=rank))
+        num_blocks = start.load(ranks, _HOST)
+        server, runs = start.connect(ranks, [False] * len(ranks), _HOST)
     except BaseException:
-        builder.undo()
+        _end_all(ranks, 0.0)
         raise
-
-
-class _Builder:
-    """A group that is half made."""
-
-    def __init__(self, config: EngineConfig, deadline: float) -> None:
-        self._config, self._deadline = config, deadline
-        self._ranks: list[RankProcess] = []
-        self._server: StepChannelServer | None = None
-
-    def build(self) -> ShardProcesses:
-        parallel = self._config.parallel
-        for rank in range(parallel.world_size):
-            self._ranks.append(RankProcess(self._config, rank, local_rank=rank))
-        store = self._all("open the store", self._ranks[:1], "open_store", _HOST)[0]
-        self._all("meet", self._ranks, "join", store, self._left())
-        num_blocks = min(self._all("load the model", self._ranks, "load"))
-        token = secrets.token_bytes(32)
-        last_stage = (parallel.pipeline_parallel_size - 1) * parallel.tensor_parallel_size
-        self._server = StepChannelServer(parallel.world_size, token, result_rank=last_stage)
-        runs = [rank.call("serve", self._server.path, token) for rank in self._ranks]
-        with ThreadPoolExecutor(1) as pool:
-            accepting = pool.submit(self._server.accept, self._left())
-            wait([accepting, *runs], return_when=FIRST_COMPLETED)
-            if any(run.done() for run in runs):  # nobody need wait for the others
-                self._server.close()
-                raise _failure("connect", self._ranks, runs)
-            accepting.result()
-        return ShardProcesses(GroupExecutor(self._server, num_blocks), self._ranks, runs)
-
-    def undo(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        _end_all(self._ranks, 0.0)
-
-    def _left(self) -> float:
-        return max(0.1, self._deadline - time.monotonic())
-
-    def _all(self, what: str, ranks: Sequence[RankProcess], method: str, *arguments: object) -> list[Any]:
-        """The answers of all ranks to a call."""
-        calls = [rank.call(method, *arguments) for rank in ranks]
-        _, unanswered = wait(calls, self._left(), return_when=FIRST_EXCEPTION)
-        if any(call.done() and call.exception() for call in calls):
-            wait(calls, _LAST_WORDS_SECONDS)  # one rank's end makes others fail, and may be known later than theirs
-            raise _failure(what, ranks, calls)
-        if unanswered:
-            silent = ", ".join(str(rank) for rank, call in zip(ranks, calls, strict=True) if not call.done())
-            raise ShardGroupError(f"the ranks could not {what} in time: no answer from {silent}; look at its output")
-        return [call.result() for call in calls]
+    return ShardProcesses(num_blocks, server, ranks, runs)
 
 
 def _end_all(ranks: Sequence[RankProcess], patience_s: float) -> None:
@@ -210,15 +142,3 @@ def _end_all(ranks: Sequence[RankProcess], patience_s: float) -> None:
         rank.wait(max(0.0, deadline - time.monotonic()))
     for rank in ranks:
         rank.kill()
-
-
-def _failure(what: str, ranks: Sequence[RankProcess], calls: Sequence[Future[Any]]) -> ServingError:
-    """The error of calls of which some failed; what a rank says of configuration or model stands for all."""
-    failed = [
-        (rank, error) for rank, call in zip(ranks, calls, strict=True) if call.done() and (error := call.exception())
-    ]
-    for _, error in failed:
-        if isinstance(error, ConfigError | ModelError):
-            return error
-    said = "; ".join(f"{rank}: {error}" for rank, error in failed)
-    return ShardGroupError(f"the ranks could not {what}: {said}")

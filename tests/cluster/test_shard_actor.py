@@ -96,8 +96,9 @@ def test_the_end_of_a_rank_is_told_in_one_line(actor: FakeActor) -> None:
 def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor) -> None:
     handle = a_handle()
     handle.call("place")
-    handle.seated(3, Place("elsewhere", "10.0.0.1", 1, ()))
+    handle.seated(3, 4, Place("elsewhere", "10.0.0.1", 1, ()))
     handle.call("load")
+    assert str(handle) == "rank 3 of 4 (node 10.0.0.1, process 1)"
     assert [name for _, name, _, _ in actor.calls] == ["shard.place", f"shard 3 of replica {os.getpid()}.load"]
 
 
@@ -105,7 +106,7 @@ def test_a_stopped_rank_of_this_node_is_ended(actor: FakeActor, monkeypatch: pyt
     monkeypatch.setattr(shard_actor, "_ASKED_MS", 1)
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
-        handle.seated(0, Place("here", "127.0.0.1", process.pid, ()))
+        handle.seated(0, 1, Place("here", "127.0.0.1", process.pid, ()))
         process.send_signal(signal.SIGSTOP)
         handle.kill()
         assert process.wait(20) == -signal.SIGKILL
@@ -116,7 +117,7 @@ def test_a_stopped_rank_of_this_node_is_ended(actor: FakeActor, monkeypatch: pyt
 def test_a_process_of_another_node_is_left_to_ray(actor: FakeActor) -> None:
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
-        handle.seated(0, Place("elsewhere", "10.0.0.1", process.pid, ()))
+        handle.seated(0, 1, Place("elsewhere", "10.0.0.1", process.pid, ()))
         handle.kill()
         assert (actor.killed, process.poll()) == (1, None)
         process.kill()

@@ -14,6 +14,7 @@ from shoal.cluster.placement import Place
 from shoal.cluster.shard_group import Home, ShardGroup, start_shard_group
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
+from shoal.replicas.group_executor import GroupExecutor
 from shoal.replicas.step_channel import StepChannelServer
 from tests.support.fake_shards import METHODS, NUM_BLOCKS, FakeShard, group_config
 from tests.support.step_group import answer, blocked
@@ -97,7 +98,7 @@ def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Mak
     first, second = sorted(maker.shards, key=lambda shard: shard.rank or 0)
     [server] = maker.servers
     # The first stage is on the engine's node.
-    assert [first.seated_at, second.seated_at] == [(0, place(0)), (1, place(1))]
+    assert [first.seated_at, second.seated_at] == [(0, 2, place(0)), (1, 2, place(1))]
     assert [dict(shard.calls)["serve"][0] for shard in (first, second)] == [server.path, server.address]
     assert dict(second.calls)["join"][0] == ("10.0.0.0", 1)
     group.submit(decode_plan(0))
@@ -118,9 +119,7 @@ def test_a_step_that_fails_on_one_rank_ends_all(maker: Maker, method: str, actor
     maker.fault(actor, method, ShardGroupError("NCCL 2.27.3 here, 2.26.1 on rank 0"))
     with pytest.raises(ShardGroupError, match=r"NCCL 2\.27\.3 here") as caught:
         maker.start(group_config(2), [place(pid=100), place(pid=101)])
-    who = (
-        f"actor of bundle {actor + 1}" if method == "place" else rf"rank {actor} of 2 .*10\.0\.0\.0, process 10{actor}"
-    )
+    who = "an actor" if method == "place" else rf"rank {actor} of 2 .*10\.0\.0\.0, process 10{actor}"
     assert caught.match(who)
     assert maker.nothing_left
 
@@ -143,7 +142,7 @@ def test_a_rank_that_says_nothing_ends_all(maker: Maker, method: str) -> None:
     maker.fault(0, method, lambda: hangs.wait(PATIENCE))
     with pytest.raises(ShardGroupError, match=r"within 0\.[345]|no answer from") as caught:
         maker.start(group_config(2), [place()] * 2, timeout_s=0.5)
-    assert caught.match(r"actor of bundle 1" if method == "place" else r"rank 0 of 2|ranks \[0\] of 2")
+    assert caught.match(r"an actor" if method == "place" else r"rank 0 of 2|ranks \[0\] of 2")
     assert maker.nothing_left
     hangs.set()
 
@@ -168,7 +167,7 @@ def test_what_is_wrong_with_the_model_keeps_its_class(maker: Maker, kind: type[S
 
 
 def test_every_rank_has_one_gpu(maker: Maker) -> None:
-    with pytest.raises(ShardGroupError, match=r"rank 0 of 2 .* 0 GPUs .*exactly one"):
+    with pytest.raises(ShardGroupError, match=r"rank 0 of 2 .* 0 GPUs \(none\).*exactly one"):
         maker.start(group_config(2, device="cuda"), [place(gpu=0), place()])
     assert maker.nothing_left
 
@@ -217,7 +216,7 @@ def test_a_rank_that_dies_in_a_step_fails_the_step(maker: Maker, rank: int) -> N
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_while_there_is_nothing_to_do_is_told(maker: Maker, rank: int) -> None:
     group = maker.start(group_config(2), [place()] * 2)
-    lost: Future[ShardGroupError] = Future()
+    lost: Future[ServingError] = Future()
     group.watch(lost.set_result)
     maker.shards[rank].kill()
     assert f"lost rank {rank} of 2 (node 10.0.0.0, process 100): its process has ended" in str(lost.result(PATIENCE))
@@ -226,9 +225,9 @@ def test_a_rank_that_dies_while_there_is_nothing_to_do_is_told(maker: Maker, ran
 @pytest.mark.parametrize("end", [ShardGroup.shutdown, ShardGroup.kill])
 def test_a_group_that_is_taken_down_is_not_lost(maker: Maker, end: Callable[[ShardGroup], None]) -> None:
     group = maker.start(group_config(2), [place()] * 2)
-    lost: list[ShardGroupError] = []
+    lost: list[ServingError] = []
     group.watch(lost.append)
-    [watcher] = [thread for thread in threading.enumerate() if thread.name == "shoal-shards"]
+    [watcher] = [thread for thread in threading.enumerate() if thread.name == "shoal-ranks"]
     end(group)
     watcher.join(PATIENCE)
     assert (watcher.is_alive(), lost, maker.nothing_left or end is ShardGroup.kill) == (False, [], True)
@@ -240,7 +239,7 @@ def test_whoever_waits_for_a_result_is_released_by_the_end(maker: Maker, monkeyp
     group = maker.start(group_config(2), [place()] * 2)
     group.submit(decode_plan(0))
     waiting = blocked(group.result)
-    group._executor.shutdown()
+    GroupExecutor.shutdown(group)
     with pytest.raises(EngineError, match="closed"):
         waiting.result(PATIENCE)
     hangs.set()

@@ -28,7 +28,7 @@ class FakeShard:
         self._before = before
         self.rank: int | None = None
         self.seat: tuple[int, tuple[str, ...]] | None = None
-        self.seated_at: tuple[int, Place] | None = None
+        self.seated_at: tuple[int, int, Place] | None = None
         self.killed = threading.Event()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[Future[Any]] = []
@@ -53,8 +53,11 @@ class FakeShard:
         threading.Thread(target=run, daemon=True).start()
         return future
 
-    def seated(self, rank: int, place: Place) -> None:
-        self.seated_at = rank, place
+    def __str__(self) -> str:
+        return "an actor" if self.seated_at is None else "rank {} of {} ({})".format(*self.seated_at)
+
+    def seated(self, rank: int, world_size: int, place: Place) -> None:
+        self.seated_at = rank, world_size, place
 
     def kill(self) -> None:
         if self.killed.is_set():

@@ -1,0 +1,132 @@
+"""How the ranks of a model copy become a group, whoever has started their processes: all of them, or none."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from .config import EngineConfig
+from .errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
+from .step_channel import StepChannelServer
+from .step_sockets import Address, ChannelClosed
+
+_LAST_WORDS_SECONDS = 2.0  # after one rank has failed, for the one that made it fail to be known
+_TOKEN_BYTES = 32
+
+
+class RankHandle(Protocol):
+    """A rank's process, as its group drives it; `str` names the rank, where it is, and its process."""
+
+    def call(self, method: str, *arguments: object) -> Future[Any]:
+        """Calls a method of ShardRank. The future fails with what it raises, or when the process ends."""
+        ...
+
+
+class GroupStart:
+    """The steps before the first plan. Every rank takes each of them; one that fails on one rank fails for all.
+
+    config: resolved. timeout_s: for all steps together. Every method raises what a rank says of the configuration or
+    the model (ConfigError, ModelError), else ShardGroupError, and names the rank. The processes are the caller's to
+    end then.
+    """
+
+    def __init__(self, config: EngineConfig, timeout_s: float) -> None:
+        self._config = config
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+
+    def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> int:
+        """Lets the ranks meet and load the model; the KV blocks that each has. meeting_host: an address of rank 0."""
+        store = self.together("open the store", ranks[:1], "open_store", meeting_host)[0]
+        self.together("meet", ranks, "join", store, self._left())
+        blocks = self.together("load the model", ranks, "load")
+        if len(set(blocks)) != 1:
+            raise ShardGroupError(f"the ranks have not agreed on their number of KV blocks: {blocks}")
+        return blocks[0]
+
+    def connect(
+        self, ranks: Sequence[RankHandle], elsewhere: Sequence[bool], host: str
+    ) -> tuple[StepChannelServer, list[Future[Any]]]:
+        """Lets the ranks run the plans of a step channel; returns it, and their runs, each done when its rank is gone.
+
+        elsewhere: which ranks are not on this node; they come by TCP, to this node's address `host`.
+        """
+        parallel, token = self._config.parallel, secrets.token_bytes(_TOKEN_BYTES)
+        server = StepChannelServer(
+            parallel.world_size,
+            token,
+            result_rank=(parallel.pipeline_parallel_size - 1) * parallel.tensor_parallel_size,
+            host=host if any(elsewhere) else None,
+        )
+        try:
+            addresses: list[Address | None] = [server.address if away else server.path for away in elsewhere]
+            runs = [rank.call("serve", address, token) for rank, address in zip(ranks, addresses, strict=True)]
+            self._accept(server, ranks, runs)
+        except BaseException:
+            server.close()
+            raise
+        return server, runs
+
+    def _accept(self, server: StepChannelServer, ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            accepting = pool.submit(server.accept, self._left())
+            wait([accepting, *runs], return_when=FIRST_COMPLETED)
+            if any(run.done() for run in runs):
+                server.close()  # nobody need wait for the others
+            try:
+                accepting.result()
+            except ChannelClosed as error:
+                raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}") from error
+            except EngineError as error:
+                raise ShardGroupError(f"the ranks could not connect: {error}") from error
+
+    def together(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
+        """Every rank's answer to the same call. what: what cannot be done if it fails."""
+        return self.each(what, ranks, method, [arguments] * len(ranks))
+
+    def each(
+        self, what: str, ranks: Sequence[RankHandle], method: str, arguments: Sequence[tuple[object, ...]]
+    ) -> list[Any]:
+        """Every rank's answer to a call with arguments of its own."""
+        calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
+        _, silent = wait(calls, self._left(), return_when=FIRST_EXCEPTION)
+        if any(call.done() and call.exception() for call in calls):
+            wait(calls, _LAST_WORDS_SECONDS)
+            raise _failure(what, ranks, calls)
+        if silent:
+            names = ", ".join(str(rank) for rank, call in zip(ranks, calls, strict=True) if call in silent)
+            raise ShardGroupError(
+                f"the ranks could not {what} within {self._timeout_s:g} s of the group's start: no answer from "
+                f"{names}. Look at its log, or give the group more time to start"
+            )
+        return [call.result() for call in calls]
+
+    def _left(self) -> float:
+        return max(0.1, self._deadline - time.monotonic())
+
+
+def ended(ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> str:
+    """The ranks whose runs are done, and why."""
+    failed = [(rank, run.exception()) for rank, run in zip(ranks, runs, strict=True) if run.done()]
+    # What a rank says on purpose stands before what befell it, mostly because of another's end.
+    failed.sort(key=lambda one: not isinstance(one[1], ServingError))
+    return "; ".join(f"{rank}: {'it has left' if error is None else _words(error)}" for rank, error in failed)
+
+
+def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]]) -> ServingError:
+    """The error of calls of which some failed: the class of what was said of configuration or model, words of all."""
+    failed = {rank: call for rank, call in zip(ranks, calls, strict=True) if call.done() and call.exception()}
+    errors = [call.exception() for call in failed.values()]
+    kind = next((type(error) for error in errors if isinstance(error, ConfigError | ModelError)), ShardGroupError)
+    made = kind(f"the ranks could not {what}: {ended(list(failed), list(failed.values()))}")
+    made.__cause__ = errors[0]
+    return made
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, ServingError):
+        return error.message
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
