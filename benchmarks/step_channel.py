@@ -158,13 +158,16 @@ class ByActorCall:
     def __init__(self) -> None:
         import ray
 
+        from benchmarks.actor_calls import ActorCalls  # here: Ray reads the environment when it is imported
+
         self._get = ray.get
         actor: Any = ray.remote(RayRank)
         self._actors: list[Any] = [actor.remote() for _ in range(WORLD_SIZE)]
+        self._calls = ActorCalls(self._actors)
 
     def step(self, plan: StepPlan) -> None:
-        references = [actor.run.remote(plan) for actor in self._actors]
-        self._get(references[0])
+        self._calls.submit(plan)
+        self._calls.result()
 
     def stop(self) -> list[Stamps]:
         return self._get([actor.stamps.remote() for actor in self._actors])
