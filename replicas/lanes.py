@@ -1,10 +1,12 @@
-"""Which decoding rows each plan of a pipeline runs: they take turns, in as many lanes as there are stages.
+"""What each plan of a pipeline runs: decoding rows take turns, in as many lanes as there are stages.
 
 A row's next token needs its last one, which the last stage has only when the plan has gone through all stages. So a
-plan decodes the rows of one lane; by the time that lane's turn comes round the others have filled the stages. Prefills
-wait for no token and go with any plan, which spreads them evenly; a row enters the lane of the plan that ends its
-prefill. Where a lane has become smaller than the one whose turn it is, that one gives it rows before it runs: they are
-late by a few plans and nobody waits.
+plan decodes the rows of one lane; by the time that lane's turn comes round the others have filled the stages. A row
+enters the lane of the plan that ends its prefill. Where a lane has become smaller than the one whose turn it is, that
+one gives it rows before it runs: they are late by a few plans and nobody waits.
+
+Prefills wait for no token and go with any plan. But stages that run plans of different sizes wait for each other, so
+these sizes are kept close: a plan prefills little more than the one before it did.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ from numpy.typing import NDArray
 from .plan_draft import Rows
 from .sequence import SequenceTable, true_rows
 
+# Tokens that a plan may always prefill, and how much more than the plan before it. In a simulation of the scheduler
+# with step times of an 8B model on H200s, two stages have 1.80 times the throughput of one with these, 1.75 where each
+# plan may prefill twice as much as the one before it, and 1.70 without a bound.
+_FREE_PREFILL = 256
+_GROWTH = 1.25
+
 
 class Lanes:
     """The lanes of `table`'s rows. One is current; the scheduler moves on with each plan, past lanes without work."""
@@ -22,13 +30,15 @@ class Lanes:
     def __init__(self, num_lanes: int, table: SequenceTable, max_steps_in_flight: int) -> None:
         self.num_lanes = num_lanes
         self.current = 0
+        self.prefill_budget = _FREE_PREFILL
         self._table = table
         # More would only make new requests wait behind them: a lane's plans run one after the other.
         self._max_in_flight = max_steps_in_flight // num_lanes
 
-    def advance(self) -> None:
-        """The next lane's turn."""
+    def advance(self, num_prefilled: int) -> None:
+        """The next lane's turn; the plan of this one prefills so many tokens."""
         self.current = (self.current + 1) % self.num_lanes
+        self.prefill_budget = max(_FREE_PREFILL, int(_GROWTH * num_prefilled))
 
     def enter(self, rows: Rows) -> None:
         """These rows' prefill ends in the current plan."""

@@ -115,7 +115,7 @@ class Scheduler:
         for _ in range(1 if self._lanes is None else self._lanes.num_lanes):  # a lane without work loses its turn
             self._fill(draft)
             if self._lanes is not None:
-                self._lanes.advance()
+                self._lanes.advance(draft.num_prefilled)
             if not draft.empty:
                 break
         if draft.empty:
@@ -135,6 +135,8 @@ class Scheduler:
         self._plan_decodes(draft)
         budget = self._budget - draft.decode_rows.size
         if self._prefilling or self._line:
+            if self._lanes is not None and self._chunked:
+                budget = min(budget, self._lanes.prefill_budget)
             budget = self._plan_running_prefills(draft, budget)
             self._admit(draft, budget)
 

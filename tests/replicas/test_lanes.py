@@ -103,6 +103,15 @@ def test_the_chunks_of_one_prompt_fill_all_stages():
     assert [plan.starts.tolist() for plan in pipeline.in_flight] == [[0], [4], [8], [12]]
 
 
+def test_plans_prefill_little_more_than_the_one_before():
+    pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=1024, max_model_len=2048, block_size=16)
+    prompt = tuple(range(4, 40)) * 50
+    pipeline.scheduler.add(request("long", prompt))
+    assert [len(plan.token_ids) for plan in pipeline.run(8)[:6]] == [256, 320, 400, 500, 324, 1]
+    pipeline.scheduler.add(request("next", prompt[1:]))
+    assert next(len(plan.token_ids) for plan in pipeline.run(8) if plan.num_tokens.max() > 1) in (256, 257)
+
+
 def test_prefills_go_with_the_decodes_of_any_lane():
     pipeline = Pipeline(2, max_num_batched_tokens=6, max_num_seqs=4)
     for name in ("one", "two"):
