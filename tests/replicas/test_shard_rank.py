@@ -1,0 +1,64 @@
+"""How ranks meet: those that fit do, and the error of those that do not says who is missing or differs."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shoal.replicas.config import EngineConfig
+from shoal.replicas.errors import ShardGroupError
+from shoal.replicas.shard_rank import ShardRank
+from tests.support.golden import engine_config
+
+
+@pytest.fixture
+def config() -> EngineConfig:
+    config = engine_config(Path("folder"), tp=2)
+    return replace(config, scheduler=replace(config.scheduler, max_steps_in_flight=2))
+
+
+def meet(*configs: EngineConfig) -> list[BaseException | None]:
+    """What each rank's joining raises; every rank has a configuration of its own."""
+    ranks = [ShardRank(config, rank, rank) for rank, config in enumerate(configs)]
+    store = ranks[0].open_store("127.0.0.1")
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        futures = [pool.submit(rank.join, store, 30.0) for rank in ranks]
+    for rank in ranks:
+        rank.abort()
+    return [future.exception() for future in futures]
+
+
+def test_ranks_that_fit_meet(config):
+    assert meet(config, config) == [None, None]
+
+
+def test_every_rank_is_told_that_configurations_differ(config):
+    other = replace(config, batch_invariant=True)
+    for error in meet(config, other):
+        assert isinstance(error, ShardGroupError)
+        assert "the ranks differ in the configuration: rank 0 has" in error.message
+
+
+def test_a_rank_that_does_not_come_is_named(config):
+    rank = ShardRank(config, 0, 0)
+    with pytest.raises(ShardGroupError, match=r"rank 0 has waited 0\.2 s for the facts of ranks \[1\] of 2"):
+        rank.join(rank.open_store("127.0.0.1"), 0.2)
+
+
+def test_a_store_that_is_not_there_is_named(config):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ShardGroupError, match=rf"rank 1 cannot reach the group's store at \('127.0.0.1', {port}\)"):
+        ShardRank(config, 1, 1).join(("127.0.0.1", port), 5.0)
+
+
+def test_the_store_listens_on_the_given_address_alone(config):
+    rank = ShardRank(config, 0, 0)
+    host, port = rank.open_store("127.0.0.1")
+    socket.create_connection((host, port), 5.0).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5.0)
