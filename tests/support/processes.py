@@ -40,5 +40,6 @@ def cpu_seconds(pid: int) -> float:
 
 
 def leftovers() -> set[str]:
-    """Sockets' folders and shared memory that a group could leave behind."""
-    return {str(path) for pattern in ("/tmp/shoal-*", "/dev/shm/*") for path in Path("/").glob(pattern.lstrip("/"))}
+    """Sockets' folders and shared memory that a group could leave behind; a Ray of somebody else is none of them."""
+    folders = {str(path) for path in Path("/tmp").glob("shoal-*") if not path.name.startswith("shoal-ray-")}
+    return folders | {str(path) for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
