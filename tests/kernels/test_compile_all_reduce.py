@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from shoal.kernels import all_reduce_triton
+from shoal.kernels import all_reduce_int8_triton, all_reduce_triton
 from tests.support.aot import Compiled, Variant, compile_variants
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -44,6 +44,22 @@ VARIANTS = {
 }
 
 
+INT8_TYPES = {"peers_ptr": "*i64", "state_ptr": "*i64", "alarm_ptr": "*i32", "numel": "i32/16"}
+VARIANTS |= {
+    f"_all_reduce_int8_kernel of {dtype}, {world_size} ranks": Variant(
+        "shoal.kernels.all_reduce_int8_triton:_all_reduce_int8_kernel",
+        INT8_TYPES | {"x_ptr": f"*{dtype}"},
+        {"WORLD": world_size, "PDL": True},
+        {
+            "num_warps": all_reduce_int8_triton.NUM_WARPS,
+            "launch_pdl": True,
+            "maxnreg": all_reduce_triton.MAX_REGISTERS,
+        },
+    )
+    for dtype, world_size in (("bf16", 2), ("bf16", 8), ("fp32", 4))
+}
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Compiled]:
     return compile_variants(VARIANTS)
@@ -57,17 +73,19 @@ def test_compiles_without_spills(name, compiled):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_words_are_read_and_written_16_bytes_at_a_time(name, compiled):
-    """The rest is the state, one number at a time: the ticket, what to empty, whether a wait has failed."""
+    """The rest is the state, one number at a time, and in 8 bits the scales."""
     kernel = compiled[name]
     opcodes = {each.opcode for each in kernel.sass if each.opcode.startswith(("LDG", "STG"))}
-    assert opcodes == {"LDG.E.128.STRONG.SYS", "LDG.E.128", "LDG.E.64", "LDG.E", "STG.E.128", "STG.E.64", "STG.E"}
-    assert kernel.count("LDG.E", "STG.E") - kernel.count("LDG.E.128", "STG.E.128") <= 8
+    wide, single = {"LDG.E.128.STRONG.SYS", "LDG.E.128", "STG.E.128"}, {"LDG.E.64", "LDG.E", "STG.E.64", "STG.E"}
+    scales = {"LDG.E.STRONG.SYS"} if "int8" in name else set()
+    assert opcodes == wide | single | scales
+    assert sum(kernel.count(opcode) for opcode in ("LDG.E.64", "STG.E.64")) <= 8
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_wait_counts_its_turns_to_a_limit(name, compiled):
     waits = [loop for loop in _inner_loops(compiled[name].ptx) if "ld.volatile" in loop]
-    assert len(waits) == (2 if "two_shot" in name else 1)
+    assert len(waits) == (1 if "one_shot" in name else 2 if "two_shot" in name else 4)
     for loop in waits:
         going_on = re.findall(r"@(%p\d+) bra", loop)[-1]
         both = re.search(rf"and\.pred\s+{going_on}, (%p\d+), (%p\d+);", loop)

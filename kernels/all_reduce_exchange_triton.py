@@ -1,0 +1,95 @@
+"""How ranks write into each other's memory, and wait for no flag but the data itself; for kernels of all_reduce.py.
+
+A rank's buffers are filled with words that no message has, all bits set, which in every floating type is a NaN; a NaN
+with these bits is sent as another. A rank pushes its words into the others' buffers and reads its own until no word is
+missing: one way over the link, with neither barrier nor flag. (To read the others' memory instead takes a flag, and
+then a way there and back.)
+
+Three buffers take turns. While a rank reads that of step s, a faster one may be writing that of s + 1 already, so the
+buffer that is emptied during s is that of s - 1: no one writes it before s + 2, and s + 2 begins nowhere before this
+rank has begun s + 1. What was written there is known from the state: the size of a message is free at every step.
+
+The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
+one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one. State, int64:
+tickets drawn | bytes written in each of three buffers | 1 once something did not arrive.
+
+No loop is endless. After `spin_limit` turns without all words, some 0.8 us each on an H200, the kernel notes the
+failure, in its state and where the host looks, and goes on with what it has: NaN. From then on nothing waits any more.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .all_reduce import NUM_BUFFERS
+
+TICKETS = tl.constexpr(1 << 16)
+BUFFERS = tl.constexpr(NUM_BUFFERS)
+MISSING = tl.constexpr(-1)  # the word that is never sent, in int8, int16 and int32
+FAILED = tl.constexpr(1 + NUM_BUFFERS)
+
+
+@triton.jit
+def sendable(value):
+    """The bits of `value` as integers, the NaN that means "not there yet" replaced by the largest positive one."""
+    if value.dtype.primitive_bitwidth == 32:
+        words = value.to(tl.int32, bitcast=True)
+        return tl.where(words == MISSING, 0x7FFFFFFF, words)
+    else:
+        words = value.to(tl.int16, bitcast=True)
+        return tl.where(words == MISSING, 0x7FFF, words).to(tl.int16)
+
+
+@triton.jit
+def pointers_to_words(addresses, x_ptr):
+    """Addresses as pointers to integers of x's size."""
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 32:
+        return tl.multiple_of(addresses.to(tl.pointer_type(tl.int32)), 16)
+    else:
+        return tl.multiple_of(addresses.to(tl.pointer_type(tl.int16)), 16)
+
+
+@triton.jit
+def begin_step(state_ptr, num_bytes, spin_limit):
+    """(buffer of this step, buffer to empty, bytes to empty, spin limit); notes that the step writes `num_bytes`."""
+    num_programs, program = tl.num_programs(0), tl.program_id(0)
+    share = TICKETS // num_programs
+    drawn = tl.where(program == 0, TICKETS - share * (num_programs - 1), share)
+    step = tl.atomic_add(state_ptr, drawn.to(tl.int64), sem="relaxed") // TICKETS
+    current = (step % BUFFERS).to(tl.int32)
+    before = ((step + BUFFERS - 1) % BUFFERS).to(tl.int32)
+    to_empty = tl.multiple_of(tl.load(state_ptr + 1 + before).to(tl.int32), 32)  # slots have multiples of 16 words
+    failed = tl.load(state_ptr + FAILED)
+    if program == 0:
+        tl.store(state_ptr + 1 + current, num_bytes.to(tl.int64))
+    return current, before, to_empty, tl.where(failed != 0, 0, spin_limit)
+
+
+@triton.jit
+def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
+    """Make the first `num_words` of a buffer missing, each program its share."""
+    for start in range(tl.program_id(0) * BLOCK_N, num_words, tl.num_programs(0) * BLOCK_N):
+        places = start + tl.arange(0, BLOCK_N)
+        tl.store(buffer_ptr + places, MISSING, mask=places < num_words)
+
+
+@triton.jit
+def _missing(words):
+    return tl.max(tl.max((words == MISSING).to(tl.int32), axis=0), axis=0)
+
+
+@triton.jit
+def arrived(pointers, mask, own, state_ptr, alarm_ptr, spin_limit):
+    """(the words there once none is missing, spin limit from now on). Where `mask` is false: `own`."""
+    words = tl.load(pointers, mask=mask, other=own, volatile=True)
+    missing = _missing(words)
+    spins = 0
+    while (missing != 0) & (spins < spin_limit):
+        words = tl.load(pointers, mask=mask, other=own, volatile=True)
+        missing = _missing(words)
+        spins += 1
+    if missing != 0:
+        tl.store(state_ptr + FAILED, 1)
+        tl.store(alarm_ptr, 1)
+    return words, tl.where(missing != 0, 0, spin_limit)
