@@ -11,7 +11,9 @@ def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaI
     """The address, a line to try, and what each model has room for. `replicas` are those of each model."""
     lines = ["", f"Shoal is ready at {endpoint.url}/v1", ""]
     for model, infos in zip(config.models, replicas, strict=True):
-        lines += capacity_lines(model.name, infos)
+        args = model.engine_kwargs
+        split = args.tensor_parallel_size, args.pipeline_parallel_size
+        lines += capacity_lines(model.name, infos, split)
     key = ' -H "authorization: Bearer $SHOAL_API_KEY"' if config.api_keys else ""
     name = config.models[0].name
     lines += [
@@ -24,13 +26,18 @@ def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaI
     return "\n".join(lines)
 
 
-def capacity_lines(name: str, infos: list[ReplicaInfo]) -> list[str]:
-    """KV capacity in tokens and the number of full-length requests that fit it, over all replicas of a model."""
+def capacity_lines(name: str, infos: list[ReplicaInfo], split: tuple[int, int] = (1, 1)) -> list[str]:
+    """KV capacity in tokens and the number of full-length requests that fit it, over all replicas of a model.
+
+    split: the ranks of a stage, and the stages.
+    """
     if not infos:
         return [f"  {name}: no replica is registered"]
     tokens = sum(info.num_blocks * info.block_size for info in infos)
     longest = infos[0].max_model_len
     count = f"{len(infos)} replicas" if len(infos) > 1 else "1 replica"
+    if split != (1, 1):
+        count += f" of {split[0] * split[1]} ranks (tensor parallel {split[0]}, stages {split[1]})"
     return [
         f"  {name}: {infos[0].num_parameters / 1e6:,.1f} M parameters, {infos[0].dtype}, {count}",
         f"  KV cache capacity: {tokens:,} tokens",

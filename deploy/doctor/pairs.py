@@ -15,16 +15,16 @@ _MESSAGE = {"nccl": 128 << 20, "gloo": 8 << 20}  # bytes
 _SLOW = 0.5  # of the median pair, or of what a plain copy reaches
 _REMEDY = {
     "nccl": "run with NCCL_DEBUG=INFO to see what it tries; docs/parallelism.md says which variables matter",
-    "gloo": "set GLOO_SOCKET_IFNAME to an interface that reaches every node (lo, where there is only this one)",
+    "gloo": "ranks on the CPU meet on 127.0.0.1: it must be up, and no firewall may stand before it",
 }
 
 
 def check_pairs(num_gpus: int, copies: Mapping[tuple[int, int], Mapping[str, Any]], limit_s: float) -> list[Finding]:
     """Findings from as many processes as there are GPUs; from two on the CPU where there is no pair of GPUs."""
-    backend, ranks = ("nccl", num_gpus) if num_gpus > 1 else ("gloo", 2)
+    backend, device, ranks = ("nccl", "cuda", num_gpus) if num_gpus > 1 else ("gloo", "cpu", 2)
     with tempfile.TemporaryDirectory(prefix="shoal-doctor-") as folder:
         rendezvous = str(Path(folder) / "store")
-        arguments = [[str(rank), str(ranks), backend, rendezvous, str(_MESSAGE[backend])] for rank in range(ranks)]
+        arguments = [[str(rank), str(ranks), device, rendezvous, str(_MESSAGE[backend])] for rank in range(ranks)]
         outcomes = run_probes("probe_pair", arguments, limit_s=limit_s)
     return findings(backend, ranks, outcomes, {pair: line["bytes_per_s"] for pair, line in copies.items()})
 

@@ -1,6 +1,6 @@
 """Probe, one process for each rank: what a process group carries from each rank to each other one, and in a sum.
 
-Arguments: rank, ranks, backend (nccl or gloo), a file for the rendezvous, bytes of a message.
+Arguments: rank, ranks, device (cuda: NCCL, or cpu: gloo), a file for the rendezvous, bytes of a message.
 The sender says that a pair begins, so that the one that hangs is known; the receiver says how long it took.
 """
 
@@ -10,51 +10,50 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import permutations
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
+from ...replicas.process_groups import ProcessGroups
 from .process import begin, say
 
 _REPEATS = 5
 
 
 def main() -> None:
-    limit_s, (rank, ranks, backend, file, num_bytes) = begin()
-    group = _Group(int(rank), int(ranks), backend, int(num_bytes))
-    if group.on_gpu:
-        torch.cuda.set_device(group.rank)
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(file, group.ranks),  # pyright: ignore[reportPrivateImportUsage]
-        rank=group.rank,
-        world_size=group.ranks,
-        timeout=timedelta(seconds=limit_s),
-    )
-    for source, target in permutations(range(group.ranks), 2):
-        group.measure_pair(source, target)
-    group.measure_sum()
+    _, (rank, ranks, device, file, num_bytes) = begin()
+    _Rank(int(rank), int(ranks), device, file, int(num_bytes)).measure()
     sys.stdout.flush()
     os._exit(0)  # destroying a group waits for its other members
 
 
-class _Group:
-    def __init__(self, rank: int, ranks: int, backend: str, num_bytes: int) -> None:
+class _Rank:
+    """A member of a process group that is made as the ranks of a model make theirs."""
+
+    def __init__(self, rank: int, ranks: int, device: str, file: str, num_bytes: int) -> None:
         self.rank, self.ranks = rank, ranks
-        self.on_gpu = backend == "nccl"
+        self.on_gpu = device == "cuda"
         self.device = torch.device("cuda", rank) if self.on_gpu else torch.device("cpu")
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+        self.group = ProcessGroups(FileStore(file, ranks), rank, self.device, "127.0.0.1").open("doctor", range(ranks))
         self.message = torch.empty(num_bytes // 4, dtype=torch.float32, device=self.device)
+
+    def measure(self) -> None:
+        for source, target in permutations(range(self.ranks), 2):
+            self.measure_pair(source, target)
+        self.measure_sum()
 
     def measure_pair(self, source: int, target: int) -> None:
         if self.rank == source:
             say(begin=[source, target])
             self.message.fill_(source + 1)
-            self._seconds(lambda: dist.send(self.message, target))
+            self._seconds(lambda: self.group.send([self.message], target, 0))
         elif self.rank == target:
             self.message.zero_()
-            seconds = self._seconds(lambda: dist.recv(self.message, source))
+            seconds = self._seconds(lambda: self.group.recv([self.message], source, 0))
             right = bool((self.message == source + 1).all())
             say(source=source, target=target, right=right, bytes_per_s=self.message.nbytes / seconds)
 
@@ -63,21 +62,21 @@ class _Group:
         if self.rank == 0:
             say(begin="sum")
         self.message.fill_(1.0)
-        dist.all_reduce(self.message)
+        self.group.allreduce([self.message]).wait()
         right = bool((self.message == self.ranks).all())
         self.message.zero_()
-        seconds = self._seconds(lambda: dist.all_reduce(self.message))
+        seconds = self._seconds(lambda: self.group.allreduce([self.message]))
         if self.rank == 0:
             moved = 2 * (self.ranks - 1) / self.ranks * self.message.nbytes
             say(sum=self.ranks, right=right, bytes_per_s=moved / seconds)
 
-    def _seconds(self, exchange: Callable[[], object]) -> float:
+    def _seconds(self, exchange: Callable[[], dist.Work]) -> float:
         """Of one exchange, after a first that connects."""
-        exchange()
+        exchange().wait()
         self._synchronize()
         begin = time.perf_counter()
         for _ in range(_REPEATS):
-            exchange()
+            exchange().wait()
         self._synchronize()
         return (time.perf_counter() - begin) / _REPEATS
 

@@ -1,0 +1,52 @@
+"""`shoal serve tiny -tp 2`, as anyone can run it on two cores: the same answers as those of one rank."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from shoal.deploy.config import TINY_MODEL
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
+from shoal.replicas.llm import build_engine, generate
+from shoal.replicas.protocol import Request, SamplingParams
+from shoal.replicas.tokenizer import Tokenizer
+from tests.support.served import processes_of, start, wait_until
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("import os\n", "def main():\n", "class Reader:\n    def __init__(self")
+NEW_TOKENS = 40
+
+
+def answers_of_one_rank() -> list[str]:
+    tokenizer = Tokenizer.from_folder(TINY_MODEL)
+    engine = build_engine(
+        EngineConfig(ModelConfig(str(TINY_MODEL), max_model_len=1024), CacheConfig(num_blocks=256), num_threads=1)
+    )
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    requests = [Request(prompt, tuple(tokenizer.encode(prompt)), sampling) for prompt in PROMPTS]
+    completions = generate(engine, requests)
+    engine.shutdown()
+    return [tokenizer.decode(completions[prompt][0].token_ids) for prompt in PROMPTS]
+
+
+def test_two_ranks_answer_as_one_does_and_leave_nothing_behind() -> None:
+    expected = answers_of_one_rank()
+    server = start("-tp", "2")
+    try:
+        assert "1 replica of 2 ranks (tensor parallel 2, stages 1)" in server.output
+        body = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        answers = server.http.post("/v1/completions", json={**body, "prompt": list(PROMPTS)}).json()["choices"]
+        assert [answer["text"] for answer in answers] == expected
+        running = " ".join(processes_of(server.process.pid))
+        folder = re.search(r"/tmp/shoal-ray-\w+", running)
+        assert folder is not None
+        assert len(re.findall(r"ray::shard \d of replica", running)) == 2, running
+    finally:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(120) == 0
+    assert wait_until(lambda: processes_of(server.process.pid) == []), processes_of(server.process.pid)
+    assert not Path(folder[0]).exists()
