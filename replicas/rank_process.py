@@ -39,7 +39,6 @@ def main(descriptor: int) -> None:
         except Exception as error:
             answer = None, error
         _answer(control, answer)
-    shard_rank.abort()
     # Not by way of the interpreter's end, which destroys process groups and graphs: that may wait for who is gone.
     logging.shutdown()
     sys.stdout.flush()

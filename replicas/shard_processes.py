@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .config import EngineConfig
-from .errors import ShardGroupError
+from .errors import ConfigError, ShardGroupError
 from .group_executor import GroupExecutor
 from .group_start import GroupStart
 from .step_channel import StepChannelServer
@@ -50,7 +50,8 @@ class RankProcess:
         self._end: ShardGroupError | None = None  # set once the process has ended
         self._listener = threading.Thread(target=self._listen, name=f"shoal-rank-{rank}", daemon=True)
         self._listener.start()
-        self._control.send(("become", (config, rank, local_rank, logging.getLogger().getEffectiveLevel())))
+        with contextlib.suppress(OSError):  # its end is what the first call is told
+            self._control.send(("become", (config, rank, local_rank, logging.getLogger().getEffectiveLevel())))
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid})"
@@ -123,6 +124,7 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
     config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,
     ModelError), else ShardGroupError. No process is left then.
     """
+    _check_gpus(config)
     start = GroupStart(config, timeout_s)
     ranks: list[RankProcess] = []
     try:
@@ -134,6 +136,21 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
         _end_all(ranks, 0.0)
         raise
     return ShardProcesses(num_blocks, server, ranks, runs)
+
+
+def _check_gpus(config: EngineConfig) -> None:
+    """Raises ConfigError where this machine has no GPU for each rank."""
+    if config.device != "cuda":
+        return
+    from torch.cuda import device_count
+
+    parallel, found = config.parallel, device_count()
+    if parallel.world_size > found:
+        raise ConfigError(
+            f"tensor_parallel_size {parallel.tensor_parallel_size} x pipeline_parallel_size "
+            f"{parallel.pipeline_parallel_size} needs {parallel.world_size} GPUs, and this process sees {found}; lower "
+            "them, or look at CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _end_all(ranks: Sequence[RankProcess], patience_s: float) -> None:

@@ -99,7 +99,13 @@ class ShardRank:
             plain = TorchCollectives(groups.open(name, range(first, first + tp_size)))
             assert self._store is not None
             group = Group(self._store, name, self._tp_rank, tp_size, self._device)
-            tp = open_collectives(plain, group, parallel.all_reduce, batch_invariant=self._config.batch_invariant)
+            tp = open_collectives(
+                plain,
+                group,
+                parallel.all_reduce,
+                quantized=parallel.quantized_all_reduce,
+                batch_invariant=self._config.batch_invariant,
+            )
         pp, max_in_flight = None, self._config.scheduler.max_steps_in_flight
         assert max_in_flight is not None, "the configuration is not resolved"
         if pp_size > 1:
@@ -134,6 +140,8 @@ class ShardRank:
         last_stage = self._context.is_last_stage
         try:
             run_plans(client, self._shard, self._context.check, answers=last_stage and self._tp_rank == 0)
+            if self._device.type == "cuda":  # other ranks may still wait for what this one has only queued
+                torch.cuda.synchronize(self._device)
         except Exception as error:
             self._leave(f"{type(error).__name__}: {error}")
         self._left.set()

@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.checkpoint import read_model_facts
-from shoal.replicas.errors import EngineError, ModelError, ShardGroupError
+from shoal.replicas.errors import ConfigError, EngineError, ModelError, ShardGroupError
 from shoal.replicas.llm import build_engine
 from shoal.replicas.protocol import FinishReason, Request, SamplingParams
 from shoal.replicas.shard_processes import ShardProcesses, start_shard_processes
 from tests.support.checkpoints import FAMILIES
 from tests.support.golden import PROMPTS, engine_config
-from tests.support.processes import children, cpu_seconds, leftovers, wait_for_children, wait_for_end
+from tests.support.processes import children, cpu_seconds, wait_for_children, wait_for_end
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +35,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left():
-    before = children(), leftovers()
+def _nothing_is_left(tmp_path_factory, monkeypatch):
+    folder, before = tmp_path_factory.mktemp("temporary"), children()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it has been read from the environment before
     yield
-    assert (children(), leftovers()) == before
+    assert children() == before
+    assert list(folder.iterdir()) == []
 
 
 def start(folder: Path, tp: int = 2) -> ShardProcesses:
@@ -103,6 +107,13 @@ def test_a_rank_that_is_killed_while_it_starts_is_named(folder):
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(ShardGroupError, match=rf"rank 1 \(process {pids[1]}\): it was killed by signal 9"):
             starting.result()
+
+
+def test_more_ranks_than_gpus_are_refused_before_anything_starts(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = engine_config(folder, tp=2, pp=2).resolve(read_model_facts(folder), "cuda")
+    with pytest.raises(ConfigError, match="2 x pipeline_parallel_size 2 needs 4 GPUs, and this process sees 1"):
+        start_shard_processes(config)
 
 
 def test_a_damaged_checkpoint_is_what_the_ranks_say_it_is(tmp_path):

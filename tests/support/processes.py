@@ -37,9 +37,3 @@ def cpu_seconds(pid: int) -> float:
     """What the process has spent, of all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def leftovers() -> set[str]:
-    """Sockets' folders and shared memory that a group could leave behind; a Ray of somebody else is none of them."""
-    folders = {str(path) for path in Path("/tmp").glob("shoal-*") if not path.name.startswith("shoal-ray-")}
-    return folders | {str(path) for path in Path("/dev/shm").iterdir() if not path.name.startswith("plasma")}
