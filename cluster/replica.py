@@ -29,7 +29,7 @@ from .membership import ReplicaInfo
 from .server import ReplicaServer, ServerOptions
 from .shard_actor import build_sharded_engine
 from .shard_group import ShardGroup
-from .watchdog import FLOOR, StepWatchdog
+from .watchdog import FLOOR, STOPPED, StepWatchdog
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ class ReplicaOptions:
     check_interval: float = 0.5  # between two looks at the engine's progress
     drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
     group_start_timeout: float = 1800.0  # for shard actors to start, meet and load the model
-    step_floor: float | None = None  # no step counts as stuck before; None: 5 on a GPU, 60 on CPU
     server: ServerOptions = field(default_factory=ServerOptions)
 
 
@@ -73,8 +72,7 @@ class Replica:
         secret, self._engine = await asyncio.gather(
             self._directory.secret(), asyncio.to_thread(self.build_engine, config)
         )
-        floor = self._options.step_floor
-        self._watchdog = StepWatchdog(FLOOR[self._engine.config.device] if floor is None else floor)
+        self._watchdog = StepWatchdog(FLOOR[self._engine.config.device])
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
         # What is loaded by now lives as long as the process: some 280,000 objects, over which a full collection takes
@@ -128,6 +126,8 @@ class Replica:
         silence, limit = time.monotonic() - self._thread.last_progress, self._watchdog.limit
         if silence > limit:
             raise EngineError(f"a step has taken {silence:.1f} s, above the limit of {limit:.1f} s")
+        if self._shards is not None and silence > STOPPED and (stopped := self._shards.stopped()):
+            raise EngineError(f"a step has taken {silence:.1f} s and waits for stopped processes: {', '.join(stopped)}")
 
     async def info(self) -> ReplicaInfo:
         return self._server.info

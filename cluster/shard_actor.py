@@ -7,6 +7,7 @@ import os
 import select
 import signal
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -81,6 +82,7 @@ class ShardActorHandle:
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote()
         self._name = f"the actor of bundle {bundle}"
         self._title = "shard"  # what Ray and lists of processes call it
+        self._place: Place | None = None
         self._process: int | None = None  # a descriptor of its process, where that is on this node
 
     def call(self, method: str, *args: object) -> Future[Any]:
@@ -104,9 +106,19 @@ class ShardActorHandle:
     def seated(self, rank: int, world_size: int, place: Place) -> None:
         self._name = f"rank {rank} of {world_size} ({place})"
         self._title = f"shard {rank} of replica {os.getpid()}"
+        self._place = place
         if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
             with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
                 self._process = os.pidfd_open(place.pid)
+
+    def is_stopped(self) -> bool:
+        if self._process is None or self._place is None:
+            return False
+        try:
+            status = Path(f"/proc/{self._place.pid}/stat").read_text()
+        except OSError:  # it has ended
+            return False
+        return status.rpartition(")")[2].split()[0] == "T"
 
     def kill(self) -> None:
         try:

@@ -28,6 +28,10 @@ class ShardHandle(RankHandle, Protocol):
         """Is told which rank the actor will be, and where it is."""
         ...
 
+    def is_stopped(self) -> bool:
+        """Whether its process is on this node and stopped, as by SIGSTOP; a mere look at it."""
+        ...
+
     def kill(self) -> None:
         """Ends the actor's process, whatever it does. Idempotent."""
         ...
@@ -49,6 +53,10 @@ class ShardGroup(GroupExecutor):
     ) -> None:
         super().__init__(num_blocks, server, shards, runs)
         self._shards = tuple(shards)
+
+    def stopped(self) -> list[str]:
+        """The ranks whose processes are stopped, as far as that can be seen from this node."""
+        return [str(shard) for shard in self._shards if shard.is_stopped()]
 
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from threading import Lock
 
-FLOOR = {"cuda": 5.0, "cpu": 60.0}  # seconds; on CPU a chunk of prompt may take long, and nothing hangs silently there
+FLOOR = {"cuda": 5.0, "cpu": 60.0}  # seconds; on CPU a chunk of prompt may take long
+STOPPED = 5.0  # seconds that a step may wait for a rank whose process can be seen to be stopped
 _TIMES_P99 = 20.0
 _MEMORY = 1000  # steps
 _WARM_UP_STEPS = 20

@@ -102,15 +102,19 @@ def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor)
     assert [name for _, name, _, _ in actor.calls] == ["shard.place", f"shard 3 of replica {os.getpid()}.load"]
 
 
-def test_a_stopped_rank_of_this_node_is_ended(actor: FakeActor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_rank_of_this_node_is_seen_and_ended(actor: FakeActor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_actor, "_ASKED_MS", 1)
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
         handle.seated(0, 1, Place("here", "127.0.0.1", process.pid, ()))
+        assert not handle.is_stopped()
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert handle.is_stopped()
         handle.kill()
         assert process.wait(20) == -signal.SIGKILL
         handle.kill()
+        assert not handle.is_stopped()
     assert actor.killed == 2
 
 
@@ -118,6 +122,9 @@ def test_a_process_of_another_node_is_left_to_ray(actor: FakeActor) -> None:
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
         handle.seated(0, 1, Place("elsewhere", "10.0.0.1", process.pid, ()))
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert not handle.is_stopped()  # another process there may have this one's number
         handle.kill()
         assert (actor.killed, process.poll()) == (1, None)
         process.kill()

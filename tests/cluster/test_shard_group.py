@@ -222,6 +222,13 @@ def test_a_rank_that_dies_while_there_is_nothing_to_do_is_told(maker: Maker, ran
     assert f"lost rank {rank} of 2 (node 10.0.0.0, process 100): its process has ended" in str(lost.result(PATIENCE))
 
 
+def test_stopped_ranks_are_named(maker: Maker) -> None:
+    group = maker.start(group_config(2), [place()] * 2)
+    assert group.stopped() == []
+    maker.shards[1].stopped = True
+    assert group.stopped() == ["rank 1 of 2 (node 10.0.0.0, process 100)"]
+
+
 @pytest.mark.parametrize("end", [ShardGroup.shutdown, ShardGroup.kill])
 def test_a_group_that_is_taken_down_is_not_lost(maker: Maker, end: Callable[[ShardGroup], None]) -> None:
     group = maker.start(group_config(2), [place()] * 2)

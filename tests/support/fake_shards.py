@@ -29,6 +29,7 @@ class FakeShard:
         self.rank: int | None = None
         self.seat: tuple[int, tuple[str, ...]] | None = None
         self.seated_at: tuple[int, int, Place] | None = None
+        self.stopped = False
         self.killed = threading.Event()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[Future[Any]] = []
@@ -58,6 +59,9 @@ class FakeShard:
 
     def seated(self, rank: int, world_size: int, place: Place) -> None:
         self.seated_at = rank, world_size, place
+
+    def is_stopped(self) -> bool:
+        return self.stopped
 
     def kill(self) -> None:
         if self.killed.is_set():

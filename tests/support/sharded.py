@@ -47,7 +47,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def deployed(config: EngineConfig, num_replicas: int = 1) -> Iterator[None]:
-    """So many replicas, on few of the machine's CPUs; a step of theirs counts as stuck after 3 s."""
+    """So many replicas, on few of the machine's CPUs. Raises RuntimeError with what a replica says if none starts."""
     made = bundles(config.parallel, num_cpus=0.1, num_gpus_per_shard=0)
     deployment: Any = serve.deployment(
         Replica,  # pyright: ignore[reportArgumentType]
@@ -60,9 +60,12 @@ def deployed(config: EngineConfig, num_replicas: int = 1) -> Iterator[None]:
         health_check_timeout_s=3,
         max_constructor_retry_count=2,
     )
-    options = ReplicaOptions(directory=DIRECTORY, host="127.0.0.1", step_floor=3.0)
+    options = ReplicaOptions(directory=DIRECTORY, host="127.0.0.1")
     try:
-        serve.run(deployment.bind(MODEL, config, options), name="app", route_prefix=None)
+        try:
+            serve.run(deployment.bind(MODEL, config, options), name="app", route_prefix=None)
+        except RuntimeError as error:
+            raise RuntimeError(serve.status().applications["app"].deployments["replica"].message) from error
         yield
     finally:
         serve.shutdown()
