@@ -182,6 +182,11 @@ class EngineConfig:
         if device == "cpu" and (parallel.all_reduce != "auto" or parallel.quantized_all_reduce):
             asked = "quantized_all_reduce" if parallel.all_reduce == "auto" else f"all_reduce {parallel.all_reduce!r}"
             raise ConfigError(f"{asked} is for GPUs, and the ranks of this model run on CPU, over gloo; leave it out")
+        if self.batch_invariant and tp > 2 and parallel.all_reduce in ("nccl", "symm_mem"):
+            raise ConfigError(
+                f"all_reduce {parallel.all_reduce!r} sums over {tp} ranks in an order that depends on the size of the "
+                "step, and batch_invariant asks for one that does not; take all_reduce auto or triton"
+            )
         if parallel.quantized_all_reduce and self.batch_invariant:
             raise ConfigError(
                 "quantized_all_reduce rounds the sums of large steps alone, so that a sequence's bits would depend on "
@@ -192,8 +197,8 @@ class EngineConfig:
 def _why_not_split(model: ModelFacts, tp: int) -> str | None:
     """Why `tp` ranks cannot share every layer of a model evenly; None where they can.
 
-    Heads and intermediate features are split, kv heads split or, where they are fewer than the ranks, repeated. The
-    vocabulary is padded to a multiple of the ranks, of which none may be left without a token.
+    Heads and intermediate features are split, kv heads split or, where they are fewer than the ranks, repeated. Any
+    vocabulary can be split: it is padded.
     """
     if model.num_attention_heads % tp:
         return f"does not divide the model's {model.num_attention_heads} attention heads"
@@ -202,6 +207,4 @@ def _why_not_split(model: ModelFacts, tp: int) -> str | None:
     for size in model.intermediate_sizes:
         if size % tp:
             return f"does not divide the {size} intermediate features of the model's MLP"
-    if -(-model.vocab_size // tp) * (tp - 1) >= model.vocab_size:
-        return f"leaves a rank without any of the model's {model.vocab_size} tokens"
     return None

@@ -61,7 +61,6 @@ def test_a_split_that_the_model_takes():
         (8, 1, {}, "4 attention heads"),
         (4, 1, {"num_attention_heads": 8, "num_kv_heads": 6}, "neither divides the model's 6 kv heads nor"),
         (4, 1, {"intermediate_sizes": (64, 90)}, "does not divide the 90 intermediate features"),
-        (4, 1, {"vocab_size": 5}, "leaves a rank without any of the model's 5 tokens; this model takes 1, 2"),
         (1, 3, {}, "pipeline_parallel_size 3 is above the model's 2 layers"),
         (0, 1, {}, "at least 1"),
     ],
@@ -85,3 +84,9 @@ def test_sums_that_depend_on_the_batch_are_not_batch_invariant():
     config = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(2, quantized_all_reduce=True))
     with pytest.raises(ConfigError, match="batch_invariant"):
         replace(config, batch_invariant=True).resolve(FACTS, "cuda")
+    for num_ranks, kind in ((4, "nccl"), (4, "symm_mem")):
+        config = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(num_ranks, all_reduce=kind))
+        with pytest.raises(ConfigError, match="sums over 4 ranks in an order"):
+            replace(config, batch_invariant=True).resolve(FACTS, "cuda")
+    two = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(2, all_reduce="nccl"), batch_invariant=True)
+    assert two.resolve(FACTS, "cuda").batch_invariant  # a sum of two has one order
