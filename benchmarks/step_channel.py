@@ -3,8 +3,9 @@
 Beside it the same plan and answer by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray
 compiled graph. Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays (clocks
 of processes on one machine agree), `to both` when the later of the two has it, `half round trip` when the engine has
-rank 0's answer. Steps follow each other at once, or with a pause as a GPU makes it, in which cores fall asleep. Two
-cores are one fewer than there are processes. Goal: 30 us one way, at once.
+rank 0's answer. Before that answer the ranks wait for each other, as their collectives make them. Steps follow each
+other at once, or with a pause as a GPU makes it, in which cores fall asleep. Two cores are one fewer than there are
+processes. Goal: 30 us one way, at once.
 
     python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
 """
@@ -62,14 +63,28 @@ def answer(plan: StepPlan) -> StepResult:
     return StepResult(plan.step, plan.sample_rows)
 
 
+class Meeting:
+    """Where rank 0 waits for the others in every step."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        self._fifo, self._rank = os.open(path, os.O_RDWR), rank
+
+    def come(self) -> None:
+        if self._rank:
+            os.write(self._fifo, b".")
+        else:
+            for _ in range(WORLD_SIZE - 1):
+                os.read(self._fifo, 1)
+
+
 class ByChannel:
     """The step channel."""
 
-    def __init__(self, *, tcp: bool) -> None:
+    def __init__(self, fifo: str, *, tcp: bool) -> None:
         token = secrets.token_bytes(32)
         self._server = StepChannelServer(WORLD_SIZE, token, host="127.0.0.1" if tcp else None)
         address = self._server.address or self._server.path
-        self._ranks = Ranks(lambda rank: (channel_rank, (address, rank, token)))
+        self._ranks = Ranks(lambda rank: (channel_rank, (fifo, address, rank, token)))
         self._server.accept(60)
 
     def step(self, plan: StepPlan) -> None:
@@ -81,10 +96,11 @@ class ByChannel:
         return self._ranks.join()
 
 
-def channel_rank(stamps_to: Connection, address: Address, rank: int, token: bytes) -> None:
-    client, stamps = StepChannelClient(address, rank, WORLD_SIZE, token), []
+def channel_rank(stamps_to: Connection, fifo: str, address: Address, rank: int, token: bytes) -> None:
+    client, meeting, stamps = StepChannelClient(address, rank, WORLD_SIZE, token), Meeting(fifo, rank), []
     while (plan := client.receive()) is not None:
         stamps.append(perf_counter_ns())
+        meeting.come()
         if rank == 0:
             client.send_result(answer(plan))
     stamps_to.send(stamps)
@@ -93,10 +109,10 @@ def channel_rank(stamps_to: Connection, address: Address, rank: int, token: byte
 class ByPickle:
     """`multiprocessing.connection`, which pickles."""
 
-    def __init__(self) -> None:
+    def __init__(self, fifo: str) -> None:
         pipes = [_PROCESSES.Pipe() for _ in range(WORLD_SIZE)]
         self._pipes = [ours for ours, _ in pipes]
-        self._ranks = Ranks(lambda rank: (pickle_rank, (pipes[rank][1], rank)))
+        self._ranks = Ranks(lambda rank: (pickle_rank, (fifo, pipes[rank][1], rank)))
 
     def step(self, plan: StepPlan) -> None:
         for pipe in self._pipes:
@@ -109,10 +125,11 @@ class ByPickle:
         return self._ranks.join()
 
 
-def pickle_rank(stamps_to: Connection, pipe: Connection, rank: int) -> None:
-    stamps = []
+def pickle_rank(stamps_to: Connection, fifo: str, pipe: Connection, rank: int) -> None:
+    meeting, stamps = Meeting(fifo, rank), []
     while (plan := pipe.recv()) is not None:
         stamps.append(perf_counter_ns())
+        meeting.come()
         if rank == 0:
             pipe.send(answer(plan))
     stamps_to.send(stamps)
@@ -141,11 +158,13 @@ class Ranks:
 class RayRank:
     """What an actor runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, fifo: str, rank: int) -> None:
+        self._meeting = Meeting(fifo, rank)
         self._stamps: Stamps = []
 
     def run(self, plan: StepPlan) -> StepResult:
         self._stamps.append(perf_counter_ns())
+        self._meeting.come()
         return answer(plan)
 
     def stamps(self) -> Stamps:
@@ -155,14 +174,14 @@ class RayRank:
 class ByActorCall:
     """A method call on each of two actors."""
 
-    def __init__(self) -> None:
+    def __init__(self, fifo: str) -> None:
         import ray
 
         from benchmarks.actor_calls import ActorCalls  # here: Ray reads the environment when it is imported
 
         self._get = ray.get
         actor: Any = ray.remote(RayRank)
-        self._actors: list[Any] = [actor.remote() for _ in range(WORLD_SIZE)]
+        self._actors: list[Any] = [actor.remote(fifo, rank) for rank in range(WORLD_SIZE)]
         self._calls = ActorCalls(self._actors)
 
     def step(self, plan: StepPlan) -> None:
@@ -176,8 +195,8 @@ class ByActorCall:
 class ByCompiledGraph(ByActorCall):
     """The same two calls as a compiled graph."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, fifo: str) -> None:
+        super().__init__(fifo)
         from ray.dag import InputNode, MultiOutputNode
 
         with InputNode() as plan:
@@ -224,18 +243,21 @@ class Times(NamedTuple):
     half: list[float]
 
 
-def measure(make: Callable[[], Way], num_steps: int, pause_ms: float) -> Times:
-    """One round."""
-    way, plan = make(), decode_plan()
+def measure(make: Callable[[str], Way], num_steps: int, pause_ms: float) -> Times:
+    """One round. make: is given the path of the ranks' meeting."""
     begins, ends = [], []
-    for step in range(NUM_WARM + num_steps):
-        plan = replace(plan, step=step)
-        begins.append(perf_counter_ns())
-        way.step(plan)
-        ends.append(perf_counter_ns())
-        if pause_ms:
-            time.sleep(pause_ms / 1e3)
-    stamps = way.stop()
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        fifo = os.path.join(folder, "meeting")
+        os.mkfifo(fifo)
+        way, plan = make(fifo), decode_plan()
+        for step in range(NUM_WARM + num_steps):
+            plan = replace(plan, step=step)
+            begins.append(perf_counter_ns())
+            way.step(plan)
+            ends.append(perf_counter_ns())
+            if pause_ms:
+                time.sleep(pause_ms / 1e3)
+        stamps = way.stop()
     one_way = [[(stamp - begin) / 1e3 for stamp, begin in zip(of_rank, begins, strict=True)] for of_rank in stamps]
     half = [(end - begin) / 2e3 for end, begin in zip(ends, begins, strict=True)]
     counted = [of_rank[NUM_WARM:] for of_rank in one_way]
@@ -267,15 +289,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="counted steps of a round")
     parser.add_argument("--without-ray", action="store_true")
     options = parser.parse_args()
-    ways: dict[str, Callable[[], Way]] = {
-        "UNIX socket": lambda: ByChannel(tcp=False),
-        "TCP": lambda: ByChannel(tcp=True),
+    ways: dict[str, Callable[[str], Way]] = {
+        "UNIX socket": lambda fifo: ByChannel(fifo, tcp=False),
+        "TCP": lambda fifo: ByChannel(fifo, tcp=True),
         "pickled pipe": ByPickle,
     }
-    ray_ways: dict[str, Callable[[], Way]] = {"Ray compiled graph": ByCompiledGraph, "Ray actor call": ByActorCall}
+    ray_ways: dict[str, Callable[[str], Way]] = {"Ray compiled graph": ByCompiledGraph, "Ray actor call": ByActorCall}
     rounds: dict[tuple[str, float], list[Times]] = {}
 
-    def one_round(of: dict[str, Callable[[], Way]]) -> None:
+    def one_round(of: dict[str, Callable[[str], Way]]) -> None:
         for name, make in of.items():
             for pause_ms in PAUSES_MS:
                 rounds.setdefault((name, pause_ms), []).append(measure(make, options.steps, pause_ms))
