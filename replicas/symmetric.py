@@ -22,9 +22,11 @@ from ..kernels.all_reduce import (
     Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
+    all_reduce_int8,
     as_rows,
     buffer_bytes,
     choose,
+    int8_part_size,
 )
 from ..kernels.rms_norm import add_rms_norm
 from .collectives import Collectives
@@ -33,9 +35,9 @@ from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric
 
 logger = logging.getLogger(__name__)
 
-# Turns of a wait before it ends, some 0.8 us each on an H200: 27 s. A rank that is that late has been stopped, and the
-# engine's watchdog was there before.
-_SPIN_LIMIT = 1 << 25
+# Turns of a wait before it ends, some 0.8 us each on an H200: 215 s, of the order of the limit that NCCL has. Ranks start
+# at different speeds, and once they serve the engine's watchdog is far quicker.
+_SPIN_LIMIT = 1 << 28
 _LONGEST_ROW = 1 << 16  # bytes
 _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,13 +54,13 @@ class Group:
 
 
 def open_collectives(
-    plain: Collectives, group: Group, kind: str = "auto", *, batch_invariant: bool = False
+    plain: Collectives, group: Group, kind: str = "auto", *, quantized: bool = False, batch_invariant: bool = False
 ) -> Collectives:
-    """What sums for a group; `kind` is `all_reduce` of ParallelConfig. Every rank calls it with the same arguments.
+    """What sums for a group. `kind` and `quantized` are `all_reduce` and `quantized_all_reduce` of ParallelConfig.
 
-    batch_invariant: messages of all sizes are summed in one order. `plain` itself is the answer where NCCL is asked
-    for, on a CPU, and, with a warning that says why, where the ranks cannot write each other's memory. Raises
-    ShardGroupError where they cannot and `kind` is neither "auto" nor "nccl".
+    Every rank calls it with the same arguments. batch_invariant: messages of all sizes are summed in one order. `plain`
+    itself is the answer where NCCL is asked for, on a CPU, and, with a warning that says why, where the ranks cannot
+    write each other's memory. Raises ShardGroupError where they cannot and `kind` is neither "auto" nor "nccl".
     """
     if kind == "nccl" or group.device.type != "cuda":
         return plain
@@ -87,7 +89,8 @@ def open_collectives(
         alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         spin_limit=_SPIN_LIMIT,
     )
-    return SymmetricCollectives(plain, exchange, every_size=batch_invariant or kind == "triton")
+    every_size = batch_invariant or kind == "triton"
+    return SymmetricCollectives(plain, exchange, every_size=every_size, quantized=quantized)
 
 
 def buffer_capacity(world_size: int) -> int:
@@ -99,29 +102,34 @@ def buffer_capacity(world_size: int) -> int:
 class SymmetricCollectives:
     """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
 
-    every_size: larger ones too, in parts.
+    every_size: larger ones too, in parts. quantized: larger ones too, in parts and with 8 bits an element.
     """
 
-    def __init__(self, plain: Collectives, exchange: Exchange, *, every_size: bool = False) -> None:
-        self._plain, self._exchange, self._every_size = plain, exchange, every_size
+    def __init__(
+        self, plain: Collectives, exchange: Exchange, *, every_size: bool = False, quantized: bool = False
+    ) -> None:
+        self._plain, self._exchange = plain, exchange
+        self._every_size, self._quantized = every_size and not quantized, quantized
         self._alarm = exchange.alarm.numpy()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         algorithm = self._choose(x)
-        if algorithm is None:
-            return self._plain.all_reduce(x)
-        flat = x.view(-1)
-        for part in (flat,) if self._holds(algorithm, *as_rows(x.numel()), x) else flat.split(self._part_size(x)):
-            all_reduce(part, self._exchange, algorithm)
+        if algorithm is not None:
+            flat = x.view(-1)
+            for part in (flat,) if self._holds(algorithm, *as_rows(x.numel()), x) else flat.split(self._part_size(x)):
+                all_reduce(part, self._exchange, algorithm)
+        elif self._goes_in_8_bits(x):
+            for part in x.view(-1).split(int8_part_size(self._exchange.capacity, self._exchange.world_size)):
+                all_reduce_int8(part, self._exchange)
+        else:
+            self._plain.all_reduce(x)
         return x
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         algorithm = self._choose(x)
-        if algorithm is None:
-            return self._plain.all_reduce_add_rms_norm(x, residual, weight, eps)
-        if self._holds(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
+        if algorithm is not None and self._holds(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
             return all_reduce_add_rms_norm(x, residual, weight, eps, self._exchange, algorithm)
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
@@ -139,12 +147,16 @@ class SymmetricCollectives:
             )
 
     def _choose(self, x: torch.Tensor) -> Algorithm | None:
-        if not x.is_contiguous() or x.dtype not in DTYPES or x.numel() == 0:
-            return None
         algorithm = choose(x.nbytes, self._exchange.world_size)
-        if algorithm is None:
-            return Algorithm.TWO_SHOT if self._every_size else None
-        return algorithm
+        if not self._takes(x):
+            return None
+        return Algorithm.TWO_SHOT if algorithm is None and self._every_size else algorithm
+
+    def _goes_in_8_bits(self, x: torch.Tensor) -> bool:
+        return self._quantized and self._takes(x)
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return x.is_contiguous() and x.dtype in DTYPES and x.numel() > 0
 
     def _holds(self, algorithm: Algorithm, num_rows: int, num_features: int, x: torch.Tensor) -> bool:
         needed = buffer_bytes(algorithm, num_rows, num_features, x.itemsize, self._exchange.world_size)
