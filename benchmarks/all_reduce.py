@@ -32,6 +32,7 @@ from shoal.kernels.all_reduce import (
     Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
+    all_reduce_int8,
     buffer_bytes,
     choose,
 )
@@ -147,8 +148,10 @@ def ways(
             name = algorithm.value.replace("_", "-")
             plain[name] = partial(all_reduce, x, exchange, algorithm)
             normed[name] = partial(all_reduce_add_rms_norm, y, residual, weight, EPS, exchange, algorithm)
-    if kib > 4096:  # they take longer than NCCL there
+    if kib > 4096:  # it takes longer than NCCL there
         plain.pop("torch one-shot")
+    if kib >= 2048:
+        plain["int8"] = lambda: all_reduce_int8(x, exchange)
     return {"sum": plain, "sum and norm": normed}
 
 

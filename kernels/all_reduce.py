@@ -31,6 +31,9 @@ STATE_SIZE = 2 + NUM_BUFFERS  # tickets drawn, bytes written in each buffer, fai
 WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ALIGNMENT = 16  # elements: a slot begins where a wide store may
+INT8_GROUP = 128  # elements that share a scale
+INT8_PIECE = 4096  # elements that travel together
+INT8_LEAST_SCALE = 1e-37  # its inverse is finite; what is smaller is sent as zero
 _PIECE = 4096  # elements of what is a row where a message is not normed
 
 
@@ -89,12 +92,49 @@ def buffer_bytes(algorithm: Algorithm, num_rows: int, num_features: int, itemsiz
     return slots * slot_size(algorithm, num_rows, num_features, world_size) * itemsize
 
 
+def int8_slot_bytes(numel: int, world_size: int) -> int:
+    """Bytes of one slot of a buffer, a rank's slice of a message of `numel` elements in 8 bits with its scales."""
+    pieces = math.ceil(numel / INT8_PIECE)
+    return math.ceil(pieces / world_size) * (INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))
+
+
+def int8_part_size(capacity: int, world_size: int) -> int:
+    """Elements of the largest message that buffers of `capacity` bytes hold in 8 bits."""
+    return capacity // (2 * int8_slot_bytes(INT8_PIECE, world_size) * world_size) * world_size * INT8_PIECE
+
+
 def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the ranks' tensors, in their order in fp32."""
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
     return total.to(parts[0].dtype)
+
+
+def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum as `all_reduce_int8` takes it: what is sent is rounded to 255 steps of its group of 128 elements.
+
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. An element of a group whose largest
+    magnitudes are a[r] in the ranks' parts and s in the sum is off by at most (sum of the others' a[r] + s) / 254.
+    """
+    flat = [part.float().flatten() for part in parts]
+    numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE
+    sums = []
+    for owner, start in enumerate(range(0, numel, share)):
+        total = torch.zeros_like(flat[0][start : start + share])
+        for rank, part in enumerate(flat):
+            piece = part[start : start + share]
+            total = total + (piece if rank == owner else _rounded_to_int8(piece))
+        sums.append(_rounded_to_int8(total))
+    return torch.cat(sums).view(parts[0].shape).to(parts[0].dtype)
+
+
+def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    groups = torch.nn.functional.pad(x, (0, -len(x) % INT8_GROUP)).view(-1, INT8_GROUP)
+    largest = groups.abs().amax(1, keepdim=True)
+    scale = torch.where(largest < math.inf, largest * (1 / 127), math.nan)
+    inverse = torch.where(scale > INT8_LEAST_SCALE, 1 / scale, 0.0)
+    return (((groups * inverse + 127.5).floor() - 127) * scale).flatten()[: len(x)]
 
 
 def all_reduce_add_rms_norm_ref(
@@ -132,6 +172,17 @@ def all_reduce_add_rms_norm(
     from .all_reduce_triton import all_reduce_add_rms_norm_triton
 
     return all_reduce_add_rms_norm_triton(x, residual, weight, eps, exchange, algorithm)
+
+
+def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """The sum over the ranks, in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
+
+    Half the bytes of a 16-bit sum: for messages that the link's speed limits.
+    """
+    _check(x, exchange)
+    from .all_reduce_int8_triton import all_reduce_int8_triton
+
+    return all_reduce_int8_triton(x, exchange)
 
 
 def _check(x: torch.Tensor, exchange: Exchange) -> None:

@@ -1,24 +1,8 @@
-"""Triton kernels of all_reduce.py: ranks write into each other's memory, and wait for no flag but the data itself.
+"""Triton kernels of all_reduce.py, by the means of all_reduce_exchange_triton.py.
 
-A rank's buffers are filled with words that no message has, all bits set, which in every floating type is a NaN; a NaN
-with these bits is sent as another. A rank pushes its words into the others' buffers and reads its own until no word is
-missing: one way over the link, with neither barrier nor flag. (To read the others' memory instead takes a flag, and
-then a way there and back.)
-
-Three buffers take turns. While a rank reads that of step s, a faster one may be writing that of s + 1 already, so the
-buffer that is emptied during s is that of s - 1: no one writes it before s + 2, and s + 2 begins nowhere before this
-rank has begun s + 1. What was written there is known from the state: the size of a message is free at every step.
-
-The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
-one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one. State, int64:
-tickets drawn | bytes written in each of three buffers | 1 once something did not arrive.
-
-No loop is endless. After `spin_limit` turns without all words, some 0.8 us each on an H200, the kernel notes the
-failure, in its state and where the host looks, and goes on with what it has: NaN. From then on nothing waits any more.
-
-Legend: W ranks, N features (or the elements of a piece, where rows mean nothing). Tiles are [W, BLOCK_N]: the words of
-one row from, or for, every rank. Each rank's programs wait only for the others' programs of the same number, and
-`launch_parameters` starts no more of them than run at once.
+Legend: W ranks, N features (or the elements of a piece, where rows mean nothing). Tiles are [W, BLOCK_N], or a GROUP of
+the ranks at a time: the words of one row from, or for, every rank. Each rank's programs wait only for the others'
+programs of the same number, and no more of them are started than run at once.
 """
 
 from __future__ import annotations
@@ -29,44 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .all_reduce import NUM_BUFFERS, Algorithm, Exchange, as_rows, buffer_bytes, slot_size
+from .all_reduce import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
+from .all_reduce_exchange_triton import arrived, begin_step, empty_buffer, pointers_to_words, sendable
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 MAX_TILE = 32768  # bytes of all ranks' words that a program holds: 4 vectors a thread with 16 warps
 MAX_REGISTERS = 128  # of a thread; left to itself the compiler spills a few to keep below 64
 MAX_PROGRAMS = 128  # all of them run at once on an H200, 132 multiprocessors, whatever else does
-TICKETS = tl.constexpr(1 << 16)
-BUFFERS = tl.constexpr(NUM_BUFFERS)
-MISSING = tl.constexpr(-1)  # the word that is never sent, in int16 and int32
-FAILED = tl.constexpr(1 + NUM_BUFFERS)
-
-
-@triton.jit
-def _words(value):
-    """The bits of floating-point values, as integers of their size."""
-    if value.dtype.primitive_bitwidth == 32:
-        return value.to(tl.int32, bitcast=True)
-    else:
-        return value.to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _sendable(value):
-    """The words of `value`, the NaN that means "not there yet" replaced by the largest positive one."""
-    words = _words(value)
-    if value.dtype.primitive_bitwidth == 32:
-        return tl.where(words == MISSING, 0x7FFFFFFF, words)
-    else:
-        return tl.where(words == MISSING, 0x7FFF, words).to(tl.int16)
-
-
-@triton.jit
-def _pointers(addresses, x_ptr):
-    """Addresses as pointers to words of x's size."""
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 32:
-        return tl.multiple_of(addresses.to(tl.pointer_type(tl.int32)), 16)
-    else:
-        return tl.multiple_of(addresses.to(tl.pointer_type(tl.int16)), 16)
 
 
 @triton.jit
@@ -76,51 +29,6 @@ def _within(offsets, numel, HAS_NORM: tl.constexpr):
         return tl.full(offsets.shape, True, tl.int1)
     else:
         return offsets < numel
-
-
-@triton.jit
-def _begin(state_ptr, num_bytes, spin_limit):
-    """(buffer of this step, buffer to empty, bytes to empty, spin limit); notes that the step writes `num_bytes`."""
-    num_programs, program = tl.num_programs(0), tl.program_id(0)
-    share = TICKETS // num_programs
-    drawn = tl.where(program == 0, TICKETS - share * (num_programs - 1), share)
-    step = tl.atomic_add(state_ptr, drawn.to(tl.int64), sem="relaxed") // TICKETS
-    current = (step % BUFFERS).to(tl.int32)
-    before = ((step + BUFFERS - 1) % BUFFERS).to(tl.int32)
-    to_empty = tl.multiple_of(tl.load(state_ptr + 1 + before).to(tl.int32), 32)  # slots have multiples of 16 words
-    failed = tl.load(state_ptr + FAILED)
-    if program == 0:
-        tl.store(state_ptr + 1 + current, num_bytes.to(tl.int64))
-    return current, before, to_empty, tl.where(failed != 0, 0, spin_limit)
-
-
-@triton.jit
-def _empty(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
-    """Make the first `num_words` of a buffer missing, each program its share."""
-    for start in range(tl.program_id(0) * BLOCK_N, num_words, tl.num_programs(0) * BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        tl.store(buffer_ptr + places, MISSING, mask=places < num_words)
-
-
-@triton.jit
-def _missing(words):
-    return tl.max(tl.max((words == MISSING).to(tl.int32), axis=0), axis=0)
-
-
-@triton.jit
-def _arrived(pointers, mask, own, state_ptr, alarm_ptr, spin_limit):
-    """(the words there once none is missing, spin limit from now on). Where `mask` is false: `own`."""
-    words = tl.load(pointers, mask=mask, other=own, volatile=True)
-    missing = _missing(words)
-    spins = 0
-    while (missing != 0) & (spins < spin_limit):
-        words = tl.load(pointers, mask=mask, other=own, volatile=True)
-        missing = _missing(words)
-        spins += 1
-    if missing != 0:
-        tl.store(state_ptr + FAILED, 1)
-        tl.store(alarm_ptr, 1)
-    return words, tl.where(missing != 0, 0, spin_limit)
 
 
 @triton.jit
@@ -136,7 +44,7 @@ def _sum_of_slots(
         ranks = first + tl.arange(0, GROUP)[:, None]
         wanted = mask[None, :] & (ranks != rank)
         slot = slots[None, :] + ranks * stride_slot
-        words, limit = _arrived(  # pyright: ignore[reportGeneralTypeIssues]
+        words, limit = arrived(  # pyright: ignore[reportGeneralTypeIssues]
             slot, wanted, own[None, :], state_ptr, alarm_ptr, limit
         )
         for i in tl.static_range(GROUP):
@@ -191,23 +99,23 @@ def _one_shot_kernel(
     weight = 1.0
     if HAS_NORM:
         weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    here = _pointers(tl.load(peers_ptr + rank), x_ptr)
+    here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    current, before, to_empty, limit = _begin(state_ptr, WORLD * stride_slot * itemsize, spin_limit)
+    current, before, to_empty, limit = begin_step(state_ptr, WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         offsets = row * NUM_FEATURES + columns
         mask = in_row & _within(offsets, numel, HAS_NORM)
-        own = _sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        own = sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
         for first in range(0, WORLD, GROUP):
             ranks = first + tl.arange(0, GROUP)
-            slots = _pointers(tl.load(peers_ptr + ranks), x_ptr) + current * stride_buffer + rank * stride_slot
+            slots = pointers_to_words(tl.load(peers_ptr + ranks), x_ptr) + current * stride_buffer + rank * stride_slot
             tl.store(slots[:, None] + offsets[None, :], own[None, :], mask=mask[None, :] & (ranks != rank)[:, None])
-    _empty(here + before * stride_buffer, to_empty // itemsize, BLOCK_N)
+    empty_buffer(here + before * stride_buffer, to_empty // itemsize, BLOCK_N)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         offsets = row * NUM_FEATURES + columns
         mask = in_row & _within(offsets, numel, HAS_NORM)
-        own = _sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        own = sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
         slots = here + current * stride_buffer + offsets
         total, limit = _sum_of_slots(
             slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD, GROUP
@@ -251,32 +159,32 @@ def _two_shot_kernel(
     weight = 1.0
     if HAS_NORM:
         weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    here = _pointers(tl.load(peers_ptr + rank), x_ptr)
+    here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    current, before, to_empty, limit = _begin(state_ptr, 2 * WORLD * stride_slot * itemsize, spin_limit)
+    current, before, to_empty, limit = begin_step(state_ptr, 2 * WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), slice_rows, tl.num_programs(0)):
         for first in range(0, WORLD, GROUP):
             ranks = first + tl.arange(0, GROUP)
             rows = (ranks * slice_rows + row)[:, None]
             offsets = rows * NUM_FEATURES + columns[None, :]
             mask = in_row[None, :] & (rows < num_rows) & _within(offsets, numel, HAS_NORM) & (ranks != rank)[:, None]
-            words = _sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
-            slots = _pointers(tl.load(peers_ptr + ranks), x_ptr) + current * stride_buffer + rank * stride_slot
+            words = sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+            slots = pointers_to_words(tl.load(peers_ptr + ranks), x_ptr) + current * stride_buffer + rank * stride_slot
             tl.store(slots[:, None] + row * NUM_FEATURES + columns[None, :], words, mask=mask)
-    _empty(here + before * stride_buffer, to_empty // itemsize, BLOCK_N)
+    empty_buffer(here + before * stride_buffer, to_empty // itemsize, BLOCK_N)
     for row in range(tl.program_id(0), slice_rows, tl.num_programs(0)):
         offsets = (rank * slice_rows + row) * NUM_FEATURES + columns
         mask = in_row & (rank * slice_rows + row < num_rows) & _within(offsets, numel, HAS_NORM)
-        own = _sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        own = sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
         place = row * NUM_FEATURES + columns
         slots = here + current * stride_buffer + place
         total, limit = _sum_of_slots(
             slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD, GROUP
         )
-        words = _sendable(total)
+        words = sendable(total)
         for first in range(0, WORLD, GROUP):  # itself too: the loop below finds all slices in one place
-            peers = _pointers(tl.load(peers_ptr + first + tl.arange(0, GROUP)), x_ptr)
+            peers = pointers_to_words(tl.load(peers_ptr + first + tl.arange(0, GROUP)), x_ptr)
             to = peers + current * stride_buffer + (WORLD + rank) * stride_slot
             tl.store(to[:, None] + place[None, :], words[None, :], mask=mask[None, :])
     for row in range(tl.program_id(0), slice_rows, tl.num_programs(0)):
@@ -286,7 +194,7 @@ def _two_shot_kernel(
             offsets = rows * NUM_FEATURES + columns[None, :]
             mask = in_row[None, :] & (rows < num_rows) & _within(offsets, numel, HAS_NORM)
             slots = here + current * stride_buffer + (WORLD + ranks) * stride_slot
-            words, limit = _arrived(slots + row * NUM_FEATURES + columns[None, :], mask, 0, state_ptr, alarm_ptr, limit)
+            words, limit = arrived(slots + row * NUM_FEATURES + columns[None, :], mask, 0, state_ptr, alarm_ptr, limit)
             total = words.to(x_ptr.dtype.element_ty, bitcast=True)
             _finish(total, offsets, mask, residual_ptr, weight, out_ptr, eps, NUM_FEATURES, HAS_NORM)
 
