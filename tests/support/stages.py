@@ -17,19 +17,19 @@ class QueuedLinks(PipelineLinks):
     """The links of stage `stage` over queues: one for each stage's hidden states, one for tokens."""
 
     def __init__(self, stage: int, hidden: list[deque[Tensor]], tokens: deque[Tensor]) -> None:
-        self._stage, self._hidden, self._tokens = stage, hidden, tokens
+        self._stage, self.hidden, self.tokens = stage, hidden, tokens
 
     def send_hidden(self, x: Tensor) -> None:
-        self._hidden[self._stage + 1].append(x.clone())
+        self.hidden[self._stage + 1].append(x.clone())
 
     def receive_hidden(self, out: Tensor) -> None:
-        out.copy_(self._hidden[self._stage].popleft())
+        out.copy_(self.hidden[self._stage].popleft())
 
     def return_tokens(self, tokens: Tensor) -> None:
-        self._tokens.append(tokens.clone())
+        self.tokens.append(tokens.clone())
 
     def receive_tokens(self, out: Tensor) -> None:
-        out.copy_(self._tokens.popleft())
+        out.copy_(self.tokens.popleft())
 
 
 class StagesInTurn:
