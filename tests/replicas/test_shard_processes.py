@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,7 @@ def test_a_group_that_does_not_start_in_time_is_taken_down(folder):
 
 _ENGINE = """
 import sys
+import tempfile
 from pathlib import Path
 from shoal.replicas.llm import build_engine
 from tests.support.golden import engine_config
