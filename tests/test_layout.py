@@ -54,6 +54,8 @@ WITHOUT_TORCH = (
     "deploy.http_app",
     "deploy.app",
     "deploy.launcher",
+    "deploy.resources",
+    "deploy.doctor.run",
     "deploy.cli",
 )
 
