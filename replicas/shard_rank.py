@@ -70,7 +70,8 @@ class ShardRank:
 
         Raises ShardGroupError when one does not come within `timeout_s`, or does not fit the others.
         """
-        deadline = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        deadline = begin + timeout_s
         try:
             host = local_host(store)
             if self._store is None:
@@ -87,7 +88,13 @@ class ShardRank:
         check_facts(facts)
         self._num_neighbours = sum(other.node == own.node for other in facts)
         self._groups = ProcessGroups(self._store, self._rank, self._device, host)
+        met_s = time.monotonic() - begin
         self._context = self._make_context(self._groups)
+        connected_s = time.monotonic() - begin - met_s
+        logger.info(
+            "rank %d of %d has met the others in %.1f s, and connected to them in %.1f s",
+            self._rank, self._world_size, met_s, connected_s,
+        )  # fmt: skip
 
     def _make_context(self, groups: ProcessGroups) -> ParallelContext:
         parallel = self._config.parallel
