@@ -23,18 +23,22 @@ pytestmark = [
 ]
 
 
-def start(folder: Path, tp: int, all_reduce: str = "auto") -> Engine:
+def start(folder: Path, parallel: ParallelConfig) -> Engine:
     config = engine_config(folder, num_blocks=11, max_num_batched_tokens=11)
-    return build_engine(replace(config, device="cuda", parallel=ParallelConfig(tp, all_reduce=all_reduce)))
+    return build_engine(replace(config, device="cuda", parallel=parallel))
 
 
-@pytest.mark.parametrize("all_reduce", ["nccl", "auto"])
+@pytest.mark.parametrize(
+    "split",
+    [ParallelConfig(2, all_reduce="nccl"), ParallelConfig(2), ParallelConfig(pipeline_parallel_size=2)],
+    ids=["tp 2 over nccl", "tp 2", "pp 2"],
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
-def test_two_gpus_give_the_tokens_of_one(family, all_reduce, tmp_path):
+def test_two_gpus_give_the_tokens_of_one(family, split, tmp_path):
     folder = FAMILIES[family](tmp_path)
     outputs = []
-    for tp in (1, 2):
-        engine = start(folder, tp, all_reduce)
+    for parallel in (ParallelConfig(), split):
+        engine = start(folder, parallel)
         try:
             outputs.append([greedy(engine, num_samples=2), greedy(engine)])
             assert engine.load().num_preemptions > 0
