@@ -2,10 +2,11 @@
 
 Contexts have random lengths, so that every step some sequences begin a new block. Time is that of `Scheduler.plan`
 and `Scheduler.update`; the executor is an array of ones made between them. `engine` adds the token deltas, one Python
-object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Beside it: allocating and releasing
-eight blocks, and matching a prompt of 1,024 tokens against the prefix cache, with and without hashing it.
+object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Of a pipeline each step decodes one lane
+of the sequences. Beside it: allocating and releasing eight blocks, and matching a prompt of 1,024 tokens against the
+prefix cache, with and without hashing it.
 
-    taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--steps 400] [--json PATH]
+    taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import random
 from collections import deque
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns
@@ -23,7 +25,7 @@ import numpy as np
 
 from benchmarks.report import Report
 from shoal.replicas.block_pool import BlockPool, extend_digests
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
 from shoal.replicas.engine import Engine
 from shoal.replicas.plan import StepPlan, StepResult
 from shoal.replicas.protocol import Request, SamplingParams
@@ -32,7 +34,7 @@ BLOCK_SIZE = 16
 MAX_MODEL_LEN = 1024
 VOCAB_SIZE = 32_000
 GOALS = {256: 100.0, 10_000: 1000.0}  # us a step
-FACTS = ModelFacts("Fake", 1, 8, 1, 1, 8, VOCAB_SIZE, MAX_MODEL_LEN, (2,), "float32")
+FACTS = ModelFacts("Fake", 8, 8, 1, 1, 8, VOCAB_SIZE, MAX_MODEL_LEN, (2,), "float32")
 
 
 class ConstantExecutor:
@@ -41,6 +43,10 @@ class ConstantExecutor:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._plans: deque[StepPlan] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._plans)
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
@@ -56,13 +62,14 @@ def answer(plan: StepPlan) -> StepResult:
     return StepResult(plan.step, np.ones(len(plan.sample_rows), np.int32))
 
 
-def full_engine(num_sequences: int, num_steps: int) -> tuple[Engine, ConstantExecutor]:
+def full_engine(num_sequences: int, num_steps: int, num_stages: int = 1) -> tuple[Engine, ConstantExecutor]:
     """An engine with `num_sequences` that decode for longer than `num_steps`, prefilled."""
     num_blocks = num_sequences * -(-(64 + 2 * num_steps) // BLOCK_SIZE)
     config = EngineConfig(
         ModelConfig("fake"),
         CacheConfig(BLOCK_SIZE, num_blocks),
         SchedulerConfig(num_sequences, max_num_batched_tokens=40 * num_sequences),  # all prompts in one step
+        ParallelConfig(pipeline_parallel_size=num_stages),
     ).resolve(FACTS, "cpu")
     executor = ConstantExecutor(num_blocks)
     engine = Engine(config, FACTS, executor)
@@ -73,22 +80,24 @@ def full_engine(num_sequences: int, num_steps: int) -> tuple[Engine, ConstantExe
         engine.add_request(Request(str(i), prompt, sampling))
     while engine.scheduler.table.decoding.sum() < num_sequences:
         engine.step()
+    for _ in range(4 * num_stages):  # until the lanes are equal
+        engine.step()
     return engine, executor
 
 
-def time_scheduler(num_sequences: int, num_steps: int) -> list[float]:
+def time_scheduler(num_sequences: int, num_steps: int, num_stages: int) -> list[float]:
     """Microseconds of each decode step: one plan and one update."""
-    engine, executor = full_engine(num_sequences, num_steps)
+    engine, executor = full_engine(num_sequences, num_steps, num_stages)
     scheduler = engine.scheduler
     times: list[float] = []
-    results = deque([executor.result()])  # of the step that the engine has left in flight
+    results = deque(executor.result() for _ in range(executor.num_in_flight))  # of the steps that the engine has left
     for _ in range(num_steps):
         begin = perf_counter_ns()
         plan = scheduler.plan()
         scheduler.update(results[0])
         times.append((perf_counter_ns() - begin) / 1e3)
         assert plan is not None
-        assert plan.num_slices == num_sequences
+        assert abs(plan.num_slices - num_sequences / num_stages) <= num_stages
         results.popleft()
         results.append(answer(plan))
     return times
@@ -147,6 +156,7 @@ def add(report: Report, what: str, times: list[float], goal: float | None = None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=sorted(GOALS))
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="of a pipeline")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--json", type=Path, default=None, help="where to write the report")
     options = parser.parse_args()
@@ -155,9 +165,10 @@ def main() -> None:
     report = Report("scheduler", settings={"block_size": BLOCK_SIZE, "steps": options.steps})
     gc.collect()
     gc.freeze()  # what stands here lives as long as the process
-    for num_sequences in options.sequences:
-        times = time_scheduler(num_sequences, options.steps)
-        add(report, f"scheduler step, {num_sequences:,} sequences", times, GOALS.get(num_sequences))
+    for num_stages, num_sequences in product(options.stages, options.sequences):
+        times = time_scheduler(num_sequences, options.steps, num_stages)
+        lanes = f" in {num_stages} lanes" if num_stages > 1 else ""
+        add(report, f"scheduler step, {num_sequences:,} sequences{lanes}", times, GOALS.get(num_sequences))
     for num_sequences in options.sequences:
         add(report, f"engine step, {num_sequences:,} sequences", time_engine(num_sequences, min(options.steps, 100)))
     time_pool(report)
