@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-plots bench-table
+.PHONY: help setup serve doctor test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -33,6 +33,9 @@ setup: $(STAMP) ## make .venv and install Shoal into it (done by the other targe
 
 serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS
 	@$(BIN)/shoal serve $(MODEL) --port $(PORT) $(ARGS)
+
+doctor: $(STAMP) ## what would keep models from starting here, or from being fast (GPUs, NCCL, shared memory, ports)
+	@$(BIN)/shoal doctor $(ARGS)
 
 test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)
@@ -65,6 +68,9 @@ bench-scheduler: $(STAMP) ## microseconds a decode step of the scheduler takes, 
 
 bench-step: $(STAMP) ## microseconds of a step's plan on its way to two shards, beside Ray and pickle
 	@$(BIN)/python -m benchmarks.step_channel $(ARGS)
+
+bench-all-reduce: $(STAMP) ## microseconds of a sum over 2 and 4 GPUs, by NCCL, torch's symmetric memory and Shoal's kernels
+	@$(BIN)/python -m benchmarks.all_reduce $(ARGS)
 
 bench-sse: $(STAMP) ## streams through ingress and router, against bare uvicorn
 	@$(BIN)/python -m benchmarks.sse $(ARGS)
