@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.kernels.all_reduce import Algorithm
 from tests.kernels import (
+    test_all_reduce,
     test_embedding,
     test_gemm,
     test_kv_store,
@@ -99,6 +101,14 @@ def sampling() -> Iterator[Case]:
     yield test_embedding.test_ranks_add_up_to_the_whole_table, {"num_features": 1500, **BF16}
 
 
+def sums_over_ranks() -> Iterator[Case]:
+    tests = test_all_reduce
+    for algorithm in Algorithm:
+        yield tests.test_sums_have_the_bits_of_the_formula, {"world_size": 4, "algorithm": algorithm, **BF16}
+        yield tests.test_sums_are_added_to_the_residual_and_normed, {"world_size": 2, "algorithm": algorithm, **BF16}
+    yield tests.test_sums_in_8_bits_are_those_of_the_formula, {}
+
+
 def step_inputs() -> Iterator[Case]:
     tests = test_step_inputs
     yield tests.test_inputs_follow_from_the_packed_plan, {"plan": tests.MIXED, "room": (160, 8, 6, 8)}
@@ -106,7 +116,7 @@ def step_inputs() -> Iterator[Case]:
     yield tests.test_tokens_are_kept_for_the_next_step_and_for_the_host, {}
 
 
-FAMILIES = (elementwise, attention, products, experts, sampling, step_inputs)
+FAMILIES = (elementwise, attention, products, experts, sampling, sums_over_ranks, step_inputs)
 
 
 def main() -> int:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.kernels.all_reduce import (
+    INT8_GROUP,
+    INT8_PIECE,
     LIMITS_KIB,
     NUM_BUFFERS,
     STATE_SIZE,
@@ -20,10 +22,13 @@ from shoal.kernels.all_reduce import (
     all_reduce_add_rms_norm,
     all_reduce_add_rms_norm_ref,
     all_reduce_cost,
+    all_reduce_int8,
+    all_reduce_int8_ref,
     all_reduce_ref,
     as_rows,
     buffer_bytes,
     choose,
+    int8_slot_bytes,
     slot_size,
 )
 from shoal.kernels.backend import Backend, backend_of
@@ -164,6 +169,40 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(algorithm, device)
         torch.cuda.synchronize()
     assert own.alarm[0]
     assert own.state[1 + NUM_BUFFERS]
+
+
+def in_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """Bytes of fp32 [pieces * 4096] on their way."""
+    groups = x.view(-1, INT8_PIECE // INT8_GROUP, INT8_GROUP)
+    scale = groups.abs().amax(-1) / 127
+    units = torch.where(scale[..., None] > 0, groups / scale[..., None], 0.0)
+    pieces = (units + 127.5).to(torch.uint8).flatten(1)
+    return torch.cat((pieces, scale.contiguous().view(torch.uint8)), 1).flatten()
+
+
+@ON_TRITON
+def test_sums_in_8_bits_are_those_of_the_formula(device):
+    """Two pieces, the second not full: one to each of two ranks."""
+    ranks, numel = Ranks(2, device), INT8_PIECE + 3000
+    parts = torch.randn(2, numel).to(device).unbind()
+    want, exact = all_reduce_int8_ref(parts), all_reduce_ref(parts)
+    pieces = [
+        torch.nn.functional.pad(each, (0, 2 * INT8_PIECE - numel)).view(2, INT8_PIECE) for each in (*parts, exact)
+    ]
+    slot = int8_slot_bytes(numel, 2)
+    for exchange in ranks.exchanges:
+        rank, other = exchange.rank, 1 - exchange.rank
+        slots = ranks.buffer(rank, 0)[: 4 * slot].view(4, slot)
+        slots[other], slots[2 + other] = in_8_bits(pieces[other][rank]), in_8_bits(pieces[2][other])
+        x = parts[rank].clone()
+        assert all_reduce_int8(x, exchange) is x
+        assert not exchange.alarm[0]
+        assert (x - exact).norm() < 0.02 * exact.norm()
+        own = slice(rank * INT8_PIECE, (rank + 1) * INT8_PIECE)  # a division rounds otherwise on a GPU, now and then
+        assert ((x - want)[own].abs() > 1e-4).float().mean() < 0.01
+        sent = ranks.buffer(other, 0)[: 4 * slot].view(4, slot)[rank, :INT8_PIECE]
+        assert (sent.int() - in_8_bits(pieces[rank][other])[:INT8_PIECE].int()).abs().max() <= 1
+        assert ranks.buffer(rank, -1).eq(255).all()
 
 
 @ON_TRITON
