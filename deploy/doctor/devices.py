@@ -11,6 +11,7 @@ from .process import Outcome
 
 # Engines take 0.9 of a GPU's memory unless told otherwise (gpu_memory_utilization).
 _FREE_SHARE = 0.9
+_USEFUL_SHARE = 0.2
 
 
 def findings(outcome: Outcome, present: int, driver: str | None) -> list[Finding]:
@@ -65,7 +66,9 @@ def _gpu(line: dict[str, Any]) -> Finding:
     message = f"GPU {line['device']}, {line['name']}: {gib(total)}, of which {gib(free)} are free"
     if free >= _FREE_SHARE * total:
         return Finding("gpus", Status.OK, message, figures=line)
-    remedy = f"end what else runs on it (nvidia-smi), or serve with --gpu-memory-utilization {free / total - 0.02:.2f}"
+    remedy = "end what else runs on it (nvidia-smi)"
+    if free > _USEFUL_SHARE * total:
+        remedy += f", or serve with --gpu-memory-utilization {free / total - 0.02:.2f}"
     return Finding("gpus", Status.WARNING, message, remedy, line)
 
 

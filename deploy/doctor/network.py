@@ -27,7 +27,7 @@ def _check_port(host: str, port: int) -> Finding:
             probe.bind((host, port))
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
-            why = "something listens there (a Shoal that runs?)" if taken else os.strerror(error.errno or 0).lower()
+            why = "something listens there (a Shoal that runs?)" if taken else (error.strerror or str(error)).lower()
             return Finding(
                 "ports",
                 Status.WARNING if taken else Status.WRONG,

@@ -129,6 +129,8 @@ def test_a_gpu_whose_memory_is_taken() -> None:
     _, _, taken = devices.findings(outcome(TORCH, gpu(0), gpu(1, free=70 * GIB)), 2, "580")
     assert taken.status is Status.WARNING
     assert "--gpu-memory-utilization 0.48" in taken.remedy
+    full = devices.findings(outcome(TORCH, gpu(0, free=GIB)), 1, "580")[1]
+    assert full.remedy == "end what else runs on it (nvidia-smi)"
 
 
 def test_gpus_that_are_missing_or_different() -> None:
