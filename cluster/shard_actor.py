@@ -121,13 +121,13 @@ class ShardActorHandle:
         return status.rpartition(")")[2].split()[0] == "T"
 
     def kill(self) -> None:
+        process, self._process = self._process, None  # two threads may end the group at once
         try:
             ray.kill(self._actor)
         finally:
-            if self._process is not None:
-                _end(self._process)
-                os.close(self._process)
-                self._process = None
+            if process is not None:
+                _end(process)
+                os.close(process)
 
 
 def _end(process: int) -> None:

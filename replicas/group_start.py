@@ -70,17 +70,18 @@ class GroupStart:
         return server, runs
 
     def _accept(self, server: StepChannelServer, ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> None:
-        with ThreadPoolExecutor(1) as pool:
-            accepting = pool.submit(server.accept, self._left())
-            wait([accepting, *runs], return_when=FIRST_COMPLETED)
-            if any(run.done() for run in runs):
-                server.close()  # nobody need wait for the others
-            try:
-                accepting.result()
-            except ChannelClosed as error:
-                raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}") from error
-            except EngineError as error:
-                raise ShardGroupError(f"the ranks could not connect: {error}") from error
+        pool = ThreadPoolExecutor(1)
+        accepting = pool.submit(server.accept, self._left())
+        pool.shutdown(wait=False)  # an interrupt is not held up by it; closing the server ends it
+        wait([accepting, *runs], return_when=FIRST_COMPLETED)
+        if any(run.done() for run in runs):
+            server.close()  # nobody need wait for the others
+        try:
+            accepting.result()
+        except ChannelClosed as error:
+            raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}") from error
+        except EngineError as error:
+            raise ShardGroupError(f"the ranks could not connect: {error}") from error
 
     def together(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
         """Every rank's answer to the same call. what: what cannot be done if it fails."""

@@ -137,7 +137,6 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
     engine.shutdown()
     half = tp * pp // 2
     with group_on(config(checkpoint, tp, pp), [here] * half + [there] * half) as group:
-        assert {seat.place.host for seat in group.group.seats} == {here.address, there.address}
         found = generate(group.engine, requests())
     assert {key: [each.token_ids for each in some] for key, some in found.items()} == {
         key: [each.token_ids for each in some] for key, some in expected.items()
@@ -146,10 +145,10 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_ranks_on_both_sides_of_a_cut_link_leave(
+def test_a_rank_behind_a_cut_link_is_missed_and_leaves_by_itself(
     nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int
 ) -> None:
-    """Nobody ends them: the far one cannot be reached, and the near one waits for it in a collective."""
+    """Nobody can end it, and it waits for the other rank in a collective or a receive."""
     here, there = nodes
     endless = SamplingParams(max_tokens=100, ignore_eos=True)
     with group_on(config(checkpoint, tp, pp), [here, there]) as group:
@@ -161,8 +160,10 @@ def test_ranks_on_both_sides_of_a_cut_link_leave(
             assert group.engine.has_work, "it has ended before the link was missed"
             group.engine.step()
         assert re.search(r"rank 1 of 2 is gone", str(group.engine.failure))
+        near, far = group.shards
+        assert far.has_left(NOTICED_SECONDS)
         group.engine.shutdown()
-        assert all(shard.has_left(NOTICED_SECONDS) for shard in group.shards)
+        assert near.has_left(0.0)
 
 
 @pytest.mark.slow

@@ -35,8 +35,14 @@ class NodeShard:
         assert self._process is not None
         return self._process.call(method, *args)
 
-    def hold(self, place: Place) -> None:
+    def __str__(self) -> str:
+        return f"{self._process} on {self._node.address}"
+
+    def seated(self, rank: int, world_size: int, place: Place) -> None:
         pass
+
+    def is_stopped(self) -> bool:
+        return False
 
     def kill(self) -> None:
         if self._process is not None:
