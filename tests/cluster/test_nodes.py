@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.llm import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 from tests.support.checkpoints import FAMILIES
 from tests.support.netns import Namespace, two_nodes
-from tests.support.node_shard import group_on
+from tests.support.node_shard import Group, group_on
 
 ROOT = Path(__file__).parents[2]
 NOTICED_SECONDS = 15  # by which both sides of a cut link have left; they notice it after 8
@@ -164,6 +165,14 @@ def test_a_rank_behind_a_cut_link_is_missed_and_leaves_by_itself(
         assert far.has_left(NOTICED_SECONDS)
         group.engine.shutdown()
         assert near.has_left(0.0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_reach_the_others_is_named(nodes: tuple[Namespace, Namespace], checkpoint: str) -> None:
+    here, there = nodes
+    there.cut()
+    with pytest.raises(ShardGroupError, match=r"could not meet: .*rank 1 .*cannot reach the group's store"):
+        Group(config(checkpoint, 2, 1), [here, there])
 
 
 @pytest.mark.slow
