@@ -10,8 +10,8 @@ buffer that is emptied during s is that of s - 1: no one writes it before s + 2,
 rank has begun s + 1. What was written there is known from the state: the size of a message is free at every step.
 
 The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
-one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one. State, int64:
-tickets drawn | bytes written in each of three buffers | 1 once something did not arrive.
+one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one. They draw while
+the kernel before them still runs, which takes 0.7 us off what follows it. State, int64: tickets drawn | bytes written in each of three buffers | 1 once something did not arrive.
 
 No loop is endless. After `spin_limit` turns without all words, some 0.8 us each on an H200, the kernel notes the
 failure, in its state and where the host looks, and goes on with what it has: NaN. From then on nothing waits any more.
@@ -51,19 +51,24 @@ def pointers_to_words(addresses, x_ptr):
 
 
 @triton.jit
-def begin_step(state_ptr, num_bytes, spin_limit):
-    """(buffer of this step, buffer to empty, bytes to empty, spin limit); notes that the step writes `num_bytes`."""
-    num_programs, program = tl.num_programs(0), tl.program_id(0)
+def draw_step(state_ptr):
+    """(buffer of this step, buffer to empty). To be called before `release_dependents`: the next step's programs then
+    draw after all of this one's, and may do so before they wait for it."""
+    num_programs = tl.num_programs(0)
     share = TICKETS // num_programs
-    drawn = tl.where(program == 0, TICKETS - share * (num_programs - 1), share)
+    drawn = tl.where(tl.program_id(0) == 0, TICKETS - share * (num_programs - 1), share)
     step = tl.atomic_add(state_ptr, drawn.to(tl.int64), sem="relaxed") // TICKETS
-    current = (step % BUFFERS).to(tl.int32)
-    before = ((step + BUFFERS - 1) % BUFFERS).to(tl.int32)
+    return (step % BUFFERS).to(tl.int32), ((step + BUFFERS - 1) % BUFFERS).to(tl.int32)
+
+
+@triton.jit
+def begin_step(state_ptr, current, before, num_bytes, spin_limit):
+    """(bytes to empty, spin limit); notes that the step writes `num_bytes`."""
     to_empty = tl.multiple_of(tl.load(state_ptr + 1 + before).to(tl.int32), 32)  # slots have multiples of 16 words
     failed = tl.load(state_ptr + FAILED)
-    if program == 0:
+    if tl.program_id(0) == 0:
         tl.store(state_ptr + 1 + current, num_bytes.to(tl.int64))
-    return current, before, to_empty, tl.where(failed != 0, 0, spin_limit)
+    return to_empty, tl.where(failed != 0, 0, spin_limit)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .all_reduce import INT8_GROUP, INT8_LEAST_SCALE, INT8_PIECE, Exchange, int8_slot_bytes
-from .all_reduce_exchange_triton import MISSING, arrived, begin_step, empty_buffer, sendable
+from .all_reduce_exchange_triton import MISSING, arrived, begin_step, draw_step, empty_buffer, sendable
 from .all_reduce_triton import MAX_PROGRAMS, MAX_REGISTERS
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
@@ -75,11 +75,12 @@ def _all_reduce_int8_kernel(
     PDL: tl.constexpr,
 ):
     """x <- the sum over ranks. A buffer, in bytes: [W slots, stride_slot] to be summed here, then as many of sums."""
+    current, before = draw_step(state_ptr)
     release_dependents(PDL)
     ranks, places = tl.arange(0, WORLD), tl.arange(0, PIECE)
     peers, here = tl.load(peers_ptr + ranks), tl.load(peers_ptr + rank)
     wait_for_inputs(PDL)
-    current, before, to_empty, limit = begin_step(state_ptr, 2 * WORLD * stride_slot, spin_limit)
+    to_empty, limit = begin_step(state_ptr, current, before, 2 * WORLD * stride_slot, spin_limit)
     peers += current * stride_buffer
     for piece in range(tl.program_id(0), slice_pieces, tl.num_programs(0)):
         for step in range(1, WORLD):

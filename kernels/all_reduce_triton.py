@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .all_reduce import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
-from .all_reduce_exchange_triton import arrived, begin_step, empty_buffer, pointers_to_words, sendable
+from .all_reduce_exchange_triton import arrived, begin_step, draw_step, empty_buffer, pointers_to_words, sendable
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 MAX_TILE = 32768  # bytes of all ranks' words that a program holds: 4 vectors a thread with 16 warps
@@ -55,12 +55,29 @@ def _sum_of_slots(
 
 
 @triton.jit
+def _residual(residual_ptr, offsets, mask, HAS_NORM: tl.constexpr):
+    """What the sums are added to, on its way while the others' words are waited for."""
+    if HAS_NORM:
+        return tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
 def _finish(
-    total, offsets, mask, residual_ptr, weight, out_ptr, eps, NUM_FEATURES: tl.constexpr, HAS_NORM: tl.constexpr
+    total,
+    residual,
+    offsets,
+    mask,
+    residual_ptr,
+    weight,
+    out_ptr,
+    eps,
+    NUM_FEATURES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
 ):
     """Store sums [R, N]; with a norm add them to the residual and store what `add_rms_norm` does."""
     if HAS_NORM:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
         rounded = (residual.to(tl.float32) + total.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + offsets, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -93,6 +110,7 @@ def _one_shot_kernel(
     PDL: tl.constexpr,
 ):
     """Every rank sends its whole message to every other and sums all of them. A buffer: [W slots, stride_slot]."""
+    current, before = draw_step(state_ptr)
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
     in_row = columns < NUM_FEATURES
@@ -102,7 +120,7 @@ def _one_shot_kernel(
     here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    current, before, to_empty, limit = begin_step(state_ptr, WORLD * stride_slot * itemsize, spin_limit)
+    to_empty, limit = begin_step(state_ptr, current, before, WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         offsets = row * NUM_FEATURES + columns
         mask = in_row & _within(offsets, numel, HAS_NORM)
@@ -116,12 +134,22 @@ def _one_shot_kernel(
         offsets = row * NUM_FEATURES + columns
         mask = in_row & _within(offsets, numel, HAS_NORM)
         own = sendable(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        residual = _residual(residual_ptr, offsets[None, :], mask[None, :], HAS_NORM)
         slots = here + current * stride_buffer + offsets
         total, limit = _sum_of_slots(
             slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD, GROUP
         )
         _finish(
-            total[None, :], offsets[None, :], mask[None, :], residual_ptr, weight, out_ptr, eps, NUM_FEATURES, HAS_NORM
+            total[None, :],
+            residual,
+            offsets[None, :],
+            mask[None, :],
+            residual_ptr,
+            weight,
+            out_ptr,
+            eps,
+            NUM_FEATURES,
+            HAS_NORM,
         )
 
 
@@ -153,6 +181,7 @@ def _two_shot_kernel(
 
     A buffer: [W slots, stride_slot] of what is to be summed here, by sender, then as many of sums, by slice.
     """
+    current, before = draw_step(state_ptr)
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
     in_row = columns < NUM_FEATURES
@@ -162,7 +191,7 @@ def _two_shot_kernel(
     here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    current, before, to_empty, limit = begin_step(state_ptr, 2 * WORLD * stride_slot * itemsize, spin_limit)
+    to_empty, limit = begin_step(state_ptr, current, before, 2 * WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), slice_rows, tl.num_programs(0)):
         for first in range(0, WORLD, GROUP):
             ranks = first + tl.arange(0, GROUP)
@@ -193,10 +222,11 @@ def _two_shot_kernel(
             rows = ranks * slice_rows + row
             offsets = rows * NUM_FEATURES + columns[None, :]
             mask = in_row[None, :] & (rows < num_rows) & _within(offsets, numel, HAS_NORM)
+            residual = _residual(residual_ptr, offsets, mask, HAS_NORM)
             slots = here + current * stride_buffer + (WORLD + ranks) * stride_slot
             words, limit = arrived(slots + row * NUM_FEATURES + columns[None, :], mask, 0, state_ptr, alarm_ptr, limit)
             total = words.to(x_ptr.dtype.element_ty, bitcast=True)
-            _finish(total, offsets, mask, residual_ptr, weight, out_ptr, eps, NUM_FEATURES, HAS_NORM)
+            _finish(total, residual, offsets, mask, residual_ptr, weight, out_ptr, eps, NUM_FEATURES, HAS_NORM)
 
 
 def launch_parameters(block_n: int, itemsize: int, world_size: int) -> tuple[int, int]:

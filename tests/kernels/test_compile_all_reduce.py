@@ -98,10 +98,13 @@ def test_every_wait_counts_its_turns_to_a_limit(name, compiled):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_is_shared_before_the_kernels_before_it_have_ended(name, compiled):
+    """But for the ticket, which is drawn before the next step's programs can draw theirs."""
     ptx = compiled[name].ptx
     wait = ptx.index("griddepcontrol.wait")
-    assert ptx.index("griddepcontrol.launch_dependents") < wait
-    assert all(wait < ptx.index(access) for access in ("st.global", "ld.volatile", "atom.global"))
+    assert ptx.index("atom.global") < ptx.index("griddepcontrol.launch_dependents") < wait
+    machine = [each.opcode.split(".")[0] for each in compiled[name].sass]
+    assert "BAR" in machine[machine.index("ATOMG") : machine.index("PREEXIT")]  # the ticket has come by then
+    assert all(wait < ptx.index(access) for access in ("st.global", "ld.volatile"))
 
 
 def _inner_loops(ptx: str) -> list[str]:
