@@ -10,8 +10,9 @@ buffer that is emptied during s is that of s - 1: no one writes it before s + 2,
 rank has begun s + 1. What was written there is known from the state: the size of a message is free at every step.
 
 The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
-one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one. They draw while
-the kernel before them still runs, which takes 0.7 us off what follows it. State, int64: tickets drawn | bytes written in each of three buffers | 1 once something did not arrive.
+one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one, and all of
+them draw while the kernel before theirs still runs. State, int64: tickets drawn | bytes written in each of three
+buffers | 1 once something did not arrive.
 
 No loop is endless. After `spin_limit` turns without all words, some 0.8 us each on an H200, the kernel notes the
 failure, in its state and where the host looks, and goes on with what it has: NaN. From then on nothing waits any more.
