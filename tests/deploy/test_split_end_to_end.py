@@ -1,4 +1,4 @@
-"""`shoal serve tiny -tp 2`, as anyone can run it on two cores: the same answers as those of one rank."""
+"""`shoal serve tiny -tp 2 -pp 2`, as anyone can run it on two cores: the same answers as those of one rank."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def answers_of_one_rank() -> list[str]:
     return [tokenizer.decode(completions[prompt][0].token_ids) for prompt in PROMPTS]
 
 
-def test_two_ranks_answer_as_one_does_and_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_ranks_answer_as_one_does_and_leave_nothing_behind(stages: int) -> None:
     expected = answers_of_one_rank()
-    server = start("-tp", "2")
+    server = start("-tp", "2", "-pp", str(stages))
     try:
-        assert "1 replica of 2 ranks (tensor parallel 2, stages 1)" in server.output
+        assert f"1 replica of {2 * stages} ranks (tensor parallel 2, stages {stages})" in server.output
         body = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
         answers = server.http.post("/v1/completions", json={**body, "prompt": list(PROMPTS)}).json()["choices"]
         assert [answer["text"] for answer in answers] == expected
         running = " ".join(processes_of(server.process.pid))
         folder = re.search(r"/tmp/shoal-ray-\w+", running)
         assert folder is not None
-        assert len(re.findall(r"ray::shard \d of replica", running)) == 2, running
+        assert len(re.findall(r"ray::shard \d of replica", running)) == 2 * stages, running
     finally:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(120) == 0
