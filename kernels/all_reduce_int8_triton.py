@@ -75,14 +75,12 @@ def _all_reduce_int8_kernel(
     PDL: tl.constexpr,
 ):
     """x <- the sum over ranks. A buffer, in bytes: [W slots, stride_slot] to be summed here, then as many of sums."""
-    current, before = draw_step(state_ptr)
+    current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     ranks, places = tl.arange(0, WORLD), tl.arange(0, PIECE)
     peers, here = tl.load(peers_ptr + ranks), tl.load(peers_ptr + rank)
     wait_for_inputs(PDL)
-    to_empty, limit = begin_step(  # pyright: ignore[reportGeneralTypeIssues]
-        state_ptr, current, before, 2 * WORLD * stride_slot, spin_limit
-    )
+    to_empty, limit = begin_step(state_ptr, current, before, 2 * WORLD * stride_slot, spin_limit)
     peers += current * stride_buffer
     for piece in range(tl.program_id(0), slice_pieces, tl.num_programs(0)):
         for step in range(1, WORLD):

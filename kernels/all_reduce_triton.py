@@ -110,7 +110,7 @@ def _one_shot_kernel(
     PDL: tl.constexpr,
 ):
     """Every rank sends its whole message to every other and sums all of them. A buffer: [W slots, stride_slot]."""
-    current, before = draw_step(state_ptr)
+    current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
     in_row = columns < NUM_FEATURES
@@ -120,9 +120,7 @@ def _one_shot_kernel(
     here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    to_empty, limit = begin_step(  # pyright: ignore[reportGeneralTypeIssues]
-        state_ptr, current, before, WORLD * stride_slot * itemsize, spin_limit
-    )
+    to_empty, limit = begin_step(state_ptr, current, before, WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         offsets = row * NUM_FEATURES + columns
         mask = in_row & _within(offsets, numel, HAS_NORM)
@@ -183,7 +181,7 @@ def _two_shot_kernel(
 
     A buffer: [W slots, stride_slot] of what is to be summed here, by sender, then as many of sums, by slice.
     """
-    current, before = draw_step(state_ptr)
+    current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
     in_row = columns < NUM_FEATURES
@@ -193,9 +191,7 @@ def _two_shot_kernel(
     here = pointers_to_words(tl.load(peers_ptr + rank), x_ptr)
     itemsize: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     wait_for_inputs(PDL)
-    to_empty, limit = begin_step(  # pyright: ignore[reportGeneralTypeIssues]
-        state_ptr, current, before, 2 * WORLD * stride_slot * itemsize, spin_limit
-    )
+    to_empty, limit = begin_step(state_ptr, current, before, 2 * WORLD * stride_slot * itemsize, spin_limit)
     for row in range(tl.program_id(0), slice_rows, tl.num_programs(0)):
         for first in range(0, WORLD, GROUP):
             ranks = first + tl.arange(0, GROUP)
