@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,27 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
     assert {key: [each.token_ids for each in some] for key, some in found.items()} == {
         key: [each.token_ids for each in some] for key, some in expected.items()
     }
+
+
+@pytest.mark.slow
+def test_a_link_that_is_down_for_two_seconds_costs_no_token(
+    nodes: tuple[Namespace, Namespace], checkpoint: str
+) -> None:
+    here, there = nodes
+    engine = build_engine(config(checkpoint, 1, 1))
+    expected = generate(engine, [request := requests()[0]])
+    engine.shutdown()
+    with group_on(config(checkpoint, 2, 1), [here, there]) as group:
+        group.engine.add_request(request)
+        tokens = [token for delta in group.engine.step() for token in delta.token_ids]
+        there.cut()
+        waiting = threading.Timer(2.0, there.mend)
+        waiting.start()
+        while group.engine.has_work:
+            tokens += [token for delta in group.engine.step() for token in delta.token_ids]
+        waiting.join()
+        assert group.engine.failure is None
+    assert tokens == expected[request.request_id][0].token_ids
 
 
 @pytest.mark.slow

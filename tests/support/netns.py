@@ -48,6 +48,9 @@ class Namespace:
         """Take the cable's end here down: the other end loses its carrier, and packets go nowhere."""
         self.ip("link", "set", _DEVICE, "down")
 
+    def mend(self) -> None:
+        self.ip("link", "set", _DEVICE, "up")
+
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Namespace, Namespace]]:
