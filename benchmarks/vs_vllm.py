@@ -1,6 +1,6 @@
 """Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
+    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
 
 Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
 at most and contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes on one GPU, 8b-tp2 and 70b-tp4
@@ -93,6 +93,14 @@ GROUPS = {
             "prefill B=8 @8192": (0.9, 1.0),
             "offline throughput": (1.0, 1.2),
         },
+    ),
+    # The long contexts of 8b alone, which have time for a second turn then.
+    "8b-long": Group(
+        "8b",
+        44 << 30,
+        budget_s=220,
+        decode=((32, 8192), (8, 8192)),
+        goals={"decode B=8 @8192": (1.0, 1.15), "decode B=32 @8192": (1.0, 1.15)},
     ),
     "1b": Group(
         "1b",
