@@ -32,6 +32,7 @@ from shoal.kernels.all_reduce import (
     Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
+    all_reduce_cost,
     all_reduce_int8,
     buffer_bytes,
     choose,
@@ -199,6 +200,8 @@ def main() -> int:
         for row in results[0]:
             chosen = choose(row["KiB"] << 10, world_size)
             row["chosen"] = "NCCL" if chosen is None else chosen.value.replace("_", "-")
+            if chosen is not None:  # of what a rank sends, as many as it receives
+                row["GB/s"] = 1e-3 * all_reduce_cost(row["KiB"] << 10, world_size, chosen) / row[row["chosen"]]
             goal = GOALS_US.get(row["KiB"]) if world_size == 2 and row["kind"] == "sum" else None
             report.add(GPUs=world_size, **row, goal=goal)
     report.show()

@@ -60,7 +60,7 @@ def open_collectives(
 
     Every rank calls it with the same arguments. batch_invariant: messages of all sizes are summed in one order. `plain`
     itself is the answer where NCCL is asked for, on a CPU, and, with a warning that says why, where the ranks cannot
-    write each other's memory. Raises ShardGroupError where they cannot and `kind` is neither "auto" nor "nccl".
+    write each other's memory. Raises ShardGroupError where they cannot and what is asked for needs it.
     """
     if kind == "nccl" or group.device.type != "cuda":
         return plain
@@ -74,6 +74,10 @@ def open_collectives(
     except NoSymmetricMemory as none:
         if kind != "auto":
             raise ShardGroupError(f"all_reduce {kind!r} cannot be had: {none}; use auto or nccl") from none
+        if batch_invariant and group.world_size > 2:  # two numbers have one sum
+            raise ShardGroupError(
+                f"batch_invariant cannot be had of {group.world_size} ranks over NCCL: {none}"
+            ) from none
         logger.warning("%s has no symmetric memory, and all its sums are left to NCCL: %s", group.name, none)
         return plain
     if kind == "symm_mem":
