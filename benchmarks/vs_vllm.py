@@ -1,6 +1,7 @@
 """Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C] [--peer-path PATH]
+    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C]
+        [--peer-path PATH]
 
 Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
 at most and contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes on one GPU, 8b-tp2 and 70b-tp4
