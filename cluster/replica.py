@@ -183,16 +183,18 @@ class Replica:
             return
         self._failure = error
         logger.critical("the engine failed, and the replica exits", exc_info=error)
+        self._exiting = asyncio.create_task(self._exit())  # its turn comes after this one, whatever that raises
         self._server.fail(error)
-        self._exiting = asyncio.create_task(self._exit())
 
     async def _exit(self) -> None:
-        if self._shards is not None:
-            with suppress(TimeoutError):  # they also leave by themselves, unless they are stopped
-                async with asyncio.timeout(_KILL_TIMEOUT):
-                    await asyncio.to_thread(self._shards.kill)
-        await self._tell_directory(self._directory.deregister(self._server.info))
-        self.exit_process()
+        try:
+            if self._shards is not None:
+                with suppress(TimeoutError):  # they also leave by themselves, unless they are stopped
+                    async with asyncio.timeout(_KILL_TIMEOUT):
+                        await asyncio.to_thread(self._shards.kill)
+            await self._tell_directory(self._directory.deregister(self._server.info))
+        finally:
+            self.exit_process()
 
     def exit_process(self) -> None:
         """Without clean-up: a step that hangs cannot be joined."""
