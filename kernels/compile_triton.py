@@ -29,7 +29,6 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-
 _KERNELS_OF_A_PROCESS = 4  # at least: to start one takes as long as to compile three
 
 
