@@ -7,8 +7,8 @@ the next step may already be waiting for them.
 
 Where tensor-parallel ranks have a slice of the logits each, all of them come to the same tokens, those of the whole. In
 most steps no row filters, and the ranks exchange the best token of each slice (kernels/sample_slice.py). In a step with
-top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. Rows with
-wishes, which are few, choose on all ranks alike from the whole of theirs. Log-probabilities add up (slice_scores.py).
+top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. A few rows,
+and those with wishes, choose on all ranks alike from the whole of theirs. Log-probabilities add up (slice_scores.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .slice_scores import score_slices
 from .vocabulary import VocabularySlice
 
 _NEVER = float("-inf")
+# Sharing out takes two exchanges, gathering one. On two H200, top-k 50 and top-p 0.9 of 128,256 tokens: one row 47 us
+# shared out and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
+_FEW_ROWS = 4
 NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
@@ -83,6 +86,8 @@ class Sampler:
         if not self.is_split:
             return sample_rows(logits, rows, self._params, positions)
         own = self._slice
+        if filtered and len(rows) <= _FEW_ROWS:
+            return sample_rows(own.whole(logits), rows, self._params, positions)
         if filtered:
             tokens = sample_rows(own.deal(logits), own.dealt(rows, -1), self._params, own.dealt(positions, 0))
             return own.collect(tokens, len(rows))

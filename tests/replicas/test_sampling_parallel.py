@@ -92,19 +92,21 @@ def test_tokens_are_those_of_one_process(size, vocab_size, dtype, params):
 
 
 @pytest.mark.parametrize("params", [PLAIN, FILTERED[:3]], ids=["plain", "filtered"])
-@pytest.mark.parametrize("rows", [[2], [-1, 0], [1, -1, 2, -1, -1]])
-def test_padding_and_fewer_rows_than_ranks(rows, params):
+@pytest.mark.parametrize("rows", [[2], [-1, 0], [1, -1, 2, -1, -1], [-1] * 9])
+def test_padding_and_few_rows(rows, params):
     assert_as_one(4, 131, params, [make_logits(len(rows), 131)], rows)
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("params", [PLAIN[:1], FILTERED[:1]], ids=["greedy", "filtered"])
-def test_ties_over_slices(params):
-    """The lowest of the likeliest, wherever they lie; a filter keeps all that tie."""
+def test_ties_over_slices(params, repeats):
+    """The lowest of the likeliest, wherever they lie; a filter keeps all that tie. In few rows, and in more."""
     logits = make_logits(3, 96, torch.bfloat16)
     logits[0, [5, 40, 90]] = 20.0
     logits[1, [63, 64]] = 20.0
     logits[2] = 1.0
-    assert_as_one(4, 96, params * 3, [logits], range(3))
+    rows = range(3 * repeats)
+    assert_as_one(4, 96, params * len(rows), [logits.repeat(repeats, 1)], rows)
 
 
 @pytest.mark.parametrize("params", [PLAIN[:1], PLAIN[1:2], FILTERED[:1], FILTERED[2:3]])
@@ -161,24 +163,24 @@ def test_scores_are_those_of_one_process(num_top, vocab_size, size, dtype):
 
 
 def test_what_ranks_exchange():
-    """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row.
-
-    Scores: the chosen logit, then eight bytes for each likeliest token and for two sums.
+    """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row; few rows
+    are gathered. Scores: the chosen logit, then eight bytes for each likeliest token and for two sums.
     """
     num_rows, vocab_size, params = 6, 1024, PLAIN + FILTERED
 
     def work(comm: ParallelContext):
         assert isinstance(comm.tp, CountedCollectives)
         rank, sent = RankSampler(vocab_size, params, comm), []
-        for rows in (range(num_rows), [0, 1, 2] * 2):
+        for rows in (range(num_rows), [0, 1, 2] * 2, [5]):
             comm.tp.sent = dict.fromkeys(comm.tp.sent, 0)
-            rank.step(make_logits(num_rows, vocab_size), rows, 0)
+            rank.step(make_logits(len(rows), vocab_size), rows, 0)
             sent.append(comm.tp.sent)
         comm.tp.sent = dict.fromkeys(comm.tp.sent, 0)
         rank.sampler.score(rank.own(make_logits(num_rows, vocab_size)), torch.arange(num_rows), 5)
         return *sent, comm.tp.sent
 
-    for filtered, plain, scores in run_ranks(2, work):
+    for filtered, plain, single, scores in run_ranks(2, work):
+        assert single == {"all_reduce": 0, "all_gather": vocab_size // 2 * 4, "all_to_all": 0}
         assert scores == {"all_reduce": 0, "all_gather": (4 + 8 * 7) * num_rows, "all_to_all": 0}
         assert plain == {"all_reduce": 0, "all_gather": 8 * num_rows, "all_to_all": 0}
         slices = num_rows * vocab_size // 2 * 4
