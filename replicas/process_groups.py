@@ -29,17 +29,18 @@ class ProcessGroups:
         self._store, self._rank, self._device, self._host = store, rank, device, host
         self._groups: list[ProcessGroup] = []
 
-    def open(self, name: str, ranks: Sequence[int]) -> ProcessGroup:
+    def open(self, name: str, ranks: Sequence[int], *, connect: bool = True) -> ProcessGroup:
         """The group of these world ranks, of which this rank is one, in their order. Waits for all of them.
 
-        `name` is of this group alone. Ranks that share several groups open them in the same order.
+        `name` is of this group alone. Ranks that share several groups open them in the same order. Without `connect`
+        ranks with GPUs wait for each other at their first exchange.
         """
         store = PrefixStore(name, self._store)
         rank, size = list(ranks).index(self._rank), len(ranks)
         group = ProcessGroup(store, rank, size)
         group._set_group_name(name)  # pyright: ignore[reportArgumentType]
         if self._device.type == "cuda":
-            kind, backend = ProcessGroup.BackendType.NCCL, self._nccl(store, name, ranks)
+            kind, backend = ProcessGroup.BackendType.NCCL, self._nccl(store, name, ranks, connect)
         else:
             kind, backend = ProcessGroup.BackendType.GLOO, self._gloo(store, rank, size)
         group._set_default_backend(kind)
@@ -47,7 +48,7 @@ class ProcessGroups:
         self._groups.append(group)
         return group
 
-    def _nccl(self, store: Store, name: str, ranks: Sequence[int]) -> Backend:
+    def _nccl(self, store: Store, name: str, ranks: Sequence[int], connect: bool) -> Backend:
         from torch.distributed import ProcessGroupNCCL  # absent from a torch that was built without CUDA
 
         options = ProcessGroupNCCL.Options()
@@ -55,8 +56,8 @@ class ProcessGroups:
         options.global_ranks_in_group = list(ranks)
         options.group_name = name  # pyright: ignore[reportAttributeAccessIssue]
         backend = ProcessGroupNCCL(store, list(ranks).index(self._rank), len(ranks), options)
-        # Connected here, and not by the first collective: that one may stand in a CUDA graph.
-        backend.eager_connect_single_device(self._device)
+        if connect:  # here, and not by the first collective: that one may stand in a CUDA graph
+            backend.eager_connect_single_device(self._device)
         return backend
 
     def _gloo(self, store: Store, rank: int, size: int) -> Backend:

@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from itertools import count
 
 import torch
@@ -117,7 +118,7 @@ class ShardRank:
         assert max_in_flight is not None, "the configuration is not resolved"
         if pp_size > 1:
             pp = PipelineLinks.connect(
-                groups.open,
+                partial(groups.open, connect=False),  # by their first transfer, as NCCL wants it of pairs
                 self._device,
                 rank=self._rank,
                 tp_size=tp_size,
