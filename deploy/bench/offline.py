@@ -112,7 +112,8 @@ def _limits(opened: OpenEngine, num_ranks: int) -> tuple[Dense | None, Rates]:
 
 def _describe(report: Report, opened: OpenEngine, rates: Rates) -> None:
     config = opened.engine.config
-    report.device = device_name(opened.device)
+    name, world_size = device_name(opened.device), config.parallel.world_size
+    report.device = f"{world_size} x {name}" if world_size > 1 and opened.device == "cuda" else name
     report.settings |= {
         "dtype": config.model.dtype,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,

@@ -43,7 +43,7 @@ def findings(
         remedy = "do not serve on these devices: look for errors of memory and links (nvidia-smi -q, dmesg)"
         problems.append(Finding(backend, Status.WRONG, what, remedy))
     if backend == "nccl":
-        problems += _slow(pairs, copies)
+        problems += _slow(pairs, copies) + _symmetric(lines)
     if not pairs:
         return problems
     rates = [line["bytes_per_s"] / 1e9 for line in pairs.values()]
@@ -101,6 +101,17 @@ def _slow(pairs: Mapping[tuple[int, int], Mapping[str, Any]], copies: Mapping[tu
         remedy = "unset NCCL_P2P_DISABLE and NCCL_P2P_LEVEL; run with NCCL_DEBUG=INFO to see what it takes"
         found.append(Finding("nccl", Status.WARNING, message, remedy))
     return found
+
+
+def _symmetric(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Whether kernels can sum over memory that all ranks write."""
+    answer = next((line for line in lines if "symmetric" in line), None)
+    if answer is None:
+        return []
+    if answer["symmetric"]:
+        return [Finding("symmetric memory", Status.OK, "the ranks write each other's memory")]
+    remedy = "sums are left to NCCL, which is slower for small ones; docs/parallelism.md says what they need"
+    return [Finding("symmetric memory", Status.WARNING, f"ranks cannot write each other's: {answer['reason']}", remedy)]
 
 
 def _named(pairs: Sequence[tuple[int, ...]]) -> str:

@@ -1,4 +1,5 @@
-"""Probe, one process for each rank: what a process group carries from each rank to each other one, and in a sum.
+"""Probe, one process for each rank: what a process group carries from each rank to each other one, and in a sum; and
+on GPUs, whether the ranks can write each other's memory.
 
 Arguments: rank, ranks, device (cuda: NCCL, or cpu: gloo), a file for the rendezvous, bytes of a message.
 The sender says that a pair begins, so that the one that hangs is known; the receiver says how long it took.
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from ...replicas.process_groups import ProcessGroups
+from ...replicas.symmetric_memory import NoSymmetricMemory, open_symmetric_memory
 from .process import begin, say
 
 _REPEATS = 5
+_SHARED = 1 << 20  # bytes
 
 
 def main() -> None:
@@ -38,13 +41,16 @@ class _Rank:
         self.device = torch.device("cuda", rank) if self.on_gpu else torch.device("cpu")
         if self.on_gpu:
             torch.cuda.set_device(self.device)
-        self.group = ProcessGroups(FileStore(file, ranks), rank, self.device, "127.0.0.1").open("doctor", range(ranks))
+        self.store = FileStore(file, ranks)
+        self.group = ProcessGroups(self.store, rank, self.device, "127.0.0.1").open("doctor", range(ranks))
         self.message = torch.empty(num_bytes // 4, dtype=torch.float32, device=self.device)
 
     def measure(self) -> None:
         for source, target in permutations(range(self.ranks), 2):
             self.measure_pair(source, target)
         self.measure_sum()
+        if self.on_gpu:
+            self.try_symmetric_memory()
 
     def measure_pair(self, source: int, target: int) -> None:
         if self.rank == source:
@@ -69,6 +75,16 @@ class _Rank:
         if self.rank == 0:
             moved = 2 * (self.ranks - 1) / self.ranks * self.message.nbytes
             say(sum=self.ranks, right=right, bytes_per_s=moved / seconds)
+
+    def try_symmetric_memory(self) -> None:
+        """Which the kernels that sum small messages need. Every rank has the same answer."""
+        reason = ""
+        try:
+            open_symmetric_memory(self.store, "doctor", self.rank, self.ranks, self.device, _SHARED)
+        except NoSymmetricMemory as none:
+            reason = str(none)
+        if self.rank == 0:
+            say(symmetric=not reason, reason=reason)
 
     def _seconds(self, exchange: Callable[[], dist.Work]) -> float:
         """Of one exchange, after a first that connects."""

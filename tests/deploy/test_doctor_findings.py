@@ -190,6 +190,15 @@ def test_pairs_that_exchange() -> None:
     assert fine.figures == {"1-0": 200.0, "0-1": 200.0, "sum": 300.0}
 
 
+def test_symmetric_memory() -> None:
+    exchanged = pair(1, 0, right=True), pair(0, 1, right=True)
+    can, cannot = {"symmetric": True, "reason": ""}, {"symmetric": False, "reason": "rank 1 does not reach rank 0"}
+    assert statuses(nccl(outcome(*exchanged, can), outcome())) == ["ok", "ok"]
+    found = nccl(outcome(*exchanged, cannot), outcome())
+    assert statuses(found) == ["ok", "warning"]
+    assert "rank 1 does not reach rank 0" in found[1].message
+
+
 def test_a_pair_that_hangs_is_named() -> None:
     silent = outcome({"begin": [0, 1]}, status=None)
     found = nccl(silent, outcome(status=None), outcome(status=None))
