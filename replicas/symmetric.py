@@ -35,8 +35,8 @@ from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric
 
 logger = logging.getLogger(__name__)
 
-# Turns of a wait before it ends, some 0.8 us each on an H200: 215 s, of the order of the limit that NCCL has. Ranks start
-# at different speeds, and once they serve the engine's watchdog is far quicker.
+# Turns of a wait before it ends, some 0.8 us each on an H200: 215 s, of the order of the limit that NCCL has. Ranks
+# start at different speeds, and once they serve the engine's watchdog is far quicker.
 _SPIN_LIMIT = 1 << 28
 _LONGEST_ROW = 1 << 16  # bytes
 _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)

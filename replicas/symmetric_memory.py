@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _register_process_group
 
 _TIMEOUT = timedelta(minutes=5)  # the ranks do this at the same point of their start, but load at different speeds
 
@@ -45,12 +45,13 @@ class Place:
 class SymmetricMemory:
     """`own` uint8 [bytes] is this rank's; `addresses` [W] those of every rank's, as this device sees them.
 
-    The memory goes when `own` does. `group_name` is its group's in torch's operators.
+    The memory goes when `own` does.
     """
 
     own: torch.Tensor
     addresses: tuple[int, ...]
     group_name: str
+    group: ProcessGroup  # found by its name, until nobody has it any more
 
 
 def why_unreachable(places: Sequence[Place], rank: int, has_access: Callable[[str], bool | None]) -> str:
@@ -94,8 +95,8 @@ def open_symmetric_memory(
     places = [Place(**json.loads(each)) for each in exchange("place", json.dumps(asdict(Place.of(device))))]
     agree("access", why_unreachable(places, rank, lambda uuid: _has_access(device, uuid)))
     group_name, own, addresses, reason = f"shoal {name}", torch.empty(0), (), ""
+    group = named_group(store, group_name, rank, world_size)
     try:
-        _SymmetricMemory.set_group_info(group_name, rank, world_size, store)
         # Not symm_mem.empty(): from torch 2.12 on that is a part of a pool, and operators want the whole.
         own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
         own.fill_(255)
@@ -106,7 +107,14 @@ def open_symmetric_memory(
     if not reason and own.data_ptr() != addresses[rank]:
         reason = f"rank {rank} has its symmetric memory at {own.data_ptr():#x}, and torch says {addresses[rank]:#x}"
     agree("memory", reason)
-    return SymmetricMemory(own, addresses, group_name)
+    return SymmetricMemory(own, addresses, group_name, group)
+
+
+def named_group(store: Store, name: str, rank: int, world_size: int) -> ProcessGroup:
+    """A group without a backend, all that torch's symmetric memory wants: rank, size and store, to be had by name."""
+    group = ProcessGroup(PrefixStore(name, store), rank, world_size)
+    _register_process_group(name, group)  # pyright: ignore[reportArgumentType]
+    return group
 
 
 def _has_access(device: torch.device, uuid: str) -> bool | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, _resolve_process_group
 
 from shoal.kernels.all_reduce import (
     LIMITS_KIB,
@@ -25,7 +25,7 @@ from shoal.kernels.rms_norm import add_rms_norm
 from shoal.replicas import symmetric
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.symmetric import Group, SymmetricCollectives, buffer_capacity, open_collectives
-from shoal.replicas.symmetric_memory import NoSymmetricMemory, Place, why_unreachable
+from shoal.replicas.symmetric_memory import NoSymmetricMemory, Place, named_group, why_unreachable
 from tests.support.symmetric_ranks import run_ranks
 
 GPU = Group(HashStore(), "stage 0", 0, 2, torch.device("cuda", 0))
@@ -81,6 +81,16 @@ def test_without_symmetric_memory_sums_are_nccls_and_it_is_said_why(world_size, 
     if world_size > 2:
         with pytest.raises(ShardGroupError, match=f"batch_invariant cannot be had of 3 ranks over NCCL: .*{why}"):
             open_collectives(plain, group, "auto", batch_invariant=True)
+
+
+def test_torch_finds_a_group_by_its_name_as_long_as_somebody_has_it():
+    group = named_group(HashStore(), "shoal of a test", 1, 2)
+    found = _resolve_process_group("shoal of a test")
+    assert (found.rank(), found.size()) == (1, 2)
+    found.get_group_store().set("a", "b")
+    del group, found
+    with pytest.raises(RuntimeError, match="shoal of a test"):
+        _resolve_process_group("shoal of a test")
 
 
 def test_reasons_name_the_ranks_and_what_lies_between_them():
