@@ -1,7 +1,8 @@
 """Memory of a GPU that the other ranks of a group can write, by torch's symmetric memory.
 
 The ranks agree first on whether it can be had: all of them get it, or all of them the same reason why not. What they
-say to each other goes through a store. NVLink multicast is never asked for.
+say to each other goes through a store. NVLink multicast is not used; torch prepares it where it can, unless
+TORCH_SYMM_MEM_DISABLE_MULTICAST=1 says otherwise.
 """
 
 from __future__ import annotations
