@@ -129,16 +129,17 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp", "num_far"), [(2, 1, 1), (1, 2, 1), (2, 2, 2), (2, 1, 2)])
 def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
-    nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int
+    nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int, num_far: int
 ) -> None:
+    """The last `num_far` ranks are not on the engine's node."""
     here, there = nodes
     engine = build_engine(config(checkpoint, 1, 1))
     expected = generate(engine, requests())
     engine.shutdown()
-    half = tp * pp // 2
-    with group_on(config(checkpoint, tp, pp), [here] * half + [there] * half) as group:
+    places = [here] * (tp * pp - num_far) + [there] * num_far
+    with group_on(config(checkpoint, tp, pp), here, places) as group:
         found = generate(group.engine, requests())
     assert {key: [each.token_ids for each in some] for key, some in found.items()} == {
         key: [each.token_ids for each in some] for key, some in expected.items()
@@ -153,7 +154,7 @@ def test_a_link_that_is_down_for_two_seconds_costs_no_token(
     engine = build_engine(config(checkpoint, 1, 1))
     expected = generate(engine, [request := requests()[0]])
     engine.shutdown()
-    with group_on(config(checkpoint, 2, 1), [here, there]) as group:
+    with group_on(config(checkpoint, 2, 1), here, [here, there]) as group:
         group.engine.add_request(request)
         tokens = [token for delta in group.engine.step() for token in delta.token_ids]
         there.cut()
@@ -174,7 +175,7 @@ def test_a_rank_behind_a_cut_link_is_missed_and_leaves_by_itself(
     """Nobody can end it, and it waits for the other rank in a collective or a receive."""
     here, there = nodes
     endless = SamplingParams(max_tokens=100, ignore_eos=True)
-    with group_on(config(checkpoint, tp, pp), [here, there]) as group:
+    with group_on(config(checkpoint, tp, pp), here, [here, there]) as group:
         group.engine.add_request(Request("endless", (5, 6, 7), endless))
         while not group.engine.step():
             pass
@@ -194,7 +195,7 @@ def test_a_rank_that_cannot_reach_the_others_is_named(nodes: tuple[Namespace, Na
     here, there = nodes
     there.cut()
     with pytest.raises(ShardGroupError, match=r"could not meet: .*rank 1 .*cannot reach the group's store"):
-        Group(config(checkpoint, 2, 1), [here, there])
+        Group(config(checkpoint, 2, 1), here, [here, there])
 
 
 @pytest.mark.slow

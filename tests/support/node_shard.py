@@ -55,21 +55,22 @@ class NodeShard:
 
 
 class Group:
-    """An engine on the first of `nodes`, and its ranks one by one on those nodes."""
+    """An engine on the node `home`, and its ranks one by one on `nodes`."""
 
-    def __init__(self, config: EngineConfig, nodes: Sequence[Namespace]) -> None:
+    def __init__(self, config: EngineConfig, home: Namespace, nodes: Sequence[Namespace]) -> None:
         facts = read_model_facts(Path(config.model.path))
         resolved = config.resolve(facts, "cpu")
         self.shards = [NodeShard(node) for node in nodes]
-        home = Home(nodes[0].address, nodes[0].address)
-        with nodes[0].entered():
-            self.group: ShardGroup = start_shard_group(resolved, self.shards.__getitem__, home, timeout_s=120)
+        launch = self.shards.__getitem__
+        with home.entered():
+            place = Home(home.address, home.address)
+            self.group: ShardGroup = start_shard_group(resolved, launch, place, timeout_s=120)
         self.engine = Engine(resolved, facts, self.group)
 
 
 @contextmanager
-def group_on(config: EngineConfig, nodes: Sequence[Namespace]) -> Iterator[Group]:
-    made = Group(config, nodes)
+def group_on(config: EngineConfig, home: Namespace, nodes: Sequence[Namespace]) -> Iterator[Group]:
+    made = Group(config, home, nodes)
     try:
         yield made
     finally:
