@@ -5,7 +5,7 @@ Each figure is the mean of CALLS calls in one CUDA graph, the median of its repl
 one kernel of Shoal's, or by NCCL and then `add_rms_norm`. Torch's operators are given memory that is symmetric already.
 Goal on two H200s: 7 us to 128 KiB, 8 us at 512 KiB, 20 us at 4 MiB.
 
-    python -m benchmarks.all_reduce [--gpus 2,4] [--hidden 4096] [--sizes 8,128,512] [--replays 20]
+    python -m benchmarks.all_reduce [--gpus 2,4] [--hidden 4096] [--sizes 8,128,512] [--out FOLDER] [--commit C]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.cuda import nccl
 
-from benchmarks.report import Report
+from benchmarks.report import RESULTS, Report
 from shoal.kernels.all_reduce import (
     NUM_BUFFERS,
     STATE_SIZE,
@@ -184,6 +185,8 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES_KIB)), help="in KiB")
     parser.add_argument("--replays", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
     asked = parser.parse_args()
     sizes = [int(size) for size in asked.sizes.split(",")]
     groups = [int(size) for size in asked.gpus.split(",") if int(size) <= torch.cuda.device_count()]
@@ -195,6 +198,8 @@ def main() -> int:
         "hidden": asked.hidden, "dtype": "bfloat16", "calls in a graph": CALLS, "torch": torch.__version__,
         "NCCL": ".".join(map(str, nccl.version())),
     }  # fmt: skip
+    if asked.commit is not None:
+        report.commit = asked.commit
     for world_size in groups:
         results = run_ranks(world_size, measure, sizes, asked.hidden, asked.replays)
         for row in results[0]:
@@ -205,7 +210,7 @@ def main() -> int:
             goal = GOALS_US.get(row["KiB"]) if world_size == 2 and row["kind"] == "sum" else None
             report.add(GPUs=world_size, **row, goal=goal)
     report.show()
-    report.write()
+    report.write(asked.out / "all_reduce.json")
     return 0
 
 
