@@ -94,7 +94,7 @@ def open_collectives(
         spin_limit=_SPIN_LIMIT,
     )
     every_size = batch_invariant or kind == "triton"
-    return SymmetricCollectives(plain, exchange, every_size=every_size, quantized=quantized)
+    return SymmetricCollectives(plain, exchange, every_size=every_size, quantized=quantized, fused=not batch_invariant)
 
 
 def buffer_capacity(world_size: int) -> int:
@@ -106,13 +106,20 @@ def buffer_capacity(world_size: int) -> int:
 class SymmetricCollectives:
     """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
 
-    every_size: larger ones too, in parts. quantized: larger ones too, in parts and with 8 bits an element.
+    every_size: larger ones too, in parts. quantized: larger ones too, in parts and with 8 bits an element. fused: a
+    norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the same bits.
     """
 
     def __init__(
-        self, plain: Collectives, exchange: Exchange, *, every_size: bool = False, quantized: bool = False
+        self,
+        plain: Collectives,
+        exchange: Exchange,
+        *,
+        every_size: bool = False,
+        quantized: bool = False,
+        fused: bool = True,
     ) -> None:
-        self._plain, self._exchange = plain, exchange
+        self._plain, self._exchange, self._fused = plain, exchange, fused
         self._every_size, self._quantized = every_size and not quantized, quantized
         self._alarm = exchange.alarm.numpy()
 
@@ -132,7 +139,7 @@ class SymmetricCollectives:
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        algorithm = self._choose(x)
+        algorithm = self._choose(x) if self._fused else None
         if algorithm is not None and self._holds(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
             return all_reduce_add_rms_norm(x, residual, weight, eps, self._exchange, algorithm)
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)

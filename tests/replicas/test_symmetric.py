@@ -28,6 +28,7 @@ from shoal.replicas.symmetric import Group, SymmetricCollectives, buffer_capacit
 from shoal.replicas.symmetric_memory import NoSymmetricMemory, Place, named_group, why_unreachable
 from tests.support.symmetric_ranks import run_ranks
 
+ON_TRITON = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 GPU = Group(HashStore(), "stage 0", 0, 2, torch.device("cuda", 0))
 
 
@@ -128,6 +129,23 @@ def test_an_alarm_is_an_error_that_says_how_long_was_waited():
 SHAPES = [(2, 24), (40, 32), (300, 24)]
 
 
+def norms(exchange: Exchange) -> list[bool]:
+    found = []
+    for rows in (2, 40):
+        x, residual, weight = part(exchange.rank, (rows, 24)), torch.ones(rows, 24), torch.ones(24)
+        symmetric.choose = lambda num_bytes, _: Algorithm.ONE_SHOT if num_bytes < 1000 else Algorithm.TWO_SHOT
+        total = SymmetricCollectives(Plain(), exchange).all_reduce(x.clone())
+        want = add_rms_norm(total, residual.clone(), weight, 1e-5)
+        collectives = SymmetricCollectives(Plain(), exchange, every_size=True, fused=False)
+        found.append(torch.equal(collectives.all_reduce_add_rms_norm(x, residual, weight, 1e-5), want))
+    return found
+
+
+@ON_TRITON
+def test_norms_that_do_not_depend_on_the_size_are_apart_from_the_sum(tmp_path):
+    assert run_ranks(tmp_path, 2, norms) == [[True, True], [True, True]]
+
+
 def part(rank: int, shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank + shape[0]))
 
@@ -147,7 +165,7 @@ def sum_all(
     return found
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+@ON_TRITON
 @pytest.mark.parametrize(("every_size", "quantized"), [(False, False), (True, False), (True, True)])
 def test_what_the_table_lacks_is_plain_or_goes_in_parts(every_size, quantized, tmp_path):
     results = run_ranks(tmp_path, 2, sum_all, every_size, quantized, capacity=18000)
