@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import select
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def group() -> Iterator[Group]:
 
 def large_plan(step: int, num_ints: int) -> StepPlan:
     start = RowStart(0, 1, num_ints, SamplingParams(frequency_penalty=1.0), tuple(range(num_ints)))
-    return replace(decode_plan(step), row_starts=(start,))
+    return decode_plan(step)._replace(row_starts=(start,))
 
 
 def large_result(step: int, num_tokens: int) -> StepResult:
@@ -200,7 +199,7 @@ def test_what_a_rank_said_before_it_ended_is_why_it_is_gone(group: Group) -> Non
 
 def test_a_plan_that_does_not_fit_leaves_the_channel_as_it_was(group: Group) -> None:
     with pytest.raises(FrameError, match="step 3 does not fit"):
-        group.server.submit(replace(decode_plan(3), rows=np.zeros(4, np.int64)))
+        group.server.submit(decode_plan(3)._replace(rows=np.zeros(4, np.int64)))
     group.server.submit(decode_plan(3))
     assert same(group.clients[0].receive(), decode_plan(3))
 
