@@ -176,7 +176,7 @@ def _sums_above(
     return tl.sum(sums, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sample_profile_kernel(
     logits_ptr,
     rows_ptr,
@@ -236,7 +236,7 @@ def sample_profile_kernel(
             tl.store(mass_ptr + part, masses)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sample_gather_kernel(
     logits_ptr,
     rows_ptr,

@@ -124,7 +124,7 @@ def _search(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _sample_limits_kernel(
     logits_ptr,
     rows_ptr,

@@ -58,7 +58,7 @@ def _slice_choose_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _slice_join_kernel(
     rows_ptr, score_ptr, token_ptr, key_ptr, first_token, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
 ):
@@ -76,7 +76,7 @@ def _slice_join_kernel(
     tl.store(key_ptr + k, tl.where(token < 0, unusable, key))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _winners_kernel(key_ptr, out_ptr, num_rows, num_ranks, BLOCK: tl.constexpr, PDL: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows

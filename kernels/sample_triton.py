@@ -190,7 +190,7 @@ def _sample_choose_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _sample_join_kernel(
     rows_ptr, score_ptr, token_ptr, out_ptr, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip

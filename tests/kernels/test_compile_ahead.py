@@ -47,6 +47,11 @@ def test_a_launch_finds_what_was_compiled_by_gluon(rehearsed):
     assert rehearsed["gluon hits"] == [True]
 
 
+def test_no_number_of_samples_needs_a_kernel_of_its_own(rehearsed):
+    """Steps that are too large for a graph have any number: each new kernel would hold one up for a second."""
+    assert rehearsed["late"] == []
+
+
 def test_a_kernel_that_does_not_compile_is_told():
     from triton.backends.compiler import GPUTarget
 

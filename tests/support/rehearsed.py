@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from shoal.kernels import compile_triton
 from shoal.kernels.backend import Backend, use_backend
 from shoal.kernels.compile_triton import Specialization, compile_kernels, rehearsal
 from shoal.kernels.gemm_triton import gemm_triton
+from shoal.kernels.sample import SamplingRows, sample_rows
 from shoal.kernels.tuning import Launch
 from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -65,6 +66,28 @@ def hits_of_a_launch(launch: Callable[[], object]) -> list[bool]:
     return hits
 
 
+def sampling_kernels(counts: Iterable[int]) -> set[Specialization]:
+    """What sampling so many rows of a large vocabulary launches."""
+    largest = 256
+    logits = torch.empty(largest, 128_256, dtype=torch.bfloat16)
+    rows, ints, floats = (
+        torch.zeros(3, largest, dtype=torch.int64),
+        torch.zeros(largest, dtype=torch.int32),
+        torch.zeros(largest),
+    )
+    params = SamplingRows(floats, ints, floats, floats, rows[0])
+    with rehearsal() as kernels:
+        for count in counts:
+            sample_rows(logits[:count], rows[1, :count], params, rows[2, :count])
+    return kernels
+
+
+def late_samplers(max_rows: int) -> list[str]:
+    """Sampling kernels of steps without a graph, which have any number of samples, that none with a graph launches."""
+    rooms = {room.samples for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, 2048))}
+    return sorted(kernel.name for kernel in sampling_kernels(range(1, max_rows + 1)) - sampling_kernels(rooms))
+
+
 def main() -> None:
     folder, num_compiled = sys.argv[1], int(sys.argv[2])
     triton.runtime.driver.set_active(FakeDriver())  # pyright: ignore[reportArgumentType]
@@ -97,6 +120,7 @@ def main() -> None:
             multiply()
         compile_kernels(gluon, 1)
         found = {
+            "late": late_samplers(20) + late_samplers(256),
             "gluon": sorted(kernel.name for kernel in gluon),
             "gluon hits": hits_of_a_launch(multiply),
             "names": sorted({kernel.name for kernel in noted}),
