@@ -101,7 +101,8 @@ def open_exchange(
     peers = torch.tensor(memory.addresses, dtype=torch.int64, device=device)
     state = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)
     alarm = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    return Exchange(rank, world_size, capacity, memory.own, peers, state, alarm, SPIN_LIMIT), memory
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Exchange(rank, world_size, capacity, memory.own, peers, state, alarm, SPIN_LIMIT, multiprocessors), memory
 
 
 def graph_us(call: Callable[[], Any], replays: int, calls: int = CALLS) -> float:

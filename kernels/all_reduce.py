@@ -34,7 +34,8 @@ _ALIGNMENT = 16  # elements: a slot begins where a wide store may
 INT8_GROUP = 128  # elements that share a scale
 INT8_PIECE = 4096  # elements that travel together
 INT8_LEAST_SCALE = 1e-37  # its inverse is finite; what is smaller is sent as zero
-_PIECE = 4096  # elements of what is a row where a message is not normed
+_PIECES = (1024, 2048)  # elements of what is a row where a message is not normed: of small messages, of large ones
+_SMALL = 1 << 18  # elements
 
 
 class Algorithm(Enum):
@@ -49,7 +50,7 @@ class Exchange:
     Every rank has NUM_BUFFERS buffers of `capacity` bytes one after the other, all bits set at the start: `memory` is
     its own. `peers` [W] int64: where they begin for each rank, as addresses valid on this device. `state` [STATE_SIZE]
     int64, zeros at the start. `alarm` [1] int32, where the host reads it without a copy: not 0 once a wait ended after
-    `spin_limit` turns.
+    `spin_limit` turns. `multiprocessors`: of this device.
     """
 
     rank: int
@@ -60,10 +61,13 @@ class Exchange:
     state: torch.Tensor
     alarm: torch.Tensor
     spin_limit: int
+    multiprocessors: int
 
 
-# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond.
-LIMITS_KIB = {2: (512, 4096), 4: (256, 4096), 8: (128, 4096)}
+# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond. Measured on two H200s over NVLink: both send
+# as much there, and NCCL takes 1.2 times as long at 16 MiB. Of 4 and 8 ranks: where what one-shot sends more takes as
+# long as the way that it saves, 2 us.
+LIMITS_KIB = {2: (2048, 16384), 4: (512, 4096), 8: (128, 4096)}
 
 
 def choose(num_bytes: int, world_size: int) -> Algorithm | None:
@@ -76,7 +80,7 @@ def choose(num_bytes: int, world_size: int) -> Algorithm | None:
 
 def as_rows(numel: int) -> tuple[int, int]:
     """(rows, elements of each) of a message that is not normed; the last row may be short."""
-    piece = min(_PIECE, max(_ALIGNMENT, 1 << (numel - 1).bit_length()))
+    piece = min(_PIECES[numel > _SMALL], max(_ALIGNMENT, 1 << (numel - 1).bit_length()))
     return math.ceil(numel / piece), piece
 
 

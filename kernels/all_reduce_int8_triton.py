@@ -15,10 +15,11 @@ import triton.language as tl
 
 from .all_reduce import INT8_GROUP, INT8_LEAST_SCALE, INT8_PIECE, Exchange, int8_slot_bytes
 from .all_reduce_exchange_triton import MISSING, arrived, begin_step, draw_step, empty_buffer, sendable
-from .all_reduce_triton import MAX_PROGRAMS, MAX_REGISTERS
+from .all_reduce_triton import max_programs
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
 NUM_WARPS = 8
+NUM_REGISTERS = 128
 PIECE = tl.constexpr(INT8_PIECE)
 GROUP = tl.constexpr(INT8_GROUP)
 LEAST_SCALE = tl.constexpr(INT8_LEAST_SCALE)
@@ -124,9 +125,9 @@ def all_reduce_int8_triton(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     slice_pieces = -(-num_pieces // world_size)
     kernel: Any = _all_reduce_int8_kernel
     if numel:
-        kernel[(min(slice_pieces, MAX_PROGRAMS),)](
+        kernel[(min(slice_pieces, max_programs(exchange.multiprocessors, NUM_WARPS, NUM_REGISTERS)),)](
             x, exchange.peers, exchange.state, exchange.alarm, exchange.capacity, slot, numel, num_pieces,
             slice_pieces, exchange.rank, exchange.spin_limit,
-            WORLD=world_size, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, **pdl_launch(x),
+            WORLD=world_size, num_warps=NUM_WARPS, maxnreg=NUM_REGISTERS, **pdl_launch(x),
         )  # fmt: skip
     return x

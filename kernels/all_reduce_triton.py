@@ -17,9 +17,7 @@ from .all_reduce import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
 from .all_reduce_exchange_triton import arrived, begin_step, draw_step, empty_buffer, pointers_to_words, sendable
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
 
-MAX_TILE = 32768  # bytes of all ranks' words that a program holds: 4 vectors a thread with 16 warps
-MAX_REGISTERS = 128  # of a thread; left to itself the compiler spills a few to keep below 64
-MAX_PROGRAMS = 128  # all of them run at once on an H200, 132 multiprocessors, whatever else does
+MAX_TILE = 2048  # bytes of the ranks' words that a warp holds: 4 vectors a thread
 
 
 @triton.jit
@@ -229,10 +227,23 @@ def _two_shot_kernel(
             _finish(total, residual, offsets, mask, residual_ptr, weight, out_ptr, eps, NUM_FEATURES, HAS_NORM)
 
 
-def launch_parameters(block_n: int, itemsize: int, world_size: int) -> tuple[int, int]:
-    """(ranks whose words are held at a time, warps): each thread takes one 16-byte vector of a row, or few more."""
-    group = max(1, min(world_size, MAX_TILE // (block_n * itemsize)))
-    return group, min(max(block_n * itemsize // 512, 4), 16)
+def launch_parameters(
+    block_n: int, itemsize: int, world_size: int, *, norms_slices: bool = False
+) -> tuple[int, int, int]:
+    """(ranks whose words are held at a time, warps, registers of a thread).
+
+    Each thread takes one 16-byte vector of a row, or few more. Left to itself the compiler spills some registers to
+    keep below 64. norms_slices: rows of several ranks are normed at a time, which takes more.
+    """
+    num_warps = min(max(block_n * itemsize // 512, 4), 16)
+    group = max(1, min(world_size, MAX_TILE * num_warps // (block_n * itemsize)))
+    few = group * block_n * itemsize <= 1024 * num_warps and not norms_slices
+    return group, num_warps, 64 if few else 128
+
+
+def max_programs(multiprocessors: int, num_warps: int, num_registers: int) -> int:
+    """How many programs run at once, whatever else does: each of them may wait for what the others' send."""
+    return multiprocessors * (65536 // (32 * num_warps * num_registers))
 
 
 def all_reduce_triton(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
@@ -277,7 +288,9 @@ def _launch(
     sliced = algorithm is Algorithm.TWO_SHOT
     rows = [num_rows, -(-num_rows // world_size)] if sliced else [num_rows]
     block_n = int(triton.next_power_of_2(num_features))
-    group, num_warps = launch_parameters(block_n, x.itemsize, world_size)
+    group, num_warps, num_registers = launch_parameters(
+        block_n, x.itemsize, world_size, norms_slices=sliced and weight is not None
+    )
     arguments: Any = (
         x, x if residual is None else residual, x if weight is None else weight, out,
         exchange.peers, exchange.state, exchange.alarm,
@@ -285,7 +298,7 @@ def _launch(
         numel, *rows, exchange.rank, exchange.spin_limit, eps,
     )  # fmt: skip
     kernel: Any = _two_shot_kernel if sliced else _one_shot_kernel
-    kernel[(min(rows[-1], MAX_PROGRAMS),)](
+    kernel[(min(rows[-1], max_programs(exchange.multiprocessors, num_warps, num_registers)),)](
         *arguments, NUM_FEATURES=num_features, HAS_NORM=weight is not None, WORLD=world_size, GROUP=group,
-        BLOCK_N=block_n, num_warps=num_warps, maxnreg=MAX_REGISTERS, **pdl_launch(x),
+        BLOCK_N=block_n, num_warps=num_warps, maxnreg=num_registers, **pdl_launch(x),
     )  # fmt: skip

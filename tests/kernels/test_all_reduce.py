@@ -61,7 +61,7 @@ class Ranks:
             Exchange(
                 rank, world_size, CAPACITY, memory, peers,
                 torch.zeros(STATE_SIZE, dtype=torch.int64, device=device),
-                torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"), spin_limit,
+                torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"), spin_limit, 4,
             )
             for rank, memory in enumerate(self.memory)
         ]  # fmt: skip
@@ -227,7 +227,7 @@ def test_what_a_buffer_does_not_hold_is_refused(device):
 def test_a_cpu_tensor_is_for_another_backend():
     if backend_of(x := torch.ones(2, 2)) is not Backend.TORCH:
         pytest.skip("this process computes by Triton")
-    own = Exchange(0, 2, CAPACITY, x, x, x, x, 1)
+    own = Exchange(0, 2, CAPACITY, x, x, x, x, 1, 1)
     with pytest.raises(ValueError, match=r"torch\.distributed"):
         all_reduce(x, own, Algorithm.ONE_SHOT)
 

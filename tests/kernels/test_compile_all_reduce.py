@@ -16,7 +16,9 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 def _variant(kind: str, dtype: str, world_size: int, num_features: int, *, norm: str = "") -> Variant:
     block_n = 1 << (num_features - 1).bit_length()
-    group, num_warps = all_reduce_triton.launch_parameters(block_n, ITEMSIZE[dtype], world_size)
+    group, num_warps, num_registers = all_reduce_triton.launch_parameters(
+        block_n, ITEMSIZE[dtype], world_size, norms_slices=bool(norm) and "two_shot" in kind
+    )
     types = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr"), f"*{dtype}") | {
         "weight_ptr": f"*{norm or dtype}", "peers_ptr": "*i64", "state_ptr": "*i64", "alarm_ptr": "*i32",
         "numel": "i32/16", "eps": "fp32",
@@ -25,7 +27,7 @@ def _variant(kind: str, dtype: str, world_size: int, num_features: int, *, norm:
         "NUM_FEATURES": num_features, "HAS_NORM": bool(norm), "WORLD": world_size, "GROUP": group, "BLOCK_N": block_n,
         "PDL": True,
     }  # fmt: skip
-    options = {"num_warps": num_warps, "launch_pdl": True, "maxnreg": all_reduce_triton.MAX_REGISTERS}
+    options = {"num_warps": num_warps, "launch_pdl": True, "maxnreg": num_registers}
     return Variant(f"shoal.kernels.all_reduce_triton:{kind}", types, constants, options)
 
 
@@ -33,11 +35,13 @@ VARIANTS = {
     f"{kind} {name}": _variant(kind, *arguments, norm=norm)
     for kind in ("_one_shot_kernel", "_two_shot_kernel")
     for name, arguments, norm in (
-        ("of 2 ranks", ("bf16", 2, 4096), ""),
+        ("of 2 ranks", ("bf16", 2, 1024), ""),
+        ("of 2 ranks, large", ("bf16", 2, 2048), ""),
         ("of 2 ranks, normed", ("bf16", 2, 4096), "bf16"),
         ("of 4 ranks, normed", ("bf16", 4, 8192), "bf16"),
         ("of 4 ranks, an odd row, fp32 weight", ("fp16", 4, 2304), "fp32"),
-        ("of 8 ranks", ("bf16", 8, 4096), ""),
+        ("of 4 ranks", ("bf16", 4, 1024), ""),
+        ("of 8 ranks", ("bf16", 8, 2048), ""),
         ("of 8 ranks, normed", ("bf16", 8, 8192), "bf16"),
         ("in fp32", ("fp32", 2, 4096), "fp32"),
     )
@@ -53,7 +57,7 @@ VARIANTS |= {
         {
             "num_warps": all_reduce_int8_triton.NUM_WARPS,
             "launch_pdl": True,
-            "maxnreg": all_reduce_triton.MAX_REGISTERS,
+            "maxnreg": all_reduce_int8_triton.NUM_REGISTERS,
         },
     )
     for dtype, world_size in (("bf16", 2), ("bf16", 8), ("fp32", 4))
@@ -68,7 +72,7 @@ def compiled() -> dict[str, Compiled]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_without_spills(name, compiled):
     assert compiled[name].spilled == 0
-    assert compiled[name].registers <= all_reduce_triton.MAX_REGISTERS
+    assert compiled[name].registers <= VARIANTS[name].options["maxnreg"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

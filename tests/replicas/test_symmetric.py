@@ -118,7 +118,7 @@ def test_buffers_hold_every_message_of_the_table(hidden_size, world_size):
 
 def test_an_alarm_is_an_error_that_says_how_long_was_waited():
     nothing = torch.zeros(1, dtype=torch.int32)
-    exchange = Exchange(1, 2, 0, nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), 77)
+    exchange = Exchange(1, 2, 0, nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), 77, 1)
     collectives = SymmetricCollectives(Plain(), exchange)
     collectives.check()
     exchange.alarm[0] = 1

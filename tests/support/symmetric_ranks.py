@@ -26,7 +26,7 @@ def map_exchange(
     memory = [torch.from_file(str(folder / f"memory_{r}"), True, size, dtype=torch.uint8) for r in range(world_size)]
     peers = torch.tensor([each.data_ptr() for each in memory])
     state, alarm = torch.zeros(STATE_SIZE, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    return Exchange(rank, world_size, capacity, memory[rank], peers, state, alarm, spin_limit), memory
+    return Exchange(rank, world_size, capacity, memory[rank], peers, state, alarm, spin_limit, 4), memory
 
 
 def run_ranks(
