@@ -39,6 +39,7 @@ NUM_SEQUENCES = 256
 WORLD_SIZE = 2
 NUM_WARM = 50  # steps at the beginning of a round that are not counted
 PAUSES_MS = (0.0, 2.0)
+SETTLE_S = 4.0  # after Ray's end: its processes take a while to go, and would be in the next round's way
 GOAL_US = 30.0
 STEP_CHANNELS = ("UNIX socket", "TCP")
 
@@ -225,6 +226,7 @@ def local_ray() -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(SETTLE_S)
 
 
 def decode_plan() -> StepPlan:
