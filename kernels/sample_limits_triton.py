@@ -207,11 +207,17 @@ def _sample_limits_kernel(
 
 
 def find_limits(
-    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, scores: torch.Tensor, tokens: torch.Tensor
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    params: SamplingRows,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    most_parts: int,
 ) -> torch.Tensor:
     """Limits float32 [K, 2] of the filtered rows: the lowest logit that stays, and min-p's lowest z.
 
-    scores, tokens [K, parts]: the first pass, whose best is the row's maximum. A row without usable logits gets NaN.
+    scores, tokens [K, parts]: the first pass, whose best is the row's maximum; parts are at most `most_parts`, a power
+    of two. A row without usable logits gets NaN.
     """
     num_rows, vocab_size = logits.shape
     num_parts, num_chunks = scores.shape[1], -(-vocab_size // CHUNK)
@@ -226,7 +232,7 @@ def find_limits(
     temperature, top_k, top_p, min_p, _ = params
     grid = (num_programs(num_rows, num_chunks, PROGRAMS), num_rows)
     sizes = (logits.stride(0), counts.stride(0), vocab_size, num_parts, num_chunks)
-    padded = {"PARTS": int(triton.next_power_of_2(num_parts)), "CHUNKS": int(triton.next_power_of_2(num_chunks))}
+    padded = {"PARTS": most_parts, "CHUNKS": int(triton.next_power_of_2(num_chunks))}
     padded |= {"CHUNK": CHUNK, **pdl_launch(logits)}
     for second in (False, True):
         sample_profile_kernel[grid](

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .sample_triton import NUM_WARPS, PROGRAMS, best_of_parts, choose_logit, choose_perturbed, chunk_size, num_programs
+from .sample_triton import (
+    NUM_WARPS,
+    PROGRAMS,
+    best_of_parts,
+    choose_logit,
+    choose_perturbed,
+    chunk_size,
+    num_programs,
+    padded_parts,
+)
 
 if TYPE_CHECKING:
     from .sample import SamplingRows
@@ -109,7 +118,7 @@ def best_keys_triton(
     )  # fmt: skip
     _slice_join_kernel[(num_rows,)](
         rows, scores, tokens, keys, first_token, num_parts,
-        PARTS=int(triton.next_power_of_2(num_parts)), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
+        PARTS=padded_parts(num_rows, num_chunks), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return keys
 

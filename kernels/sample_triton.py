@@ -214,6 +214,12 @@ def num_programs(num_rows: int, num_chunks: int, programs: int) -> int:
     return min(max(programs // num_rows, 1), num_chunks)
 
 
+def padded_parts(num_rows: int, num_chunks: int) -> int:
+    """PARTS of all batches with chunks of one size: few kernels, which are all there before a step needs one."""
+    fewest = 1 if num_rows <= FEW_ROWS else FEW_ROWS + 1
+    return int(triton.next_power_of_2(num_programs(fewest, num_chunks, PROGRAMS)))
+
+
 def sample_rows_triton(
     logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
 ) -> torch.Tensor:
@@ -232,13 +238,13 @@ def sample_rows_triton(
     limits = scores  # not read by the first launch
     for filtered in (False, True):
         if filtered:
-            limits = find_limits(logits, rows, params, scores, tokens)
+            limits = find_limits(logits, rows, params, scores, tokens, padded_parts(num_rows, num_chunks))
         _sample_choose_kernel[(num_parts, num_rows)](
             logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size, num_chunks,
             FILTERED=filtered, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     _sample_join_kernel[(num_rows,)](
         rows, scores, tokens, out, num_parts,
-        PARTS=int(triton.next_power_of_2(num_parts)), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
+        PARTS=padded_parts(num_rows, num_chunks), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out

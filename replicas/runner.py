@@ -98,7 +98,7 @@ class Runner:
         self._sampler = Sampler(state.sampling, facts.vocab_size, facts.eos_token_ids, device, model.comm)
         self._num_prompt_logprobs = np.zeros(max_rows, np.int32)
         self._copier = HostCopier(device)
-        self._turns = in_flight + 1
+        self._turns, self._max_tokens = in_flight + 1, max_tokens
         self._inputs: StepInputs
         if backend_of(state.last_tokens) is Backend.TORCH:
             self._inputs = HostInputs(state, block_size)
@@ -114,23 +114,31 @@ class Runner:
 
     @torch.inference_mode()
     def compile_kernels(self, max_tokens: int) -> int:
-        """Compile, many at a time, the Triton kernels that steps of up to `max_tokens` tokens launch.
+        """Compile, many at a time, the Triton kernels that steps launch; of up to `max_tokens` tokens in CUDA graphs.
 
-        Returns how many were not there yet. To be called before anything else is run: see `rehearsal`. Where that
-        fails it says so and leaves them to their first launch.
+        Returns how many were not there yet. To be called before anything else is run, on a runner that serves nobody
+        afterwards: see `rehearsal`. Where that fails it says so and leaves them to their first launch.
         """
         from ..kernels.compile_triton import CompilationFailed, compile_kernels, rehearsal
 
-        decode, mixed = self._rooms(max_tokens)
         with rehearsal() as kernels:
-            for room in (*decode, *mixed):
-                self._forward(room)
+            self.rehearse(max_tokens)
         # Each process has torch in it, half a gigabyte: more of them are not worth their memory.
         try:
             return compile_kernels(kernels, min(16, usable_cores()))
         except CompilationFailed as error:
             logger.warning("kernels compile at their first launch, one after the other: %s", error)
             return 0
+
+    @torch.inference_mode()
+    def rehearse(self, max_tokens: int) -> None:
+        """Go through steps of every kind: all that are captured, the largest, and what few requests ask for."""
+        decode, mixed = self._rooms(max_tokens)
+        largest = self._rooms(self._max_tokens)[1][-1]
+        for room in (*decode, *mixed, largest):
+            self._forward(room)
+        if self._samples:
+            self._sampler.rehearse(self.model.compute_logits(self._sampled))
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""

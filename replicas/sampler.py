@@ -31,6 +31,8 @@ _NEVER = float("-inf")
 # Sharing out takes two exchanges, gathering one. On two H200, top-k 50 and top-p 0.9 of 128,256 tokens: one row 47 us
 # shared out and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
 _FEW_ROWS = 4
+# Up to 8 rows and beyond, sampling has kernels of its own (kernels/sample_triton.py).
+_REHEARSED_ROWS = 16
 NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
@@ -131,6 +133,17 @@ class Sampler:
             self._penalties.count(slots, chosen)
         for i, adjuster in adjusters:
             adjuster.append(chosen[i])
+
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Do once, for few rows and for more, what only some requests ask for. Leaves penalties behind."""
+        most = min(_REHEARSED_ROWS, len(logits))
+        tokens, positions = torch.zeros(most, dtype=torch.int64, device=self.device), np.zeros(most, np.int64)
+        for row in range(most):
+            self.start(RowStart(row, 0, 1, SamplingParams(presence_penalty=1.0), prompt_token_ids=(0,)))
+        for count in (1, most):
+            rows = np.arange(count, dtype=np.int32)
+            self.choose_again(logits[:count], tokens[:count], rows, positions[:count])
+            self.score(logits[:count], tokens[:count], 1)
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
         """`kernels.score.score` of token_ids int64 [P] under logits [P, size] of all ranks."""

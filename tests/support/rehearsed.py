@@ -101,12 +101,10 @@ def main() -> None:
     device = torch.device("cpu")
     with use_backend(Backend.TRITON), torch.inference_mode():
         runner = _make_runner(load_model(config, device), config, facts, 1, device)
-        rooms = (*decode_rooms(20), *mixed_rooms(20, 80))
 
         def rehearse() -> set[Specialization]:
             with rehearsal() as kernels:
-                for room in rooms:
-                    runner._forward(room)
+                runner.rehearse(80)
             return kernels
 
         noted = rehearse()
