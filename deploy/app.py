@@ -131,7 +131,7 @@ def _replicas(plan: ModelPlan, request: ReplicaRequest, options: ReplicaOptions)
     engine = plan.engine
     if request.bundles is not None:  # the replica's own process has no GPU by which it could tell
         engine = replace(engine, device=request.device)
-    return deployment.bind(plan.name, engine, options)
+    return deployment.bind(plan.name, engine, replace(options, group_start_timeout=settings.group_start_timeout_s))
 
 
 def _deployment(kind: type, **options: Any) -> Deployment:

@@ -102,6 +102,9 @@ def serve(
         typer.Option("--batch-invariant/--no-batch-invariant", help="The same bits in any batch; slower."),
     ] = None,
     num_replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
+    group_start_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds for the ranks of a replica to start and load the model.")
+    ] = None,
     num_routers: Annotated[int | None, typer.Option(help="HTTP processes in front of them.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray to join; without it one is started.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML of these options, named as here; flags win.")] = None,

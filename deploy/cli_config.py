@@ -16,9 +16,10 @@ from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
 from .environment import is_loopback
 from .resources import visible_gpus
 
-_SERVER_OPTIONS = frozenset(
-    {"model", "host", "port", "api_key", "admin_key", "num_replicas", "num_routers", "address", "served_model_name"}
-)
+_DEPLOYMENT_OPTIONS = frozenset({"num_replicas", "group_start_timeout_s"})
+_SERVER_OPTIONS = _DEPLOYMENT_OPTIONS | {
+    *("model", "host", "port", "api_key", "admin_key", "num_routers", "address", "served_model_name")
+}
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
                     },
                     "engine_kwargs": engine,
                     "deployment_config": {
-                        "num_replicas": num_replicas,
+                        **{key: value for key, value in settings.items() if key in _DEPLOYMENT_OPTIONS},
                         # A model that cannot be loaded once cannot be loaded at all, and its user waits.
                         "max_constructor_retry_count": 1,
                     },

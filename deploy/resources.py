@@ -73,7 +73,7 @@ def check_gpus(plans: Sequence[ModelPlan], room: Room, where: str) -> None:
         return
     parts = [_ranks_in_words(plan) for plan in asking]
     raise ConfigError(
-        f"{', and '.join(parts)} need {needed} GPUs, and {where} has {room.gpus:g}; lower tensor_parallel_size, "
+        f"{needed} GPUs are needed for {', and '.join(parts)}, and {where} has {room.gpus:g}; lower tensor_parallel_size, "
         "pipeline_parallel_size or num_replicas, or take device cpu"
     )
 

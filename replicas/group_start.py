@@ -100,7 +100,7 @@ class GroupStart:
             names = ", ".join(str(rank) for rank, call in zip(ranks, calls, strict=True) if call in silent)
             raise ShardGroupError(
                 f"the ranks could not {what} within {self._timeout_s:g} s of the group's start: no answer from "
-                f"{names}. Look at its log, or give the group more time to start"
+                f"{names}. Look at its log, or give the group more time to start (group_start_timeout_s)"
             )
         return [call.result() for call in calls]
 

@@ -68,7 +68,8 @@ def test_more_ranks_than_gpus() -> None:
     with pytest.raises(ConfigError) as caught:
         check_gpus([plan, model(deployment_config={"num_replicas": 1})], Room(1, 8.0, 12.0), "this machine")
     assert "3 replicas of tiny with tensor_parallel_size 2 and pipeline_parallel_size 2" in caught.value.message
-    assert "need 13 GPUs, and this machine has 12" in caught.value.message
+    assert caught.value.message.startswith("13 GPUs are needed for ")
+    assert "this machine has 12; lower" in caught.value.message
 
 
 def test_what_a_running_ray_has() -> None:

@@ -72,6 +72,12 @@ def test_every_rank_has_a_bundle(name: str, split: tuple[int, int]) -> None:
     assert engine.device in ("cpu", "cuda"), "the replica's process could not tell"
 
 
+def test_how_long_ranks_may_take_to_start_is_said_beside_serves_own_times() -> None:
+    [application] = yaml.safe_load((DEPLOY / "tp2.yaml").read_text())["applications"]
+    application["args"]["models"][0]["deployment_config"]["group_start_timeout_s"] = 7200
+    assert replica_of(build_app(application["args"])).init_args[2].group_start_timeout == 7200
+
+
 def test_the_files_have_one_form() -> None:
     """They differ in the split alone, so that one can be compared with another."""
     bodies = []
