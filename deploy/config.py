@@ -52,7 +52,7 @@ class DeploymentConfig(_Strict):
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
     max_constructor_retry_count: int | None = Field(default=None, ge=1)  # None: Serve's own
     graceful_shutdown_wait_loop_s: float = Field(default=1.0, ge=0)
-    group_start_timeout_s: float = Field(default=1800.0, gt=0)  # for the ranks of a replica to meet and load; not Serve's
+    group_start_timeout_s: float = Field(default=1800.0, gt=0)  # for a replica's ranks to meet and load
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> DeploymentConfig:

@@ -73,8 +73,8 @@ def check_gpus(plans: Sequence[ModelPlan], room: Room, where: str) -> None:
         return
     parts = [_ranks_in_words(plan) for plan in asking]
     raise ConfigError(
-        f"{needed} GPUs are needed for {', and '.join(parts)}, and {where} has {room.gpus:g}; lower tensor_parallel_size, "
-        "pipeline_parallel_size or num_replicas, or take device cpu"
+        f"{needed} GPUs are needed for {', and '.join(parts)}, and {where} has {room.gpus:g}; lower "
+        "tensor_parallel_size, pipeline_parallel_size or num_replicas, or take device cpu"
     )
 
 
