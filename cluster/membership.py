@@ -28,6 +28,7 @@ class ReplicaInfo:
     max_num_seqs: int = 256
     dtype: str = ""
     num_parameters: int = 0
+    num_shards: int = 1
     node_id: str = ""
     pid: int = 0
 

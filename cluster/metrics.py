@@ -1,7 +1,8 @@
 """What only the router knows, for Prometheus: queueing, placement, and requests that had to move.
 
 What clients see (time to first token and so on) and the engines' own counts are told by the HTTP edge; no name is
-told twice. All of this is counted per router: over several routers it adds up.
+told twice. All of this is counted per router: over several routers it adds up, but for replicas, of which each router
+counts all.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class PoolMetrics:
     rejected: Counter[str] = field(default_factory=Counter)  # by class of error
     migrated: Counter[str] = field(default_factory=Counter)  # by the reason why they left their replica
     tokens_recomputed: int = 0  # context that moved requests run a second time
+    replicas_lost: int = 0
 
 
 class PoolView(NamedTuple):
@@ -105,10 +107,16 @@ def _counters(views: Sequence[PoolView]) -> Iterator[Metric]:
     recomputed = CounterMetricFamily(
         "shoal_tokens_recomputed", "Tokens that moved requests had to run again", labels=["model_name"]
     )
+    lost = CounterMetricFamily(
+        "shoal_router_replicas_lost",
+        "Replicas whose connection ended without a drain: a rank, the engine, the node or the link is gone",
+        labels=["model_name"],
+    )
     for view in views:
+        lost.add_metric([view.model_id], view.metrics.replicas_lost)
         for error, count in view.metrics.rejected.items():
             rejected.add_metric([view.model_id, error], count)
         for reason, count in view.metrics.migrated.items():
             migrated.add_metric([view.model_id, reason], count)
         recomputed.add_metric([view.model_id], view.metrics.tokens_recomputed)
-    yield from (rejected, migrated, recomputed)
+    yield from (rejected, migrated, recomputed, lost)

@@ -230,6 +230,8 @@ class ModelPool:
     def on_lost(self, link: ReplicaLink, flights: Sequence[Flight]) -> None:
         if not link.listed:
             self.links.pop(link.info.key, None)
+        if not link.draining:
+            self.metrics.replicas_lost += 1
         for flight in flights:
             flight.generation.flights.pop(flight, None)
             self._replay(link, flight)

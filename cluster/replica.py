@@ -110,6 +110,7 @@ class Replica:
             max_num_seqs=config.scheduler.max_num_seqs,
             dtype=config.model.dtype,
             num_parameters=self._engine.facts.num_parameters,
+            num_shards=config.parallel.world_size,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
         )

@@ -57,6 +57,7 @@ class ServingCollector(Collector):
             yield from _request_families(prefix, self._models)
             yield from _engine_families(prefix, loads)
         yield from _block_families(loads)
+        yield from _shard_families(loads)
 
 
 def render(*collectors: Collector) -> bytes:
@@ -138,6 +139,16 @@ def _block_families(loads: Loads) -> Iterable[Metric]:
         _filled(copies, loads, lambda load: load.blocks.copied),
         _filled(cached, loads, lambda load: load.num_cached_blocks),
     )
+
+
+def _shard_families(loads: Loads) -> Iterable[Metric]:
+    labels = ["model_name", "engine"]
+    shards = GaugeMetricFamily("shoal_num_shards", "Shards of the replica, which live and die as one", labels=labels)
+    for model, replicas in loads.items():
+        for replica, _ in replicas:
+            shards.add_metric([model, replica.replica_id], replica.num_shards)
+    steps = CounterMetricFamily("shoal_num_steps", "Steps that the replica's shards have run", labels=labels)
+    return shards, _filled(steps, loads, lambda load: load.num_steps)
 
 
 def _filled(

@@ -289,6 +289,22 @@ async def test_times_and_metrics() -> None:
 
 
 @in_loop
+async def test_replicas_that_leave_without_a_drain_are_counted() -> None:
+    def lost() -> list[float]:
+        families = {family.name: family for family in c.router.collector.collect()}
+        return [sample.value for sample in families["shoal_router_replicas_lost"].samples]
+
+    async with cluster(3) as c:
+        await c.router.drain("fake", "fake-0")
+        await c.replicas[0].close()
+        await eventually(lambda: len(c.router.replicas("fake")) == 2)
+        assert lost() == [0]
+        await c.replicas[1].close()
+        await eventually(lambda: len(c.router.replicas("fake")) == 1)
+        assert lost() == [1]
+
+
+@in_loop
 async def test_a_reader_that_does_not_read_is_cut_and_told_so() -> None:
     async with cluster(options=RouterOptions(max_pending_deltas=10)) as c:
         async with aclosing(c.router.generate("fake", request("slow", max_tokens=1000))) as stream:

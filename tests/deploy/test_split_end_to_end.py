@@ -42,6 +42,9 @@ def test_ranks_answer_as_one_does_and_leave_nothing_behind(stages: int) -> None:
         body = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
         answers = server.http.post("/v1/completions", json={**body, "prompt": list(PROMPTS)}).json()["choices"]
         assert [answer["text"] for answer in answers] == expected
+        metrics = server.http.get("/metrics").text
+        assert re.search(rf"^shoal_num_shards{{.*}} {2 * stages}\.0$", metrics, re.MULTILINE), metrics
+        assert re.search(r"^shoal_num_steps_total{.*} [1-9]", metrics, re.MULTILINE), metrics
         running = " ".join(processes_of(server.process.pid))
         folder = re.search(r"/tmp/shoal-ray-\w+", running)
         assert folder is not None
