@@ -102,7 +102,7 @@ class StepChannelServer:
     """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
 
     One thread submits and asks for results; any thread may close. Where `host` is given, ranks may also come by TCP,
-    on a port that the system chooses. path: of the UNIX socket, in a folder that only this user can enter.
+    on a port that the system chooses. path: of the UNIX socket.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:

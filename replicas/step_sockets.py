@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import shutil
 import socket
-import tempfile
+import struct
 import time
-from collections.abc import Iterator
 
 from . import step_handshake as handshake
 from .errors import EngineError
 from .step_handshake import ChannelRefused
 
-Address = str | tuple[str, int]  # the path of a UNIX socket, or host and port
+Address = str | tuple[str, int]  # the path of a UNIX socket (one that begins with @ is abstract), or host and port
 
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
-_MAX_UNIX_PATH_BYTES = 107  # sizeof(sockaddr_un.sun_path) - 1
+_PEER = struct.Struct("3i")  # Linux's ucred: process, user, group
 # A host that dies, or a link that is cut, sends no end-of-file. It is noticed after 8 s without an answer, either to
 # what was sent or, where nothing was, to the probes that the kernel sends from the second second of silence on.
 _USER_TIMEOUT_MS = 8_000
@@ -31,20 +29,17 @@ class ChannelClosed(EngineError):
 
 
 class Door:
-    """Where the ranks of a group knock: a UNIX socket in a folder of its own, and TCP where `host` is given.
+    """Where the ranks of a group knock: a UNIX socket, for processes of this user, and TCP where `host` is given.
 
-    The folder is the user's alone (mode 0700) and has a random name; the system chooses the port. path, address: what
-    ranks dial.
+    The UNIX socket is abstract: the kernel names it and forgets it with the process, and no folder or file is left
+    where that is killed. The system chooses the port. path, address: what ranks dial.
     """
 
     def __init__(self, host: str | None) -> None:
         self._listeners: list[socket.socket] = []
-        self._folder = tempfile.mkdtemp(prefix="shoal-")
-        self.path = os.path.join(self._folder, "steps")
         self.address: tuple[str, int] | None = None
         try:
-            with _short_path(self.path) as path:
-                self._open(socket.AF_UNIX, path)
+            self.path = "@" + self._open(socket.AF_UNIX, "").getsockname()[1:].decode()
             if host is not None:
                 family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
                 self.address = (host, self._open(family, (host, 0)).getsockname()[1])
@@ -61,10 +56,9 @@ class Door:
         return listener
 
     def close(self) -> None:
-        """Stop listening and remove the folder. May be called again."""
+        """Stop listening. May be called again."""
         while self._listeners:
             self._listeners.pop().close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def admit(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
         """The connections of ranks 0 .. world_size - 1, when all have come and proved themselves.
@@ -123,7 +117,11 @@ class _Stranger:
             sock.send(handshake.challenge(self._nonce), SEND_FLAGS)
 
     def listen(self, token: bytes, world_size: int, taken: dict[int, socket.socket]) -> int | None:
-        """Read on; the rank once it has been welcomed. Raises ChannelRefused, which it has been told, or OSError."""
+        """Read on; the rank once it has been welcomed.
+
+        Raises OSError, or ChannelRefused; why, is told to processes of this user.
+        """
+        self._check_user()
         data = self.sock.recv(handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
         if not data:
             raise ConnectionError(f"a connection ended after {len(self._hello)} bytes of its handshake")
@@ -140,6 +138,12 @@ class _Stranger:
         self.sock.send(greeting.welcome, SEND_FLAGS)
         return greeting.rank
 
+    def _check_user(self) -> None:
+        if self.sock.family == socket.AF_UNIX:
+            process, user, _ = _PEER.unpack(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            if user != os.geteuid():
+                raise ChannelRefused(f"process {process} is user {user}'s")
+
 
 def connect(address: Address, timeout_s: float) -> socket.socket:
     """A connection to a door, with that timeout on it. Raises OSError."""
@@ -148,8 +152,7 @@ def connect(address: Address, timeout_s: float) -> socket.socket:
         if isinstance(address, str):
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(timeout_s)
-            with _short_path(address) as path:
-                sock.connect(path)
+            sock.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
         else:
             sock = socket.create_connection(address, timeout_s)
         _configure(sock)
@@ -170,16 +173,3 @@ def _configure(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-@contextlib.contextmanager
-def _short_path(path: str) -> Iterator[str]:
-    """A path to the same socket that fits into its address, however deep its folder lies."""
-    if len(os.fsencode(path)) <= _MAX_UNIX_PATH_BYTES:
-        yield path
-        return
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
-    finally:
-        os.close(folder)
