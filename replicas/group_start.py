@@ -40,7 +40,9 @@ class GroupStart:
     def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> int:
         """Lets the ranks meet and load the model; the KV blocks that each has. meeting_host: an address of rank 0."""
         store = self.together("open the store", ranks[:1], "open_store", meeting_host)[0]
-        self.together("meet", ranks, "join", store, self._left())
+        left = self._left()
+        # A rank that gives up before the group does says for whom it has waited.
+        self.together("meet", ranks, "join", store, max(left - _LAST_WORDS_SECONDS, left / 2))
         blocks = self.together("load the model", ranks, "load")
         if len(set(blocks)) != 1:
             raise ShardGroupError(f"the ranks have not agreed on their number of KV blocks: {blocks}")
@@ -74,14 +76,16 @@ class GroupStart:
         accepting = pool.submit(server.accept, self._left())
         pool.shutdown(wait=False)  # an interrupt is not held up by it; closing the server ends it
         wait([accepting, *runs], return_when=FIRST_COMPLETED)
-        if any(run.done() for run in runs):
+        if lost := any(run.done() for run in runs):
             server.close()  # nobody need wait for the others
         try:
             accepting.result()
-        except ChannelClosed as error:
-            raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}") from error
+        except ChannelClosed:
+            pass  # by the line above
         except EngineError as error:
             raise ShardGroupError(f"the ranks could not connect: {error}") from error
+        if lost:  # perhaps after it had been accepted, as the last one
+            raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}")
 
     def together(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
         """Every rank's answer to the same call. what: what cannot be done if it fails."""
