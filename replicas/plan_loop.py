@@ -6,6 +6,7 @@ thread does that, where there are any to send.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -30,7 +31,8 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
             check()
             step = shard.launch(plan)
         except Exception as error:
-            client.send_failure(plan.step, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(PeerLost, ChannelClosed):  # why it failed is to be known all the same
+                client.send_failure(plan.step, f"{type(error).__name__}: {error}")
             raise
         if answers:
             launched.put(step)

@@ -91,3 +91,19 @@ def test_a_loop_whose_engine_is_lost_says_so(group: Group) -> None:
         rank.sock.close()
     with pytest.raises(PeerLost):
         loop.result(30)
+
+
+def test_a_failure_that_nobody_hears_is_not_lost(group: Group) -> None:
+    """The rank's log has the reason why its step failed, not that the engine was gone by then."""
+
+    class HungUp(FakeShard):
+        def launch(self, plan: StepPlan) -> Step:
+            for rank in group.server._ranks:
+                rank.sock.close()
+            raise RuntimeError("out of memory")
+
+    shard = HungUp(answer(decode_plan(1)))
+    loop = run_in_thread(lambda: run_plans(group.clients[0], shard, lambda: None, answers=False))
+    group.server.submit(decode_plan(0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.result(30)
