@@ -34,9 +34,9 @@ class Shard:
     """Loads its part of the model and runs plans on it.
 
     config: resolved. context: this rank's place among those of the model copy; alone if none is given. device: of this
-    rank; config's first if none is given. agree: of a number of every rank's, the least. num_neighbours: ranks that
-    share this machine's cores. Raises ModelError for a checkpoint that cannot be served, ConfigError where memory is
-    short. `startup_seconds` says what each stage of that took.
+    rank; config's first if none is given. agree: of a number of every rank's, the least, once all have said theirs.
+    num_neighbours: ranks that share this machine's cores. Raises ModelError for a checkpoint that cannot be served,
+    ConfigError where memory is short. `startup_seconds` says what each stage of that took.
     """
 
     def __init__(
@@ -62,11 +62,16 @@ class Shard:
                     available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
         with self._stage("weights"):
             model = load_model(config, self.device, context)
+        if agree is not None:
+            # From here on ranks wait for each other in collectives, and these end after minutes; one rank may read its
+            # weights from a cache and another one from a network.
+            with self._stage("other ranks' weights"):
+                agree(0)
         assert config.scheduler.max_num_batched_tokens is not None
         graph_tokens = min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens)
         if self.device.type == "cuda":
             with self._stage("kernels"):
-                _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens)
+                _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens, num_neighbours)
         num_blocks, room = config.cache.num_blocks, config.cache.kv_cache_memory_bytes
         if room is not None:  # this stage of a pipeline may have more layers than the configuration took it to have
             found = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
@@ -75,7 +80,7 @@ class Shard:
             with self._stage("memory profile"):
                 num_blocks = _profile_blocks(model, config, facts, self.device, available)
         if agree is not None:
-            with self._stage("other ranks"):
+            with self._stage("other ranks' blocks"):
                 num_blocks = agree(num_blocks)
         self.num_blocks = num_blocks
         with self._stage("KV cache"):

@@ -182,6 +182,7 @@ class ShardRank:
         """Every rank's value. Raises ShardGroupError, naming those that are missing after `timeout`."""
         assert self._store is not None
         keys = [f"{what} of {rank}" for rank in range(self._world_size)]
+        begin = time.monotonic()
         try:
             self._store.set(keys[self._rank], value)
             self._store.wait(keys, timeout)
@@ -189,7 +190,7 @@ class ShardRank:
         except RuntimeError as error:  # torch's errors of stores and networks are all of them that
             missing = self._missing(keys)
             raise ShardGroupError(
-                f"rank {self._rank} has waited {timeout.total_seconds():.1f} s for the {what} of ranks {missing} of "
+                f"rank {self._rank} has waited {time.monotonic() - begin:.1f} s for the {what} of ranks {missing} of "
                 f"{self._world_size} ({type(error).__name__}); look at their logs"
             ) from error
 

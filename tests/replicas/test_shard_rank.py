@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from shoal.replicas import loader, shard
+from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.shard_rank import ShardRank
+from tests.support.checkpoints import FAMILIES
 from tests.support.golden import engine_config
 
 
@@ -47,6 +51,38 @@ def test_a_rank_that_does_not_come_is_named(config):
     rank = ShardRank(config, 0, 0)
     with pytest.raises(ShardGroupError, match=r"rank 0 has waited 0\.2 s for the facts of ranks \[1\] of 2"):
         rank.join(rank.open_store("127.0.0.1"), 0.2)
+
+
+def test_a_store_that_is_lost_is_not_said_to_have_been_waited_for(config):
+    ranks = [ShardRank(config, rank, rank) for rank in range(2)]
+    store = ranks[0].open_store("127.0.0.1")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ranks[1].join, store, 300.0)
+        assert ranks[0]._store is not None
+        ranks[0]._store.wait(["facts of 1"], timedelta(seconds=30))
+        ranks[0]._store = None  # it ends with its last holder
+        with pytest.raises(
+            ShardGroupError, match=r"rank 1 has waited \d\.\d s for the facts of ranks that cannot be told"
+        ):
+            waiting.result(30)
+
+
+def test_ranks_wait_for_each_other_between_weights_and_collectives(tmp_path, monkeypatch):
+    """By the store, where the limit is that of the group's start: collectives give up after minutes."""
+    folder, events = FAMILIES["llama"](tmp_path), []
+
+    def load_model(*arguments):
+        events.append("weights")
+        return loader.load_model(*arguments)
+
+    def agree(number: int) -> int:
+        events.append(number)
+        return min(number, 7)
+
+    monkeypatch.setattr(shard, "load_model", load_model)
+    made = shard.Shard(engine_config(folder).resolve(read_model_facts(folder), "cpu"), agree=agree)
+    assert events == ["weights", 0, events[-1]]
+    assert events[-1] > made.num_blocks == 7
 
 
 def test_a_store_that_is_not_there_is_named(config):
