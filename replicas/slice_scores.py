@@ -28,7 +28,7 @@ def score_slices(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, ow
     totals = part.totals.view(torch.int32).long().unsqueeze(1)
     top = F.pad(top, (0, min(num_top, own.width) - top.shape[1]), value=_LOWEST)
     sent = torch.cat((totals, part.above.unsqueeze(1), top), dim=1)
-    found = own.comm.all_gather(sent).view(num_rows, ranks, -1)
+    found = own.comm.all_gather(sent).view(num_rows, ranks, sent.shape[1])
     total = found[:, :, 0].int().view(torch.float32).logsumexp(dim=1)
     above = found[:, :, 1].sum(dim=1)
     top_logits, top_ids = read_keys(found[:, :, 2:].flatten(1).topk(num_top, dim=1).values)

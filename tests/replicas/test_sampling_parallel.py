@@ -162,6 +162,17 @@ def test_scores_are_those_of_one_process(num_top, vocab_size, size, dtype):
         assert all(len(set(ids)) == num_top for ids in found.top_ids.tolist())
 
 
+def test_no_position_has_no_score():
+    """The last chunk of a prompt has none where it is one token: what follows it is sampled, and scored there."""
+
+    def work(comm: ParallelContext) -> list[list[int]]:
+        rank = RankSampler(131, PLAIN, comm)
+        nothing = rank.sampler.score(rank.own(make_logits(0, 131)), torch.empty(0, dtype=torch.int64), 7)
+        return [list(tensor.shape) for tensor in nothing]
+
+    assert run_ranks(2, work) == [[[0], [0], [0, 7], [0, 7]]] * 2
+
+
 def test_what_ranks_exchange():
     """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row; few rows
     are gathered. Scores: the chosen logit, then eight bytes for each likeliest token and for two sums.
