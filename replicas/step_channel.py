@@ -300,8 +300,9 @@ class StepChannelClient:
     def wait_for_hang_up(self) -> None:
         """Wait until either end has hung up, whatever came before that; nothing is read."""
         poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP)
-        poll.poll()
+        with contextlib.suppress(ValueError):  # closed before it could be waited for
+            poll.register(self._sock, select.POLLRDHUP)
+            poll.poll()
 
     def send_result(self, result: StepResult) -> None:
         """Answer the oldest plan not yet answered. Raises FrameError, PeerLost, ChannelClosed."""

@@ -260,3 +260,13 @@ def test_close_wakes_a_rank_that_waits(host: str | None) -> None:
     with pytest.raises(ChannelClosed):
         group.clients[1].receive()
     group.close()
+
+
+@pytest.mark.parametrize("end", ["engine", "rank"])
+def test_who_watches_for_the_end_hears_of_it(group: Group, end: str) -> None:
+    client = group.clients[0]
+    watching = blocked(client.wait_for_hang_up)
+    (group.server if end == "engine" else client).close()
+    watching.result(30)
+    client.close()
+    client.wait_for_hang_up()  # as by a thread that comes too late
