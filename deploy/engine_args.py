@@ -82,13 +82,7 @@ class EngineArgs(BaseModel):
                 load_format="safetensors" if self.load_format == "auto" else self.load_format,
                 seed=self.seed,
             ),
-            cache=CacheConfig(
-                block_size=self.block_size,
-                num_blocks=self.num_gpu_blocks_override,
-                enable_prefix_caching=self.enable_prefix_caching,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
-            ),
+            cache=self._cache_config(),
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,
@@ -99,6 +93,19 @@ class EngineArgs(BaseModel):
             num_threads=self.num_threads,
             enforce_eager=self.enforce_eager,
             batch_invariant=self.batch_invariant,
+        )
+
+    def _cache_config(self) -> CacheConfig:
+        num_blocks, num_bytes = self.num_gpu_blocks_override, self.kv_cache_memory_bytes
+        if num_blocks is not None and num_bytes is not None:
+            warnings.warn("kv_cache_memory_bytes has no effect beside num_gpu_blocks_override", stacklevel=2)
+            num_bytes = None
+        return CacheConfig(
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=self.enable_prefix_caching,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=num_bytes,
         )
 
     def _parallel_config(self) -> ParallelConfig:

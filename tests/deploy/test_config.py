@@ -137,6 +137,9 @@ def test_bundles_are_one_for_each_rank() -> None:
 def test_settings_without_effect_are_said() -> None:
     with pytest.warns(UserWarning, match="quantized_all_reduce has no effect with tensor_parallel_size 1"):
         from_dict(LLMConfig, llm(engine_kwargs={"quantized_all_reduce": True})).engine_kwargs.engine_config(TINY_MODEL)
+    with pytest.warns(UserWarning, match="kv_cache_memory_bytes has no effect beside num_gpu_blocks_override"):
+        cache = plan(num_gpu_blocks_override=999, kv_cache_memory_bytes=1 << 20).engine.cache
+    assert cache.num_blocks == 999
     with pytest.warns(UserWarning, match="swap_space has no effect"):
         assert plan(swap_space=4).engine == plan().engine
     with pytest.warns(UserWarning, match="log_engine_metrics has no effect"):
