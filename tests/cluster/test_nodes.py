@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,6 +21,7 @@ from shoal.replicas.protocol import Request, SamplingParams
 from tests.support.checkpoints import FAMILIES
 from tests.support.netns import Namespace, two_nodes
 from tests.support.node_shard import Group, group_on
+from tests.support.step_processes import StepProcesses, said, step_processes, tell
 
 ROOT = Path(__file__).parents[2]
 NOTICED_SECONDS = 15  # by which both sides of a cut link have left; they notice it after 8
@@ -34,51 +33,24 @@ def nodes() -> Iterator[tuple[Namespace, Namespace]]:
         yield made
 
 
-class Processes:
-    """Processes in namespaces, ended with the test."""
-
-    def __init__(self) -> None:
-        self.token = secrets.token_bytes(32)
-        self.all: list[subprocess.Popen[str]] = []
-
-    def start(self, node: Namespace, *arguments: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.support.step_rank", *map(str, arguments)]
-        with node.entered():
-            process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.all.append(process)
-        tell(process, self.token.hex())
-        return process
-
-
 @pytest.fixture
-def processes() -> Iterator[Processes]:
-    made = Processes()
-    yield made
-    for process in made.all:
-        process.kill()
-        process.communicate()
-
-
-def tell(process: subprocess.Popen[str], line: str = "") -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+def processes() -> Iterator[StepProcesses]:
+    with step_processes() as made:
+        yield made
 
 
 @pytest.mark.slow
 def test_an_idle_connection_notices_a_cut_link_on_both_sides(
-    nodes: tuple[Namespace, Namespace], processes: Processes
+    nodes: tuple[Namespace, Namespace], processes: StepProcesses
 ) -> None:
     """The engine waits for a rank of its own node that is stopped: no byte is on its way over the cable."""
     here, there = nodes
-    engine = processes.start(here, "engine", here.address, 2)
+    engine = processes.start("engine", here.address, 2, within=here.entered())
     address = said(engine)
-    near, far = processes.start(here, "rank", address, 0, 2), processes.start(there, "rank", address, 1, 2)
+    near, far = (
+        processes.start("rank", address, 0, 2, within=here.entered()),
+        processes.start("rank", address, 1, 2, within=there.entered()),
+    )
     assert said(engine) == "41"  # all are there, and have worked
     os.kill(near.pid, signal.SIGSTOP)
     tell(engine)
@@ -90,10 +62,10 @@ def test_an_idle_connection_notices_a_cut_link_on_both_sides(
 
 
 @pytest.mark.slow
-def test_a_plan_that_never_arrives_is_noticed(nodes: tuple[Namespace, Namespace], processes: Processes) -> None:
+def test_a_plan_that_never_arrives_is_noticed(nodes: tuple[Namespace, Namespace], processes: StepProcesses) -> None:
     here, there = nodes
-    engine = processes.start(here, "engine", here.address, 1)
-    far = processes.start(there, "rank", said(engine), 0, 1)
+    engine = processes.start("engine", here.address, 1, within=here.entered())
+    far = processes.start("rank", said(engine), 0, 1, within=there.entered())
     assert said(engine) == "41"
     there.cut()
     tell(engine)

@@ -12,7 +12,14 @@ from shoal.replicas.engine import Engine
 from shoal.replicas.llm import Completion, build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 from tests.support.checkpoints import FAMILIES
-from tests.support.golden import PROMPTS, engine_config, greedy, greedy_of_one_process, split_engine
+from tests.support.golden import (
+    PROMPTS,
+    check_greedy,
+    check_straits,
+    engine_config,
+    greedy_of_one_process,
+    split_engine,
+)
 
 ASKED = ("llama", "qwen3", "gemma3", "mixtral")
 WISHES: tuple[dict[str, Any], ...] = (
@@ -54,14 +61,9 @@ def check_split(folder: Path, tp: int, pp: int) -> None:
         alone.shutdown()
     engine = split_engine(folder, tp, pp)
     try:
-        assert greedy(engine, num_samples=2) == [[tokens, tokens] for tokens in expected]
-        assert greedy(engine) == [[tokens] for tokens in expected]
+        check_greedy(engine, expected)
         assert_same(drawn(engine), want)
-        load = engine.load()
-        assert load.num_preemptions > 0
-        assert load.prefix_cache_hits > 0
-        assert load.blocks.copied > 0
-        engine.scheduler.check()
+        check_straits(engine)
     finally:
         engine.shutdown()
 

@@ -6,12 +6,9 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,9 +17,8 @@ from shoal.replicas import step_sockets
 from shoal.replicas.step_channel import PeerLost, StepChannelClient, StepChannelServer
 from shoal.replicas.step_frames import VERSION, EndOfSteps, FrameError, encode
 from tests.support.step_group import HOSTS, TOKEN, answer, blocked, run_in_thread
+from tests.support.step_processes import StepProcesses, said, step_processes
 from tests.support.steps import decode_plan, same
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -92,44 +88,14 @@ def test_a_large_claim_takes_no_memory_until_it_comes_true(raw_rank: tuple[StepC
     assert resident_kib() - before < 64 << 10
 
 
-class Processes:
-    """Processes of `tests.support.step_rank`, ended with the test."""
-
-    def __init__(self) -> None:
-        self.all: list[subprocess.Popen[str]] = []
-
-    def start(self, *arguments: Any) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.step_rank", *map(str, arguments)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.all.append(process)
-        assert process.stdin is not None
-        process.stdin.write(TOKEN.hex() + "\n")
-        process.stdin.flush()
-        return process
-
-    def ranks(self, server: StepChannelServer, world_size: int) -> list[subprocess.Popen[str]]:
-        address = server.path if server.address is None else "{}:{}".format(*server.address)
-        started = [self.start("rank", address, rank, world_size) for rank in range(world_size)]
-        server.accept(60)
-        return started
-
-
 @pytest.fixture
-def processes() -> Iterator[Processes]:
-    made = Processes()
-    yield made
-    for process in made.all:
-        process.kill()
-        process.communicate()
+def processes() -> Iterator[StepProcesses]:
+    with step_processes() as made:
+        yield made
 
 
 @HOSTS
-def test_a_killed_rank_is_named_at_once_and_the_others_are_told(processes: Processes, host: str | None) -> None:
+def test_a_killed_rank_is_named_at_once_and_the_others_are_told(processes: StepProcesses, host: str | None) -> None:
     server = StepChannelServer(2, TOKEN, host=host)
     ranks = processes.ranks(server, 2)
     server.submit(decode_plan(0))
@@ -148,7 +114,7 @@ def test_a_killed_rank_is_named_at_once_and_the_others_are_told(processes: Proce
     assert output.strip() == "no more plans" or "PeerLost: the engine of rank 0 is gone" in output
 
 
-def test_a_killed_rank_is_noticed_by_an_engine_that_only_sends(processes: Processes) -> None:
+def test_a_killed_rank_is_noticed_by_an_engine_that_only_sends(processes: StepProcesses) -> None:
     server = StepChannelServer(1, TOKEN)
     (rank,) = processes.ranks(server, 1)
     os.kill(rank.pid, signal.SIGKILL)
@@ -158,10 +124,9 @@ def test_a_killed_rank_is_noticed_by_an_engine_that_only_sends(processes: Proces
     server.close()
 
 
-def test_a_killed_engine_is_noticed_by_a_rank_that_waits(processes: Processes) -> None:
+def test_a_killed_engine_is_noticed_by_a_rank_that_waits(processes: StepProcesses) -> None:
     engine = processes.start("engine")
-    assert engine.stdout is not None
-    client = StepChannelClient(engine.stdout.readline().strip(), 0, 1, TOKEN)
+    client = StepChannelClient(said(engine), 0, 1, TOKEN)
     assert same(client.receive(), decode_plan(41))
     waiting = blocked(client.receive)
     os.kill(engine.pid, signal.SIGKILL)
@@ -173,14 +138,14 @@ def test_a_killed_engine_is_noticed_by_a_rank_that_waits(processes: Processes) -
     client.close()
 
 
-def test_ranks_in_processes_end_with_the_engine(processes: Processes) -> None:
+def test_ranks_in_processes_end_with_the_engine(processes: StepProcesses) -> None:
     server = StepChannelServer(2, TOKEN, host="127.0.0.1")
     ranks = processes.ranks(server, 2)
     server.close()
     assert [rank.communicate(timeout=30)[0].strip() for rank in ranks] == ["no more plans"] * 2
 
 
-def test_waiting_costs_no_cpu(processes: Processes) -> None:
+def test_waiting_costs_no_cpu(processes: StepProcesses) -> None:
     server = StepChannelServer(1, TOKEN)
     processes.ranks(server, 1)
     server.submit(decode_plan(0))

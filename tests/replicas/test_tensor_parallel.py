@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.checkpoints import FAMILIES
-from tests.support.golden import greedy, greedy_of_one_process, split_engine
+from tests.support.golden import check_greedy, check_straits, greedy_of_one_process, split_engine
 
 
 def check_split(folder, tp: int, pp: int = 1) -> None:
@@ -13,13 +13,8 @@ def check_split(folder, tp: int, pp: int = 1) -> None:
     expected = greedy_of_one_process(folder)
     engine = split_engine(folder, tp, pp)
     try:
-        assert greedy(engine, num_samples=2) == [[tokens, tokens] for tokens in expected]
-        assert greedy(engine) == [[tokens] for tokens in expected]
-        load = engine.load()
-        assert load.num_preemptions > 0
-        assert load.prefix_cache_hits > 0
-        assert load.blocks.copied > 0
-        engine.scheduler.check()
+        check_greedy(engine, expected)
+        check_straits(engine)
     finally:
         engine.shutdown()
 

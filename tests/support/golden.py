@@ -58,3 +58,18 @@ def greedy_of_one_process(folder: Path) -> list[list[int]]:
         return [generate(engine, [Request("", prompt, sampling)])[""][0].token_ids for prompt in PROMPTS]
     finally:
         engine.shutdown()
+
+
+def check_greedy(engine: Engine, expected: list[list[int]]) -> None:
+    """PROMPTS have the expected tokens, forked and again from the cache."""
+    assert greedy(engine, num_samples=2) == [[tokens, tokens] for tokens in expected]
+    assert greedy(engine) == [[tokens] for tokens in expected]
+
+
+def check_straits(engine: Engine) -> None:
+    """The engine has been through preemptions, prefix hits and copies-on-write, and its blocks add up."""
+    load = engine.load()
+    assert load.num_preemptions > 0
+    assert load.prefix_cache_hits > 0
+    assert load.blocks.copied > 0
+    engine.scheduler.check()
