@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import Backend, backend_of
+from ..kernels.compile_process import CompilationFailed, CompileProcess
 from .batch import Room
 from .config import EngineConfig, ModelFacts
 from .device import usable_cores
@@ -113,20 +114,19 @@ class Runner:
         self._graphs = StepGraphs(partial(Runner._forward, proxy(self)), device)
 
     @torch.inference_mode()
-    def compile_kernels(self, max_tokens: int, num_neighbours: int = 1) -> int:
+    def compile_kernels(self, process: CompileProcess, max_tokens: int, num_neighbours: int = 1) -> int:
         """Compile, many at a time, the Triton kernels that steps launch; of up to `max_tokens` tokens in CUDA graphs.
 
         num_neighbours: runners that share this machine's cores. Returns how many were not there yet. To be called
         before anything else is run, on a runner that serves nobody afterwards: see `rehearsal`. Where that fails it
         says so and leaves them to their first launch.
         """
-        from ..kernels.compile_triton import CompilationFailed, compile_kernels, rehearsal
+        from ..kernels.compile_triton import compile_kernels, rehearsal
 
         with rehearsal() as kernels:
             self.rehearse(max_tokens)
-        # Each process has torch in it, half a gigabyte: more of them are not worth their memory.
         try:
-            return compile_kernels(kernels, max(1, min(16, usable_cores() // num_neighbours)))
+            return compile_kernels(kernels, process, max(1, usable_cores() // num_neighbours))
         except CompilationFailed as error:
             logger.warning("kernels compile at their first launch, one after the other: %s", error)
             return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..kernels.compile_process import CompileProcess
 from .checkpoint import read_model_facts
 from .comm import ParallelContext
 from .config import DTYPE_BYTES, EngineConfig, ModelFacts
@@ -60,18 +61,17 @@ class Shard:
                 torch.cuda.set_device(self.device)
                 if config.cache.num_blocks is None:
                     available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
-        with self._stage("weights"):
-            model = load_model(config, self.device, context)
-        if agree is not None:
-            # From here on ranks wait for each other in collectives, and these end after minutes; one rank may read its
-            # weights from a cache and another one from a network.
-            with self._stage("other ranks' weights"):
-                agree(0)
         assert config.scheduler.max_num_batched_tokens is not None
         graph_tokens = min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens)
-        if self.device.type == "cuda":
-            with self._stage("kernels"):
-                _make_runner(model, config, facts, 1, self.device).compile_kernels(graph_tokens, num_neighbours)
+        if self.device.type == "cpu":
+            model = self._load(config, context, agree)
+        else:
+            with CompileProcess() as process:  # gets ready while the weights are read
+                model = self._load(config, context, agree)
+                with self._stage("kernels"):
+                    _make_runner(model, config, facts, 1, self.device).compile_kernels(
+                        process, graph_tokens, num_neighbours
+                    )
         num_blocks, room = config.cache.num_blocks, config.cache.kv_cache_memory_bytes
         if room is not None:  # this stage of a pipeline may have more layers than the configuration took it to have
             found = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
@@ -98,6 +98,18 @@ class Shard:
     def run(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for its tokens."""
         return self._runner.run(plan)
+
+    def _load(
+        self, config: EngineConfig, context: ParallelContext | None, agree: Callable[[int], int] | None
+    ) -> DecoderModel:
+        with self._stage("weights"):
+            model = load_model(config, self.device, context)
+        if agree is not None:
+            # From here on ranks wait for each other in collectives, and these end after minutes; one rank may read its
+            # weights from a cache and another one from a network.
+            with self._stage("other ranks' weights"):
+                agree(0)
+        return model
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

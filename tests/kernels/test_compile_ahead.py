@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from triton.backends.nvidia import driver as nvidia
+
+from shoal.kernels.compile_process import CompilationFailed, CompileProcess, Specialization, Target
 from tests.support.checkpoints import FAMILIES
+
+H200 = Target("cuda", 90, 32)
+# What the C sources of Triton's launchers call in CUDA's driver.
+DRIVER = (
+    "cuCtxGetCurrent", "cuCtxSetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuFuncSetAttribute",
+    "cuGetErrorString", "cuPointerGetAttribute", "cuTensorMapEncodeTiled",
+)  # fmt: skip
+
+
+def needs_a_driver() -> bool:
+    """Whether this Triton links what it compiles against CUDA's driver, and there is none."""
+    try:
+        return hasattr(nvidia, "make_launcher") and not nvidia.libcuda_dirs()
+    except AssertionError:
+        return True
+
+
+def make_driver(folder: Path) -> dict[str, str]:
+    """A library with the driver's names; returns the environment in which it is found."""
+    source = folder / "driver.c"
+    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in DRIVER))
+    compiler = shutil.which("gcc") or "cc"
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(folder / "libcuda.so.1")], check=True)
+    return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +52,8 @@ def rehearsed(tmp_path_factory) -> dict:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
     }
+    if needs_a_driver():
+        environment |= make_driver(tmp_path_factory.mktemp("driver"))
     command = [sys.executable, "-m", "tests.support.rehearsed", str(folder), "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -44,7 +76,8 @@ def test_a_launch_finds_what_was_compiled(rehearsed):
 
 def test_a_launch_finds_what_was_compiled_by_gluon(rehearsed):
     assert rehearsed["gluon"] == ["_stream_kernel"]
-    assert rehearsed["gluon hits"] == [True]
+    assert rehearsed["gluon hits"]
+    assert all(rehearsed["gluon hits"])
 
 
 def test_no_number_of_samples_needs_a_kernel_of_its_own(rehearsed):
@@ -53,10 +86,32 @@ def test_no_number_of_samples_needs_a_kernel_of_its_own(rehearsed):
 
 
 def test_a_kernel_that_does_not_compile_is_told():
-    from triton.backends.compiler import GPUTarget
-
-    from shoal.kernels.compile_triton import CompilationFailed, Specialization, _run_compilers
-
     wrong = Specialization("shoal.kernels.rms_norm_triton", "no_such_kernel", "{}")
-    with pytest.raises(CompilationFailed, match="no_such_kernel"):
-        _run_compilers([[wrong], []], GPUTarget("cuda", 90, 32))
+    with CompileProcess() as process:
+        process.start([wrong], H200, 2)
+        with pytest.raises(CompilationFailed, match="no_such_kernel"):
+            process.wait()
+
+
+def test_a_compiling_process_that_is_killed_is_told():
+    with CompileProcess() as process:
+        process._process.kill()
+        process._process.wait()
+        process.start([Specialization("module", "kernel", "{}")], H200, 1)
+        with pytest.raises(CompilationFailed, match="status -9"):
+            process.wait()
+
+
+def test_nothing_is_left_of_a_process_that_was_not_needed():
+    with CompileProcess() as process:
+        pass
+    assert process._process.returncode == -signal.SIGKILL
+
+
+def test_a_compiling_process_ends_with_its_owner():
+    """Its owner may be killed, which closes its standard input."""
+    with CompileProcess() as process:
+        assert process._process.stdin is not None
+        process._process.stdin.close()
+        process._process.stdin = None
+        process.wait()

@@ -15,11 +15,14 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
 from shoal.kernels import compile_triton
 from shoal.kernels.backend import Backend, use_backend
-from shoal.kernels.compile_triton import Specialization, compile_kernels, rehearsal
+from shoal.kernels.compile_process import CompileProcess, Specialization
+from shoal.kernels.compile_triton import compile_kernels, rehearsal
+from shoal.kernels.compile_worker_triton import compile_kernel
 from shoal.kernels.gemm_triton import gemm_triton
 from shoal.kernels.sample import SamplingRows, sample_rows
 from shoal.kernels.tuning import Launch
@@ -53,17 +56,28 @@ def multiply() -> None:
 
 
 def hits_of_a_launch(launch: Callable[[], object]) -> list[bool]:
-    """Whether each kernel that Triton would launch, up to the launch itself, is in its cache."""
+    """Whether what each kernel needs that Triton would launch, up to the launch itself, is in its cache."""
     hits: list[bool] = []
 
     def warm_up(self: JITFunction, grid: object) -> Callable[..., object]:
-        return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=True, **kwargs)
+        def run(*args: object, **kwargs: object) -> None:
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            if hasattr(nvidia, "make_launcher"):  # which Triton makes of C at a launch, before 3.7
+                before = num_launchers()
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+                hits.append(num_launchers() == before)
+
+        return run
 
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
     with compile_triton._replaced(JITFunction, "__getitem__", warm_up):
         launch()
     knobs.compilation.listener = None
     return hits
+
+
+def num_launchers() -> int:
+    return len(list(Path(knobs.cache.dir).glob("*/__triton_launcher*")))
 
 
 def sampling_kernels(counts: Iterable[int]) -> set[Specialization]:
@@ -109,14 +123,16 @@ def main() -> None:
 
         noted = rehearse()
         some = set(sorted(noted)[:num_compiled])
-        compiled, again = compile_kernels(some, 2), compile_kernels(some, 2)
+        with CompileProcess() as process:
+            compiled, again = compile_kernels(some, process, 2), compile_kernels(some, process, 2)
         hits: list[bool] = []
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
         for kernel in sorted(some):
-            compile_triton._compile(kernel, GPUTarget("cuda", 90, 32))
+            compile_kernel(kernel, GPUTarget("cuda", 90, 32))
         with rehearsal() as gluon:
             multiply()
-        compile_kernels(gluon, 1)
+        with CompileProcess() as process:
+            compile_kernels(gluon, process, 1)
         found = {
             "late": late_samplers(20) + late_samplers(256),
             "gluon": sorted(kernel.name for kernel in gluon),
