@@ -57,10 +57,16 @@ def with_filtered(rooms: list[Room]) -> list[Room]:
 
 
 class StepGraphs:
-    """Graphs of `run`, which executes the step whose inputs are on the device, with a given room."""
+    """Graphs of `run`, which executes the step whose inputs are on the device, with a given room.
 
-    def __init__(self, run: Callable[[Room], StepOutputs], device: torch.device) -> None:
-        self._run, self._device = run, device
+    warm_up: launches whatever `run` does, on the same shapes, if less often: a run of some hundred kernels takes its
+    host as long as a capture.
+    """
+
+    def __init__(
+        self, run: Callable[[Room], StepOutputs], warm_up: Callable[[Room], object], device: torch.device
+    ) -> None:
+        self._run, self._warm_up, self._device = run, warm_up, device
         self._graphs: dict[Room, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
         self._decode: list[Room] = []
         self._mixed: list[Room] = []
@@ -70,13 +76,13 @@ class StepGraphs:
 
         decode, mixed: sizes of steps without and with prefills, by their number of tokens.
 
-        Each size runs once before, for what its kernels and libraries do when they are first used.
+        Each size is warmed up before, for what its kernels and libraries do when they are first used.
         """
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for room in sorted((*decode, *mixed), key=lambda room: room.tokens, reverse=True):
-                self._run(room)
+                self._warm_up(room)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.

@@ -111,7 +111,8 @@ class Runner:
         self._sampled = torch.zeros(max_rows, facts.hidden_size, dtype=model.dtype, device=device)
         # Through a proxy: in a cycle with its graphs a runner that is done would keep its memory, of the device too,
         # until the garbage collector comes by.
-        self._graphs = StepGraphs(partial(Runner._forward, proxy(self)), device)
+        own = proxy(self)
+        self._graphs = StepGraphs(partial(Runner._forward, own), partial(Runner._forward_abridged, own), device)
 
     @torch.inference_mode()
     def compile_kernels(self, process: CompileProcess, max_tokens: int, num_neighbours: int = 1) -> int:
@@ -133,11 +134,14 @@ class Runner:
 
     @torch.inference_mode()
     def rehearse(self, max_tokens: int) -> None:
-        """Go through steps of every kind: all that are captured, the largest, and what few requests ask for."""
+        """Go through steps of every kind: all that are captured, the largest, and what few requests ask for.
+
+        Layers that are like others are left out, and what the steps compute is of no use.
+        """
         decode, mixed = self._rooms(max_tokens)
         largest = self._rooms(self._max_tokens)[1][-1]
         for room in (*decode, *mixed, largest):
-            self._forward(room)
+            self._forward_abridged(room)
         if self._samples:
             self._sampler.rehearse(self.model.compute_logits(self._sampled))
 
@@ -208,6 +212,11 @@ class Runner:
             tokens = self._sampler.choose(logits, batch.sample_rows, batch.sample_positions, filtered=room.filtered)
             self._inputs.keep(tokens, batch.sample_rows)
         return StepOutputs(hidden, logits, sampled, batch.sample_rows, tokens)
+
+    def _forward_abridged(self, room: Room) -> None:
+        """Launches what `_forward` does, for fewer layers; what it computes is of no use."""
+        with self.model.abridged():
+            self._forward(room)
 
     def _start_samplers(self, plan: StepPlan) -> None:
         for start in plan.row_starts:

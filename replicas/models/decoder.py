@@ -9,6 +9,7 @@ the ranks is part of that kernel too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class DecoderLayer(Layer):
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        self.spec, self.comm = spec, comm
+        self.spec, self.layer_spec, self.comm = spec, layer, comm
 
         def norm(name: str | None) -> RMSNorm | None:
             if name is None:
@@ -159,6 +160,20 @@ class DecoderModel(Layer):
         first = self.layers[0]
         assert isinstance(first, DecoderLayer)
         return first.self_attn.num_kv_heads
+
+    @contextmanager
+    def abridged(self) -> Iterator[None]:
+        """Inside, the forward has every operator of the model's on every shape, and few layers.
+
+        Those are the first, which alone has nothing to add to the residual, and of the others one of each kind.
+        """
+        whole = self.layers
+        kinds = {layer.layer_spec: layer for layer in whole[1:]}
+        self.layers = nn.ModuleList([whole[0], *kinds.values()])
+        try:
+            yield
+        finally:
+            self.layers = whole
 
     @torch.inference_mode()
     def forward(

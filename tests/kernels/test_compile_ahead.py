@@ -68,6 +68,10 @@ def test_every_operator_of_a_step_is_rehearsed(rehearsed):
     assert rehearsed["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"
 
 
+def test_layers_that_are_left_out_launch_nothing_else(rehearsed):
+    assert rehearsed["forgotten"] == []
+
+
 def test_a_launch_finds_what_was_compiled(rehearsed):
     assert rehearsed["compiled"] == 2
     assert rehearsed["again"] == 0, "what is there is not compiled again"

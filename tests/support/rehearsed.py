@@ -122,6 +122,9 @@ def main() -> None:
             return kernels
 
         noted = rehearse()
+        with rehearsal() as unabridged:
+            for room in (*decode_rooms(20), *mixed_rooms(20, 80)):
+                runner._forward(room)
         some = set(sorted(noted)[:num_compiled])
         with CompileProcess() as process:
             compiled, again = compile_kernels(some, process, 2), compile_kernels(some, process, 2)
@@ -139,6 +142,7 @@ def main() -> None:
             "gluon hits": hits_of_a_launch(multiply),
             "names": sorted({kernel.name for kernel in noted}),
             "same": noted == rehearse(),
+            "forgotten": sorted(kernel.name for kernel in unabridged - noted),
             "compiled": compiled,
             "again": again,
             "hits": hits,
