@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store
 
 from ..kernels.all_reduce import (
     DTYPES,
+    INT8_ABOVE_KIB,
     LIMITS_KIB,
     NUM_BUFFERS,
     STATE_SIZE,
@@ -107,8 +108,9 @@ def buffer_capacity(world_size: int) -> int:
 class SymmetricCollectives:
     """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
 
-    every_size: larger ones too, in parts. quantized: larger ones too, in parts and with 8 bits an element. fused: a
-    norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the same bits.
+    every_size: larger ones too, in parts. quantized: those above INT8_ABOVE_KIB, in parts and with 8 bits an element.
+    fused: a norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the same
+    bits.
     """
 
     def __init__(
@@ -160,12 +162,12 @@ class SymmetricCollectives:
 
     def _choose(self, x: torch.Tensor) -> Algorithm | None:
         algorithm = choose(x.nbytes, self._exchange.world_size)
-        if not self._takes(x):
+        if not self._takes(x) or self._goes_in_8_bits(x):
             return None
         return Algorithm.TWO_SHOT if algorithm is None and self._every_size else algorithm
 
     def _goes_in_8_bits(self, x: torch.Tensor) -> bool:
-        return self._quantized and self._takes(x)
+        return self._quantized and self._takes(x) and x.nbytes > INT8_ABOVE_KIB << 10
 
     def _takes(self, x: torch.Tensor) -> bool:
         return x.is_contiguous() and x.dtype in DTYPES and x.numel() > 0
