@@ -171,7 +171,8 @@ def keep_tokens(
 ) -> None:
     """Keeps tokens int64 [K] (-1: no token could be chosen) for the next step, and in the ring's turn for the host.
 
-    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K]. The turn is the packed plan's.
+    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host memory, which the
+    kernel writes all the same. The turn is the packed plan's.
     """
     if tokens.shape != rows.shape or len(tokens) > ring.shape[1]:
         raise ValueError(f"{tuple(tokens.shape)} tokens for {tuple(rows.shape)} rows and a ring {tuple(ring.shape)}")

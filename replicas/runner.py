@@ -7,6 +7,7 @@ read. The tokens that the next step needs stay on the device. Of a pipeline's st
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import proxy
@@ -124,13 +125,20 @@ class Runner:
         """
         from ..kernels.compile_triton import compile_kernels, rehearsal
 
+        begin = time.perf_counter()
         with rehearsal() as kernels:
             self.rehearse(max_tokens)
+        rehearsed = time.perf_counter()
         try:
-            return compile_kernels(kernels, process, max(1, usable_cores() // num_neighbours))
+            num_compiled = compile_kernels(kernels, process, max(1, usable_cores() // num_neighbours))
         except CompilationFailed as error:
             logger.warning("kernels compile at their first launch, one after the other: %s", error)
             return 0
+        logger.info(
+            "steps launch %d kernels, which were found in %.1f s; %d of them were compiled, in %.1f s",
+            len(kernels), rehearsed - begin, num_compiled, time.perf_counter() - rehearsed,
+        )  # fmt: skip
+        return num_compiled
 
     @torch.inference_mode()
     def rehearse(self, max_tokens: int) -> None:
@@ -179,8 +187,7 @@ class Runner:
             count, scores = len(plan.sample_rows), self._finish_samples(plan, outputs)
         if self._exchange is not None:
             self._exchange.hand_on(plan)
-        tokens = self._copier.start([self._inputs.kept(turn, count)])
-        pending = PendingStep(plan, tokens, scores)
+        pending = PendingStep(plan, self._inputs.kept(turn, count), scores)
         if scores_prompts:
             assert outputs.hidden is not None, "such a step runs outside of graphs"
             pending.prompt_scores = self._score_prompts(plan, outputs.hidden)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.sample import SamplingRows
 from ..kernels.step_inputs import RowState
 from .batch import AttentionMetadata, InputBatch, Room
+from .host_copy import HostCopy
 from .plan import DEVICE_TOKEN, StepPlan
 
 
@@ -61,8 +62,11 @@ class StepInputs(Protocol):
         """Note tokens int64 [K] (-1: none could be chosen) as the last ones of rows int64 [K]."""
         ...
 
-    def kept(self, turn: int, count: int) -> Tensor:
-        """The tokens of a turn's plan, int64 [count], until the turn comes round again."""
+    def kept(self, turn: int, count: int) -> HostCopy:
+        """The tokens of the plan sent last, whose turn it is: one array int64 [count], good until its next turn.
+
+        To be asked once all of the step has been queued.
+        """
         ...
 
 
@@ -126,8 +130,8 @@ class HostInputs:
         self._state.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
         self._kept = tokens
 
-    def kept(self, turn: int, count: int) -> Tensor:
-        return self._kept[:count]  # those of an earlier plan where this one samples nothing
+    def kept(self, turn: int, count: int) -> HostCopy:
+        return HostCopy([self._kept[:count]], None)  # those of an earlier plan where this one samples nothing
 
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
         last_tokens = self._state.last_tokens

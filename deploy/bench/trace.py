@@ -2,7 +2,7 @@
 
 The trace is written for chrome://tracing or Perfetto. From its events: how long the GPU was idle, and the share of each
 family of kernels. The profiler itself costs the host some microseconds for every kernel, also of a CUDA graph; how long
-the host works on a step is therefore taken, like `step ms`, from as many steps without it, just before.
+the host works on a step is therefore taken, like `step ms`, from as many steps without it, just before: their median.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ...replicas.engine import Engine
@@ -86,9 +87,7 @@ def trace_steps(
     while not reached(engine.step()):
         if not engine.has_work:
             raise ConfigError("the workload ended before the state that was to be traced; give more or longer requests")
-    with _waiting_time() as waited:
-        step_s = _steps(engine, num_steps)
-    host_s = step_s - sum(waited) / num_steps
+    step_s, host_s = _step_and_host_s(engine, num_steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.config.device == "cuda" else [])
     with profile(activities=activities) as profiler:
         _steps(engine, 2)  # the profiler's own start is not a step's time
@@ -127,14 +126,24 @@ def _waiting_time() -> Iterator[list[float]]:
         HostCopy.wait = wait
 
 
-def _steps(engine: Engine, num_steps: int) -> float:
-    """Seconds of one step, over `num_steps`."""
-    begin = time.perf_counter()
+def _step_and_host_s(engine: Engine, num_steps: int) -> tuple[float, float]:
+    """Seconds of a step, and those of them in which the host works: medians of `num_steps`."""
+    step_s, host_s = [], []
+    with _waiting_time() as waited:
+        for _ in range(num_steps):
+            waited.clear()
+            begin = time.perf_counter()
+            _steps(engine, 1)
+            step_s.append(time.perf_counter() - begin)
+            host_s.append(step_s[-1] - sum(waited))
+    return median(step_s), median(host_s)
+
+
+def _steps(engine: Engine, num_steps: int) -> None:
     for _ in range(num_steps):
         if not engine.has_work:
             raise ConfigError(f"the workload ended within {num_steps} steps to be traced; give longer requests")
         engine.step()
-    return (time.perf_counter() - begin) / num_steps
 
 
 def summary(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any]:

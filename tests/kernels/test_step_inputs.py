@@ -116,10 +116,12 @@ def test_tokens_are_kept_for_the_next_step_and_for_the_host(device):
     packed = PackedPlan(NUM_ROWS, NUM_COLUMNS, max_tokens=64)
     packed.fill(DECODE, turn=1)
     last = torch.full((NUM_ROWS,), 50, dtype=torch.int64, device=device)
-    ring = torch.full((2, 5), -9, dtype=torch.int64, device=device)
+    ring = torch.full((2, 5), -9, dtype=torch.int64, pin_memory=device.type == "cuda")  # the host's own memory
     tokens = torch.tensor([11, -1, 13], device=device)
     rows = torch.tensor([4, 1, NUM_ROWS - 1], device=device)
     keep_tokens(tokens, rows, packed.values.to(device), last, ring)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     assert ring.tolist() == [[-9] * 5, [11, -1, 13, -9, -9]]
     assert last.tolist()[:8] == [50, 0, 50, 50, 11, 50, 50, 50], "a failed sample leaves a token that can be looked up"
 
