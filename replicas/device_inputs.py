@@ -74,8 +74,8 @@ class DeviceInputs:
         pinned = device.type == "cuda"
         self._hosts = [PackedPlan(num_rows, num_columns, max_tokens, pinned=pinned) for _ in range(turns)]
         self._packed = torch.zeros_like(self._hosts[0].values, device=device)
-        # In host memory, where the kernel that ends a step writes it. A copy on a stream of its own costs the host 70 us
-        # a step on an H200's machine, with its events and its pinned memory.
+        # In host memory, where the kernel that ends a step writes it. A copy on a stream of its own costs the host
+        # 70 us a step on an H200's machine, with its events and its pinned memory.
         self._ring = torch.zeros(turns, num_rows, dtype=torch.int64, pin_memory=pinned)
         self._done = [torch.cuda.Event() if pinned else None for _ in range(turns)]
 

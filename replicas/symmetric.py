@@ -109,8 +109,8 @@ class SymmetricCollectives:
     """By the kernels of kernels/all_reduce.py for messages of their table, by `plain` for all others.
 
     every_size: larger ones too, in parts. quantized: those above INT8_ABOVE_KIB, in parts and with 8 bits an element.
-    fused: a norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the same
-    bits.
+    fused: a norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the
+    same bits.
     """
 
     def __init__(
