@@ -84,6 +84,10 @@ def test_a_launch_finds_what_was_compiled_by_gluon(rehearsed):
     assert all(rehearsed["gluon hits"])
 
 
+def test_kernels_that_are_not_compiled_ahead_are_left_to_their_launch(rehearsed):
+    assert rehearsed["compiled by none"] == 0
+
+
 def test_no_number_of_samples_needs_a_kernel_of_its_own(rehearsed):
     """Steps that are too large for a graph have any number: each new kernel would hold one up for a second."""
     assert rehearsed["late"] == []

@@ -128,6 +128,9 @@ def main() -> None:
         some = set(sorted(noted)[:num_compiled])
         with CompileProcess() as process:
             compiled, again = compile_kernels(some, process, 2), compile_kernels(some, process, 2)
+        with CompileProcess() as process:
+            process._process.kill()
+            compiled_by_none = runner.compile_kernels(process, 80)
         hits: list[bool] = []
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
         for kernel in sorted(some):
@@ -145,6 +148,7 @@ def main() -> None:
             "forgotten": sorted(kernel.name for kernel in unabridged - noted),
             "compiled": compiled,
             "again": again,
+            "compiled by none": compiled_by_none,
             "hits": hits,
             "launches": JITFunction.__getitem__.__qualname__,
         }
