@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,31 +51,32 @@ class CompileProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,  # of its own, with what it forks
         )
 
     def start(self, kernels: Sequence[Specialization], target: Target, num_at_once: int) -> None:
         """Begin to compile the kernels into Triton's cache on disk."""
-        stream = self._process.stdin
-        assert stream is not None, "it compiles once"
+        # The stream stays open until close(): by its end the process knows that its owner is gone.
         with suppress(BrokenPipeError):  # it has ended, and wait() says why
-            stream.write(json.dumps([target, num_at_once, kernels]))
-            stream.close()
-        self._process.stdin = None  # communicate() must not flush what is closed
+            print(json.dumps([target, num_at_once, kernels]), file=self._process.stdin, flush=True)
 
     def wait(self) -> None:
         """Returns once all kernels are compiled.
 
         Raises CompilationFailed with the compiler's message where one does not compile.
         """
-        _, said = self._process.communicate()
-        if self._process.returncode:
-            reason = said.strip()[-2000:] or f"its process ended with status {self._process.returncode}"
+        assert self._process.stderr is not None
+        said = self._process.stderr.read()  # its end is that of all that were forked, too
+        if status := self._process.wait():
+            reason = said.strip()[-2000:] or f"its process ended with status {status}"
             raise CompilationFailed(f"a kernel does not compile: {reason}")
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        with self._process:
-            self._process.kill()
+        """End the process and those that it has forked, whatever they do."""
+        if self._process.returncode is None:  # else the group's number may be another's
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(BrokenPipeError), self._process:  # closes the streams; what was not read is of no use
+            pass
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,7 @@
 """The process that compiles kernels: `python -m shoal.kernels.compile_worker_triton`, which compile_process.py starts.
 
-What to compile comes on its standard input; what goes wrong is said on its standard error, and the status is then 1.
+What to compile comes on its standard input, as a line; what goes wrong is said on its standard error, and the status is
+then 1. When the input ends this process does too, with those that it has forked: it leads a process group of its own.
 All that a compilation needs is imported before the first one is known, once, and processes that share it are forked.
 """
 
@@ -10,8 +11,10 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,12 @@ def _compile_all(kernels: Sequence[Specialization], target: GPUTarget, num_proce
     processes = [fork.Process(target=_compile_next, args=(taken, kernels, target)) for _ in range(num_processes)]
     for process in processes:
         process.start()
+    owner, running = sys.stdin.fileno(), {process.sentinel for process in processes}
+    while running:
+        ended = set(wait([owner, *running]))
+        if owner in ended:  # nobody wants the rest
+            os.killpg(os.getpid(), signal.SIGKILL)
+        running -= ended
     for process in processes:
         process.join()
     return not any(process.exitcode for process in processes)
@@ -83,8 +92,8 @@ def _compile_next(taken: int, kernels: Sequence[Specialization], target: GPUTarg
 
 def main() -> None:
     _get_ready()
-    said = sys.stdin.read()
-    if said:  # else whoever started this process is gone
+    said = sys.stdin.readline()
+    if said.endswith("\n"):  # else whoever started this process is gone
         target, num_processes, kernels = json.loads(said)
         all_compile = _compile_all([Specialization(*kernel) for kernel in kernels], GPUTarget(*target), num_processes)
         sys.exit(0 if all_compile else 1)

@@ -61,8 +61,8 @@ def rehearsed(tmp_path_factory) -> dict:
 
 
 def test_every_operator_of_a_step_is_rehearsed(rehearsed):
-    for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill", "experts",
-                 "sample", "keep_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
+    for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill",
+                 "experts", "sample", "keep_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
         assert any(part in name for name in rehearsed["names"]), part
     assert rehearsed["same"], "a rehearsal leaves nothing behind"
     assert rehearsed["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"
@@ -116,10 +116,48 @@ def test_nothing_is_left_of_a_process_that_was_not_needed():
     assert process._process.returncode == -signal.SIGKILL
 
 
-def test_a_compiling_process_ends_with_its_owner():
+def test_a_process_without_work_ends_with_its_owner():
     """Its owner may be killed, which closes its standard input."""
     with CompileProcess() as process:
         assert process._process.stdin is not None
         process._process.stdin.close()
-        process._process.stdin = None
         process.wait()
+
+
+@pytest.fixture
+def endless(tmp_path, monkeypatch) -> Path:
+    """A pipe that has a line of each process that compiles a kernel of the module `endless`, which takes for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "endless.py").write_text(
+        f"import signal\npipe = open({str(pipe)!r}, 'w')\nprint('here', file=pipe, flush=True)\nsignal.pause()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return pipe
+
+
+ENDLESS = [Specialization("endless", name, "{}") for name in ("one", "two", "three")]
+
+
+def test_what_was_forked_ends_when_it_is_closed(endless):
+    with CompileProcess() as process:
+        process.start(ENDLESS, H200, 2)
+        said = endless.open()
+        assert [said.readline() for _ in range(2)] == ["here\n"] * 2
+    assert said.read() == "", "the pipe ends with the last process that has it"
+
+
+def test_what_was_forked_ends_when_the_owner_is_killed(endless):
+    program = f"""
+from shoal.kernels.compile_process import *
+with CompileProcess() as process:
+    process.start([Specialization(*kernel) for kernel in {list(map(tuple, ENDLESS))}], Target(*{tuple(H200)}), 2)
+    process.wait()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ) as owner:
+        said = endless.open()
+        assert [said.readline() for _ in range(2)] == ["here\n"] * 2
+        owner.kill()
+    assert said.read() == "", "the pipe ends with the last process that has it"
