@@ -58,6 +58,9 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "olmo2": {"eos_token_id": 50_279},
 }
 
+# How many experts a layer has; which of the keys is written depends on the version of transformers.
+_NUM_EXPERTS = {"num_local_experts", "num_experts"}
+
 # Bytes of an element of every dtype that safetensors has in whole bytes.
 _ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -157,6 +160,12 @@ def read_model_facts(folder: Path) -> ModelFacts:
         return value
 
     heads = integer("num_attention_heads")
+    kv_heads = integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ModelError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    for key in _NUM_EXPERTS & text.keys():
+        if (chosen := integer("num_experts_per_tok", 1)) > (experts := integer(key)):
+            raise ModelError(f"{path}: num_experts_per_tok {chosen} is above {key} {experts}")
     hidden_size = integer("hidden_size")
     tensors = list_tensors(folder) if any(folder.glob("*.safetensors")) else {}
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
@@ -167,7 +176,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         num_layers=integer("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=heads,
-        num_kv_heads=integer("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=integer("head_dim", hidden_size // heads),
         vocab_size=integer("vocab_size"),
         max_position_embeddings=integer("max_position_embeddings"),
@@ -175,6 +184,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         dtype=str(dtype),
         num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
         intermediate_sizes=tuple(integer(key) for key in _intermediate_keys(family, text) if text.get(key) is not None),
+        norms_all_kv_heads=family == "olmo2",
     )
 
 

@@ -29,6 +29,7 @@ class ModelFacts:
     dtype: str  # the checkpoint's own
     num_parameters: int = 0  # 0: unknown
     intermediate_sizes: tuple[int, ...] = ()  # of the MLP, and of an expert; empty where config.json does not say
+    norms_all_kv_heads: bool = False  # one norm over the keys of all heads, each of which then stands there once
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1, pp: int = 1) -> int:
         """Bytes of keys and values that one token takes over all layers, or on one rank of tp x pp.
@@ -66,6 +67,8 @@ class SchedulerConfig:
 
 
 ALL_REDUCES = ("auto", "nccl", "symm_mem", "triton")
+SYMMETRIC_SIZES = (2, 4, 8)  # ranks that can sum over symmetric memory
+GPU_BLOCK_SIZES = (16, 32, 64, 128)  # that attention on a GPU reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,9 @@ class EngineConfig:
         block_size = self.cache.block_size or (16 if on_cpu else 64)
         if block_size < 1 or block_size & (block_size - 1):
             raise ConfigError(f"block_size {block_size} is not a power of two; use 16, 32 or 64")
+        if not on_cpu and block_size not in GPU_BLOCK_SIZES:
+            sizes = ", ".join(map(str, GPU_BLOCK_SIZES))
+            raise ConfigError(f"block_size {block_size} is none of those of attention on a GPU; use one of {sizes}")
         if self.scheduler.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {self.scheduler.max_num_seqs}; it must be at least 1")
         num_stages = max(1, self.parallel.pipeline_parallel_size)
@@ -177,20 +183,42 @@ class EngineConfig:
                 f"pipeline_parallel_size {pp} is above the model's {model.num_layers} layers, and every stage needs "
                 f"one; lower it to {model.num_layers} or less"
             )
-        if parallel.all_reduce not in ALL_REDUCES:
-            raise ConfigError(f"all_reduce {parallel.all_reduce!r} is not known; use one of {', '.join(ALL_REDUCES)}")
-        if device == "cpu" and (parallel.all_reduce != "auto" or parallel.quantized_all_reduce):
-            asked = "quantized_all_reduce" if parallel.all_reduce == "auto" else f"all_reduce {parallel.all_reduce!r}"
+        self._check_collectives(device)
+
+    def _check_collectives(self, device: str) -> None:
+        """Raises ConfigError where the ranks cannot sum as asked."""
+        parallel, tp = self.parallel, self.parallel.tensor_parallel_size
+        kind, quantized = parallel.all_reduce, parallel.quantized_all_reduce
+        if kind not in ALL_REDUCES:
+            raise ConfigError(f"all_reduce {kind!r} is not known; use one of {', '.join(ALL_REDUCES)}")
+        if device == "cpu" and (kind != "auto" or quantized):
+            asked = "quantized_all_reduce" if kind == "auto" else f"all_reduce {kind!r}"
             raise ConfigError(f"{asked} is for GPUs, and the ranks of this model run on CPU, over gloo; leave it out")
-        if self.batch_invariant and tp > 2 and parallel.all_reduce in ("nccl", "symm_mem"):
+        if self.batch_invariant and tp > 2 and kind in ("nccl", "symm_mem"):
             raise ConfigError(
-                f"all_reduce {parallel.all_reduce!r} sums over {tp} ranks in an order that depends on the size of the "
-                "step, and batch_invariant asks for one that does not; take all_reduce auto or triton"
+                f"all_reduce {kind!r} sums over {tp} ranks in an order that depends on the size of the step, and "
+                "batch_invariant asks for one that does not; take all_reduce auto or triton"
             )
-        if parallel.quantized_all_reduce and self.batch_invariant:
+        if quantized and self.batch_invariant:
             raise ConfigError(
                 "quantized_all_reduce rounds the sums of large steps alone, so that a sequence's bits would depend on "
                 "its batch; leave out either it or batch_invariant"
+            )
+        if quantized and kind in ("nccl", "symm_mem"):
+            raise ConfigError(
+                f"quantized_all_reduce is done by Shoal's own kernels, and all_reduce {kind!r} leaves every sum to "
+                "others; take all_reduce auto or triton, or leave quantized_all_reduce out"
+            )
+        if tp == 1 or tp in SYMMETRIC_SIZES or device == "cpu":
+            return
+        wants = [f"all_reduce {kind!r}"] if kind in ("symm_mem", "triton") else []
+        wants += ["quantized_all_reduce"] if quantized else []
+        wants += ["batch_invariant"] if self.batch_invariant else []
+        if wants:
+            sizes = ", ".join(map(str, SYMMETRIC_SIZES))
+            raise ConfigError(
+                f"{wants[0]} sums over symmetric memory, which is for {sizes} ranks, and tensor_parallel_size is {tp}; "
+                f"leave {wants[0]} out, or take one of these sizes"
             )
 
 
@@ -204,6 +232,8 @@ def _why_not_split(model: ModelFacts, tp: int) -> str | None:
         return f"does not divide the model's {model.num_attention_heads} attention heads"
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         return f"neither divides the model's {model.num_kv_heads} kv heads nor is a multiple of them"
+    if tp > model.num_kv_heads and model.norms_all_kv_heads:
+        return f"is above the model's {model.num_kv_heads} kv heads, all of which share one norm: none can be repeated"
     for size in model.intermediate_sizes:
         if size % tp:
             return f"does not divide the {size} intermediate features of the model's MLP"

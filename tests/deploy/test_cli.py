@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -67,6 +68,42 @@ def test_wrong_options(arguments: list[str], told: str) -> None:
     assert result.returncode == 2, result.stderr
     assert told in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "split", "told"),
+    [
+        (
+            {"architectures": ["Olmo2ForCausalLM"]},
+            ["-tp", "8"],
+            "8 is above the model's 4 kv heads, all of which share",
+        ),
+        (
+            {"intermediate_size": 90},
+            ["-tp", "4"],
+            "the 90 intermediate features of the model's MLP; this model takes 1, 2",
+        ),
+        ({"num_key_value_heads": 3}, ["-tp", "2"], "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
+        (
+            {"num_hidden_layers": 2},
+            ["-pp", "3"],
+            "3 is above the model's 2 layers, and every stage needs one; lower it",
+        ),
+    ],
+    ids=str,
+)
+def test_splits_that_a_model_does_not_take(
+    changed: dict[str, object], split: list[str], told: str, tmp_path: Path
+) -> None:
+    from shoal.deploy.config import TINY_MODEL
+
+    for path in TINY_MODEL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    result = shoal("serve", str(tmp_path), *split, CUDA_VISIBLE_DEVICES="")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert told in result.stderr
 
 
 def test_settings_of_vllm_without_effect_are_said(tmp_path: Path) -> None:

@@ -7,8 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
+from shoal.kernels.all_reduce import WORLD_SIZES
+from shoal.replicas.config import (
+    SYMMETRIC_SIZES,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ModelFacts,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from shoal.replicas.errors import ConfigError
+from shoal.replicas.llm import build_engine
+from tests.support.checkpoints import FAMILIES
+from tests.support.processes import children
 
 FACTS = ModelFacts("LlamaForCausalLM", 2, 64, 4, 2, 16, 100, 4096, (1,), "bfloat16")
 
@@ -61,6 +73,8 @@ def test_a_split_that_the_model_takes():
         (8, 1, {}, "4 attention heads"),
         (4, 1, {"num_attention_heads": 8, "num_kv_heads": 6}, "neither divides the model's 6 kv heads nor"),
         (4, 1, {"intermediate_sizes": (64, 90)}, "does not divide the 90 intermediate features"),
+        (4, 1, {"norms_all_kv_heads": True}, "is above the model's 2 kv heads, all of which share one norm"),
+        (4, 1, {"norms_all_kv_heads": True}, "this model takes 1, 2"),
         (1, 3, {}, "pipeline_parallel_size 3 is above the model's 2 layers"),
         (0, 1, {}, "at least 1"),
     ],
@@ -68,6 +82,26 @@ def test_a_split_that_the_model_takes():
 def test_splits_that_cannot_be_are_told_with_those_that_can(tp, pp, changed, told):
     with pytest.raises(ConfigError, match=re.escape(told)):
         split(tp, pp, facts=replace(FACTS, **changed))
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "told"),
+    [
+        ("olmo2", 4, 1, "tensor_parallel_size 4 is above the model's 2 kv heads"),
+        ("llama", 3, 1, "tensor_parallel_size 3 does not divide the model's 4 attention heads"),
+        ("llama", 1, 4, "pipeline_parallel_size 4 is above the model's 3 layers"),
+    ],
+)
+def test_a_split_that_cannot_be_starts_no_process(family, tp, pp, told, tmp_path):
+    config = EngineConfig(
+        ModelConfig(str(FAMILIES[family](tmp_path))), parallel=ParallelConfig(tp, pp), device="cpu", num_threads=1
+    )
+    before = children()
+    with pytest.raises(ConfigError, match=told):
+        build_engine(config)
+    with pytest.raises(ConfigError, match=told):
+        build_engine(config, start=lambda resolved: pytest.fail(f"{resolved} was to be started"))
+    assert children() == before
 
 
 def test_collectives_of_gpus_are_not_to_be_had_on_cpu():
@@ -78,6 +112,34 @@ def test_collectives_of_gpus_are_not_to_be_had_on_cpu():
     with pytest.raises(ConfigError, match="quantized_all_reduce is for GPUs"):
         split(2, quantized_all_reduce=True)
     assert split(2, device="cuda", all_reduce="triton", quantized_all_reduce=True).quantized_all_reduce
+
+
+def test_who_sums_is_able_to_sum_so():
+    six = replace(FACTS, num_attention_heads=6, num_kv_heads=6)
+    assert SYMMETRIC_SIZES == WORLD_SIZES
+    assert split(6, facts=six, device="cuda").all_reduce == "auto"
+    assert split(6, facts=six, device="cuda", all_reduce="nccl").all_reduce == "nccl"
+    for more, named in (
+        ({"all_reduce": "triton"}, "all_reduce 'triton'"),
+        ({"all_reduce": "symm_mem"}, "all_reduce 'symm_mem'"),
+        ({"quantized_all_reduce": True}, "quantized_all_reduce"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{named} .* for 2, 4, 8 ranks, and tensor_parallel_size is 6; leave"):
+            split(6, facts=six, device="cuda", **more)
+    invariant = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(6), batch_invariant=True)
+    with pytest.raises(ConfigError, match="batch_invariant sums over symmetric memory"):
+        invariant.resolve(six, "cuda")
+    assert invariant.resolve(six, "cpu").batch_invariant
+    for kind in ("nccl", "symm_mem"):
+        with pytest.raises(ConfigError, match=f"own kernels, and all_reduce '{kind}' leaves every sum to others"):
+            split(2, device="cuda", all_reduce=kind, quantized_all_reduce=True)
+
+
+def test_blocks_that_attention_on_a_gpu_does_not_read():
+    config = EngineConfig(ModelConfig("folder"), CacheConfig(block_size=256))
+    assert config.resolve(FACTS, "cpu").cache.block_size == 256
+    with pytest.raises(ConfigError, match=r"block_size 256 is none of those of .* use one of 16, 32, 64, 128"):
+        config.resolve(FACTS, "cuda")
 
 
 def test_sums_that_depend_on_the_batch_are_not_batch_invariant():

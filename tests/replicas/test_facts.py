@@ -15,6 +15,7 @@ from shoal.replicas.checkpoint import ARCHITECTURES, list_tensors, read_model_fa
 from shoal.replicas.errors import ModelError
 from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
 from shoal.replicas.models.families import decoder_spec
+from shoal.replicas.models.spec import QKNorm
 from tests.support.checkpoints import FAMILIES
 
 
@@ -42,7 +43,9 @@ def test_facts_are_those_of_autoconfig(family, tmp_path):
     assert facts.max_position_embeddings == config.max_position_embeddings
     assert facts.eos_token_ids == (config.eos_token_id,)
     assert facts.dtype == "float32"
-    layers = decoder_spec(config).layers
+    spec = decoder_spec(config)
+    assert facts.norms_all_kv_heads == (spec.qk_norm is QKNorm.PROJECTION)
+    layers = spec.layers
     widths = [layer.experts.intermediate_size if layer.experts else config.intermediate_size for layer in layers]
     assert set(facts.intermediate_sizes) == set(widths)
     assert facts.num_parameters == sum(math.prod(info.shape) for info in list_tensors(folder).values())
@@ -119,6 +122,22 @@ def test_a_fact_that_is_no_positive_integer_is_named(value, llama):
     edit_json(llama / "config.json", hidden_size=value)
     with pytest.raises(ModelError, match=r"config.json: hidden_size is"):
         read_model_facts(llama)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "told"),
+    [
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is above num_local_experts 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_(local_)?experts 6"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_told(family, changed, told, tmp_path):
+    """With random weights nothing else would tell before the first step."""
+    folder = FAMILIES[family](tmp_path)
+    edit_json(folder / "config.json", **changed)
+    with pytest.raises(ModelError, match=told):
+        read_model_facts(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
