@@ -1,6 +1,8 @@
 """Step inputs on a CUDA device: one packed plan a step travels, buffers that stay do the rest.
 
-Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan.
+Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. Plans and sampled tokens
+lie in host memory, which a step's first and last kernel read and write: the host queues no copy. On an H200's machine
+a copy there cost it 20 us a step, and one back, on a stream of its own, 70.
 """
 
 from __future__ import annotations
@@ -8,52 +10,52 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kernels.step_inputs import HEADER, ROW_START, Place, RowState, StepTensors, keep_tokens, load_plan
+from ..kernels.step_inputs import (
+    HEADER,
+    ROW_START,
+    RowState,
+    StepTensors,
+    following_number,
+    keep_tokens,
+    load_plan,
+)
 from .batch import AttentionMetadata, InputBatch, Room
 from .host_copy import HostCopy
-from .plan import RowStart, StepPlan
+from .plan import Ints, RowStart, StepPlan
 from .step_inputs import count_decodes
 
 
-class PackedPlan:
-    """A plan as the one array of integers that kernels/step_inputs.py reads, in host memory.
+def packed_size(num_rows: int, num_columns: int, max_tokens: int) -> int:
+    """Integers of the largest packed plan: every row runs, starts, forks and has its whole table written."""
+    return HEADER + 5 * num_rows + 1 + max_tokens + 3 * num_rows * num_columns + ROW_START * num_rows
 
-    Sized for the largest plan: every row runs, starts, forks and has its whole table written.
-    """
 
-    def __init__(self, num_rows: int, num_columns: int, max_tokens: int, *, pinned: bool = False) -> None:
-        size = HEADER + 5 * num_rows + 1 + max_tokens + 3 * num_rows * num_columns + ROW_START * num_rows
-        self.values = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
-        self._array = self.values.numpy()
-
-    def fill(self, plan: StepPlan, turn: int) -> int:
-        """Writes the plan; returns how many integers of `values` it takes."""
-        array, end = self._array, HEADER
-        num_slices = plan.num_slices
-
-        def put(place: int, *parts: np.ndarray) -> None:
-            nonlocal end
-            array[place] = end
-            for part in parts:
-                array[end : end + len(part)] = part
-                end += len(part)
-
-        array[Place.TURN], array[Place.NUM_SLICES], array[Place.NUM_TOKENS] = turn, num_slices, len(plan.token_ids)
-        array[Place.NUM_DECODES] = count_decodes(plan)
-        array[Place.NUM_SAMPLES], array[Place.NUM_UPDATES] = len(plan.sample_rows), len(plan.table_rows)
-        array[Place.NUM_STARTS] = len(plan.row_starts)
-        put(Place.ROWS, plan.rows)
-        put(Place.STARTS, plan.starts)
-        array[end] = 0
-        np.cumsum(plan.num_tokens, out=array[end + 1 : end + 1 + num_slices])
-        array[Place.CU_SEQLENS] = end
-        end += num_slices + 1
-        put(Place.TOKEN_IDS, plan.token_ids)
-        put(Place.SAMPLE_SLICES, plan.sample_slices)
-        put(Place.SAMPLE_ROWS, plan.sample_rows)
-        put(Place.UPDATES, plan.table_rows, plan.table_indices, plan.table_blocks)
-        put(Place.ROW_STARTS, *(_pack_start(start) for start in plan.row_starts))
-        return end
+def pack_plan(plan: StepPlan, number: int, turn: int, array: Ints) -> None:
+    """Writes the plan into `array` as the integers that kernels/step_inputs.py reads."""
+    num_slices, num_samples = plan.num_slices, len(plan.sample_rows)
+    num_tokens, num_updates = len(plan.token_ids), len(plan.table_rows)
+    rows = HEADER
+    starts = rows + num_slices
+    cu_seqlens = starts + num_slices
+    token_ids = cu_seqlens + num_slices + 1
+    sample_slices = token_ids + num_tokens
+    sample_rows = sample_slices + num_samples
+    updates = sample_rows + num_samples
+    row_starts = updates + 3 * num_updates
+    array[rows:starts], array[starts:cu_seqlens] = plan.rows, plan.starts
+    array[cu_seqlens] = 0
+    plan.num_tokens.cumsum(out=array[cu_seqlens + 1 : token_ids])
+    array[token_ids:sample_slices] = plan.token_ids
+    array[sample_slices:sample_rows], array[sample_rows:updates] = plan.sample_slices, plan.sample_rows
+    if num_updates:
+        array[updates:row_starts].reshape(3, -1)[:] = plan.table_rows, plan.table_indices, plan.table_blocks
+    for begin, start in enumerate(plan.row_starts):
+        array[row_starts + begin * ROW_START :][:ROW_START] = _pack_start(start)
+    # In the order of Place.
+    array[:HEADER] = (
+        turn, num_slices, count_decodes(plan), num_tokens, num_samples, num_updates, len(plan.row_starts),
+        rows, starts, cu_seqlens, token_ids, sample_slices, sample_rows, updates, row_starts, number,
+    )  # fmt: skip
 
 
 def _pack_start(start: RowStart) -> np.ndarray:
@@ -72,11 +74,12 @@ class DeviceInputs:
         device = state.last_tokens.device
         self._state, self._block_size = state, block_size
         pinned = device.type == "cuda"
-        self._hosts = [PackedPlan(num_rows, num_columns, max_tokens, pinned=pinned) for _ in range(turns)]
-        self._packed = torch.zeros_like(self._hosts[0].values, device=device)
-        # In host memory, where the kernel that ends a step writes it. A copy on a stream of its own costs the host
-        # 70 us a step on an H200's machine, with its events and its pinned memory.
-        self._ring = torch.zeros(turns, num_rows, dtype=torch.int64, pin_memory=pinned)
+        self._number, self._turns = 0, turns
+        sent = torch.zeros(turns, packed_size(num_rows, num_columns, max_tokens), dtype=torch.int32, pin_memory=pinned)
+        tokens = torch.zeros(turns, num_rows, dtype=torch.int64, pin_memory=pinned)
+        self._sent, self._sent_arrays = sent, list(sent.numpy())
+        self._ring, self._ring_arrays = tokens, list(tokens.numpy())
+        self._packed = torch.zeros_like(sent[0], device=device)
         self._done = [torch.cuda.Event() if pinned else None for _ in range(turns)]
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -97,17 +100,17 @@ class DeviceInputs:
             sample_positions=ints(num_rows, dtype=long),
         )
 
-    def send(self, plan: StepPlan, turn: int) -> None:
-        """Queue the copy of the plan to the device."""
-        host = self._hosts[turn]
-        count = host.fill(plan, turn)
-        self._packed[:count].copy_(host.values[:count], non_blocking=True)
+    def send(self, plan: StepPlan) -> None:
+        """Lay the plan where the device fetches it."""
+        self._number = following_number(self._number, self._turns)
+        turn = self._number % self._turns
+        pack_plan(plan, self._number, turn, self._sent_arrays[turn])
 
     def batch(self, room: Room) -> InputBatch:
         """Queue the kernels that expand the plan; its tensors, with as much room as is asked for."""
         counts = [room.tokens] * 3 + [room.decodes] * 2 + [room.prefills + 1] + [room.prefills] * 2 + [room.samples] * 3
         part = StepTensors._make(tensor[:count] for tensor, count in zip(self._tensors, counts, strict=True))
-        load_plan(self._packed, self._state, self._block_size, part)
+        load_plan(self._sent, self._packed, self._state, self._block_size, part)
         attention = AttentionMetadata(
             part.slot_mapping,
             part.decode_lens,
@@ -124,9 +127,10 @@ class DeviceInputs:
         """Queue the kernel that notes the tokens."""
         keep_tokens(tokens, rows, self._packed, self._state.last_tokens, self._ring)
 
-    def kept(self, turn: int, count: int) -> HostCopy:
+    def kept(self, count: int) -> HostCopy:
         """As StepInputs says."""
+        turn = self._number % self._turns
         done = self._done[turn]
         if done is not None:
             done.record()
-        return HostCopy([self._ring[turn, :count]], done)
+        return HostCopy([self._ring_arrays[turn][:count]], done)

@@ -15,16 +15,16 @@ def send_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 class HostCopy:
-    """Tensors that are being copied to the host; `wait` gives them as arrays."""
+    """Arrays that are being filled by a device; `wait` gives them."""
 
-    def __init__(self, arrays: Sequence[torch.Tensor], done: torch.cuda.Event | None) -> None:
+    def __init__(self, arrays: list[np.ndarray], done: torch.cuda.Event | None) -> None:
         self._arrays, self._done = arrays, done
 
     def wait(self) -> list[np.ndarray]:
-        """Blocks, without the interpreter's lock, until the copies are there."""
+        """Blocks, without the interpreter's lock, until they are filled."""
         if self._done is not None:
             self._done.synchronize()
-        return [array.numpy() for array in self._arrays]
+        return self._arrays
 
 
 class HostCopier:
@@ -36,7 +36,7 @@ class HostCopier:
     def start(self, tensors: Sequence[torch.Tensor]) -> HostCopy:
         """Copy what the work queued so far makes of `tensors`. On a CPU they are taken as they are."""
         if self._stream is None or not tensors:
-            return HostCopy(tensors, None)
+            return HostCopy([tensor.numpy() for tensor in tensors], None)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         targets = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
         with torch.cuda.stream(self._stream):
@@ -45,4 +45,4 @@ class HostCopier:
                 tensor.record_stream(self._stream)
             done = torch.cuda.Event()
             done.record(self._stream)
-        return HostCopy(targets, done)
+        return HostCopy([target.numpy() for target in targets], done)

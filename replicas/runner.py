@@ -100,12 +100,12 @@ class Runner:
         self._sampler = Sampler(state.sampling, facts.vocab_size, facts.eos_token_ids, device, model.comm)
         self._num_prompt_logprobs = np.zeros(max_rows, np.int32)
         self._copier = HostCopier(device)
-        self._turns, self._max_tokens = in_flight + 1, max_tokens
+        self._max_tokens = max_tokens
         self._inputs: StepInputs
         if backend_of(state.last_tokens) is Backend.TORCH:
             self._inputs = HostInputs(state, block_size)
         else:
-            self._inputs = DeviceInputs(state, block_size, max_tokens, self._turns)
+            self._inputs = DeviceInputs(state, block_size, max_tokens, in_flight + 1)
         self._samples = model.comm.is_last_stage
         self._exchange = make_exchange(model.comm, state.last_tokens, max_tokens, facts.hidden_size, model.dtype)
         # Where each step's sampled states go, at an address that graphs can hold on to.
@@ -169,8 +169,7 @@ class Runner:
         """Queue one step; on a CPU it has run when this returns."""
         if self._samples:
             self._start_samplers(plan)
-        turn = plan.step % self._turns
-        self._inputs.send(plan, turn)
+        self._inputs.send(plan)
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
         if self._exchange is not None:
@@ -187,7 +186,7 @@ class Runner:
             count, scores = len(plan.sample_rows), self._finish_samples(plan, outputs)
         if self._exchange is not None:
             self._exchange.hand_on(plan)
-        pending = PendingStep(plan, self._inputs.kept(turn, count), scores)
+        pending = PendingStep(plan, self._inputs.kept(count), scores)
         if scores_prompts:
             assert outputs.hidden is not None, "such a step runs outside of graphs"
             pending.prompt_scores = self._score_prompts(plan, outputs.hidden)

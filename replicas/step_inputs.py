@@ -50,8 +50,8 @@ def room_of(plan: StepPlan) -> Room:
 class StepInputs(Protocol):
     """Keeps the row state up to date and makes the tensors of each step."""
 
-    def send(self, plan: StepPlan, turn: int) -> None:
-        """Take the plan in. `turn` counts round the plans that may be under way at once."""
+    def send(self, plan: StepPlan) -> None:
+        """Take the plan in. Exactly one `batch` follows."""
         ...
 
     def batch(self, room: Room) -> InputBatch:
@@ -62,8 +62,8 @@ class StepInputs(Protocol):
         """Note tokens int64 [K] (-1: none could be chosen) as the last ones of rows int64 [K]."""
         ...
 
-    def kept(self, turn: int, count: int) -> HostCopy:
-        """The tokens of the plan sent last, whose turn it is: one array int64 [count], good until its next turn.
+    def kept(self, count: int) -> HostCopy:
+        """The tokens of the plan sent last: one array int64 [count], good while its step counts as under way.
 
         To be asked once all of the step has been queued.
         """
@@ -79,7 +79,7 @@ class HostInputs:
         self._plan: StepPlan | None = None
         self._kept = torch.empty(0, dtype=torch.int64)
 
-    def send(self, plan: StepPlan, turn: int) -> None:
+    def send(self, plan: StepPlan) -> None:
         self._plan = plan
         self._block_tables[plan.table_rows, plan.table_indices] = plan.table_blocks
         sampling = self._state.sampling
@@ -130,8 +130,8 @@ class HostInputs:
         self._state.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
         self._kept = tokens
 
-    def kept(self, turn: int, count: int) -> HostCopy:
-        return HostCopy([self._kept[:count]], None)  # those of an earlier plan where this one samples nothing
+    def kept(self, count: int) -> HostCopy:
+        return HostCopy([self._kept[:count].numpy()], None)  # those of an earlier plan where this one samples nothing
 
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
         last_tokens = self._state.last_tokens

@@ -24,7 +24,7 @@ class Rows:
         self.sampler = Sampler(state.sampling, VOCAB, (EOS,), CPU)
 
     def start(self, start: RowStart) -> None:
-        self._inputs.send(StepPlan(0, *(NO_INTS,) * 6, row_starts=(start,)), turn=0)
+        self._inputs.send(StepPlan(0, *(NO_INTS,) * 6, row_starts=(start,)))
         self.sampler.start(start)
 
 
