@@ -37,7 +37,6 @@ _NUM_COUNTS = 10
 _HEADER = struct.Struct(f"<4sHHIIq{_NUM_COUNTS}I")
 _LENGTHS = struct.Struct("<4sHHI")
 HEADER_BYTES = _HEADER.size
-_HEADER_INTS = HEADER_BYTES // 4
 _NO_COUNTS = (0,) * _NUM_COUNTS
 
 # row, prompt_len, num_emitted, seed; of the sampling parameters: the three integers, the six floats, seed, presence

@@ -1,14 +1,14 @@
 """How a layer says which part of which checkpoint tensor fills which part of its parameters.
 
-Each layer yields slots; the loader reads them. Nothing is loaded that no slot names, and every element of every
-parameter lies in a slot, so a checkpoint is either understood whole or refused.
+`weight_slots(prefix)` of a layer yields its slots, where `prefix` is the layer's name in the checkpoint, without a final
+dot; the loader reads them. Nothing is loaded that no slot names, and every element of every parameter lies in a slot,
+so a checkpoint is either understood whole or refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +35,6 @@ class WeightSlot:
     target: torch.Tensor
     sources: tuple[Source, ...]
     offset: float = 0.0
-
-
-class HasWeights(Protocol):
-    """A layer that takes weights from a checkpoint."""
-
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """The slots of this layer; `prefix` is its name in the checkpoint, without a final dot."""
-        ...
 
 
 class Layer(nn.Module):
