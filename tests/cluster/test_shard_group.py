@@ -3,10 +3,10 @@ in `test_sharded_replicas.py`."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -57,11 +57,15 @@ class Maker:
         self.faults[actor, method] = raise_it if isinstance(what, Exception) else what
 
     @property
+    def open_channels(self) -> set[str]:
+        """Those of which the engine has a socket open, that it listens on or that a rank is connected to."""
+        names = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+        return names & {server.path for server in self.servers}
+
+    @property
     def nothing_left(self) -> bool:
-        """Whether every actor was ended, and every channel with its socket is gone."""
-        return all(shard.killed.is_set() for shard in self.shards) and not any(
-            os.path.exists(os.path.dirname(server.path)) for server in self.servers
-        )
+        """Whether every actor was ended, and every channel closed."""
+        return all(shard.killed.is_set() for shard in self.shards) and not self.open_channels
 
 
 @pytest.fixture
@@ -108,6 +112,7 @@ def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Mak
 def test_on_one_node_nothing_listens_on_the_network(maker: Maker) -> None:
     maker.start(group_config(2), [place()] * 2)
     assert maker.servers[0].address is None
+    assert maker.open_channels == {maker.servers[0].path}
     assert dict(maker.shards[1].calls)["join"][0] == ("127.0.0.1", 1)
 
 
