@@ -46,7 +46,7 @@ class RankSampler:
         starts = tuple(
             RowStart(row, 1000 * row + 2**63, 2, each, prompt_token_ids=(1, 2)) for row, each in enumerate(params)
         )
-        HostInputs(state, block_size=16).send(StepPlan(0, *(NO_INTS,) * 6, row_starts=starts), turn=0)
+        HostInputs(state, block_size=16).send(StepPlan(0, *(NO_INTS,) * 6, row_starts=starts))
         for start in starts:
             self.sampler.start(start)
 
