@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 
 from shoal.kernels.backend import Backend, backend_of, use_backend
+from tests.support.aot import AheadCompiler, Compiled
+
+AHEAD_COMPILER = pytest.StashKey[AheadCompiler]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """What the tests of a session have compiled is begun with the first of them, on whatever core has nothing to do."""
+    items = [item for item in session.items if "compiled" in getattr(item, "fixturenames", ())]
+    modules = list(dict.fromkeys(item.module for item in items))
+    if session.config.option.collectonly or not modules:
+        return (yield)
+    with AheadCompiler({module.__name__: module.VARIANTS for module in modules}) as compiler:
+        session.config.stash[AHEAD_COMPILER] = compiler
+        return (yield)
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, Compiled]:
+    """The module's VARIANTS, compiled."""
+    return request.config.stash[AHEAD_COMPILER].results(request.module.__name__)
 
 
 @pytest.fixture(params=["torch", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])

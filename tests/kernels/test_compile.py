@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from shoal.kernels import block_copy_triton, kv_store_triton, rms_norm_triton, rope_triton, silu_mul_triton
-from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.aot import Variant, lane_instructions
 from tests.support.kernel_names import kernel_names
 
 
@@ -118,11 +118,6 @@ MOVED = {
     "block copy": 2 * block_copy_triton.MAX_COPIES * block_copy_triton.BLOCK_N,
 }
 BUDGET = 15.6  # instructions of a lane for an element of 2 bytes, at the full speed of an H200's memory
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

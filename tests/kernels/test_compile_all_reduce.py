@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from shoal.kernels import all_reduce_int8_triton, all_reduce_triton
-from tests.support.aot import Compiled, Variant, compile_variants
+from tests.support.aot import Variant
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -62,11 +62,6 @@ VARIANTS |= {
     )
     for dtype, world_size in (("bf16", 2), ("bf16", 8), ("fp32", 4))
 }
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from shoal.kernels.paged_decode_triton import decode_launch, join_chunk, padded_dim
 from shoal.kernels.paged_prefill_triton import prefill_launch
-from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.aot import Variant, lane_instructions
 
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 SETTINGS = {"context_lens_ptr": "*i32", "block_tables_ptr": "*i32", "inner": "fp32", "unit": "fp32"}
@@ -60,11 +60,6 @@ VARIANTS = {
     "prefill in fp32": _prefill("fp32", 32, block_size=16),
 }
 HALF_PRECISION = [name for name in VARIANTS if "fp32" not in name and not name.startswith("join")]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from shoal.kernels.tuning import TABLES, Launch, default_launch, invariant_launch, parse_table
-from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.aot import Variant, lane_instructions
 
 BUDGET = 15.6  # instructions of a lane for each bf16 weight at the full speed of an H200's memory
 TYPES = {2: "bf16", 4: "fp32"}
@@ -72,11 +72,7 @@ def shipped() -> dict[str, tuple[Launch, bool, int]]:
 
 
 SHIPPED = dict(sorted(shipped().items()))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants({name: variant(*each) for name, each in SHIPPED.items()})
+VARIANTS = {name: variant(*each) for name, each in SHIPPED.items()}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

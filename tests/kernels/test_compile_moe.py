@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from shoal.kernels.moe_one_triton import one_token_launch
 from shoal.kernels.moe_route_triton import route_launch, sort_launch
 from shoal.kernels.moe_triton import COMBINE_N, COMBINE_WARPS, moe_launch
-from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.aot import Variant, lane_instructions
 
 ROUTE, MOE, ONE = (f"shoal.kernels.moe_{name}triton" for name in ("route_", "", "one_"))
 BUDGET = 15.6  # instructions of a lane for each 16-bit weight, at the full speed of an H200's memory
@@ -114,11 +114,6 @@ VARIANTS = {
     "down of one token, narrow": _down_one("bf16", 192),
 }
 PRODUCTS = [name for name in VARIANTS if name.endswith("rows") and "of one" not in name]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

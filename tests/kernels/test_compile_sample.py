@@ -14,7 +14,7 @@ from shoal.kernels import (
     sample_triton,
     score_triton,
 )
-from tests.support.aot import Compiled, Variant, compile_variants, lane_instructions
+from tests.support.aot import Variant, lane_instructions
 
 ROWS = {
     "rows_ptr": "*i64", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "score_ptr": "*fp32",
@@ -166,11 +166,6 @@ WIDE = (
     "penalties",
     "embedding",
 )
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

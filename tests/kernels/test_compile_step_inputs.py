@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.support.aot import Compiled, Variant, compile_variants
+from tests.support.aot import Variant
 
 MODULE = "shoal.kernels.step_inputs_triton"
 LONGS = dict.fromkeys(
@@ -36,11 +36,6 @@ VARIANTS = {
         {"BLOCK": 256, "PDL": True},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return compile_variants(VARIANTS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

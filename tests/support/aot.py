@@ -1,17 +1,16 @@
-"""Compile Triton kernels for sm_90a ahead of time, without a GPU, and read what they take and what they execute.
+"""Triton kernels compiled for sm_90a ahead of time, without a GPU: what they take and what they execute.
 
 A kernel that is bound by memory has a budget: at the full HBM speed of an H200 its 132 multiprocessors issue 15.6
 instructions of a lane for each bf16 element that is read or written, 7.8 for an 8-bit one, 3.9 for a 4-bit one. Count a
 kernel without loops by `lane_instructions(kernel.sass, ...)`, one with a loop by `lane_instructions(kernel.loops[i],
 ...)` and the elements of one turn.
 
-In a process of its own: under TRITON_INTERPRET, which tests without a GPU set, `triton.jit` makes no compilable kernel.
+They are compiled in a process of its own (aot_worker.py): under TRITON_INTERPRET, which tests without a GPU set,
+`triton.jit` makes no compilable kernel. It works while other tests run, and is waited for where results are needed.
 """
 
 from __future__ import annotations
 
-import base64
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,17 @@ class Variant:
 
 
 class Instruction(NamedTuple):
-    """One machine instruction, `@!P0 LDG.E.128 R8, desc[UR4][R14.64]`: its address in the kernel, opcode and line."""
+    """One machine instruction, `@!P0 LDG.E.128 R8, desc[UR4][R14.64]`: its address in the kernel, opcode and text."""
 
     address: int
     opcode: str
     text: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes, None for any other instruction."""
+        found = re.search(r"\bBRA(?:\.\S+)? (?:\S+, )*0x([0-9a-f]+)$", self.text)
+        return int(found[1], 16) if found else None
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,24 @@ class Compiled:
     registers: int  # of a thread
     spilled: int  # bytes of a thread's registers that are kept in local memory
     ptx: str = field(repr=False)
-    cubin: bytes = field(repr=False)
+    listing: Sequence[tuple[int, str]] = field(repr=False)  # address and text of each machine instruction, in order
 
     @cached_property
     def sass(self) -> tuple[Instruction, ...]:
-        """The machine code, in order, less the padding at its end. Disassembled when first asked for: half a second."""
-        found = []
-        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?) *;", _cuobjdump(self.cubin, "-sass"), re.M):
-            guarded = text.startswith("@")
-            found.append(Instruction(int(address, 16), text.split()[guarded], text))
-        while found[-1].opcode == "NOP" or _jump(found[-1]) == found[-1].address:
+        """The machine code, in order, less the padding at its end."""
+        found = [
+            Instruction(address, text.split()[text.startswith("@")], text)  # after a guard comes the opcode
+            for address, text in self.listing
+        ]
+        while found[-1].opcode == "NOP" or found[-1].target == found[-1].address:
             found.pop()
         return tuple(found)
 
     @cached_property
     def loops(self) -> tuple[tuple[Instruction, ...], ...]:
         """The bodies of the innermost loops, in order: what stands between a branch backwards and its target."""
-        ends = [(jump, each.address) for each in self.sass if (jump := _jump(each)) is not None and jump < each.address]
+        jumps = [(each.target, each.address) for each in self.sass]
+        ends = [(target, address) for target, address in jumps if target is not None and target < address]
         inner = [(a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)]
         return tuple(tuple(each for each in self.sass if a <= each.address <= b) for a, b in inner)
 
@@ -82,70 +88,49 @@ def lane_instructions(body: Sequence[Instruction], num_warps: int, num_elements:
     return len(body) * 32 * num_warps / num_elements
 
 
-def compile_variants(variants: Mapping[str, Variant]) -> dict[str, Compiled]:
-    """Compiles all in one process. Raises AssertionError with the compiler's message."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    with tempfile.TemporaryDirectory() as folder:
-        environment["TRITON_CACHE_DIR"] = folder
-        done = subprocess.run(
-            [sys.executable, __file__],
-            input=json.dumps({name: asdict(variant) for name, variant in variants.items()}),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-    assert done.returncode == 0, done.stderr
-    return {
-        name: Compiled(**result, cubin=base64.b64decode(cubin))
-        for name, (cubin, result) in json.loads(done.stdout).items()
-    }
+class AheadCompiler:
+    """Compiles groups of variants, one group after the other, from now on. A context that ends the process.
 
+    What was compiled is kept for this object alone: a kernel that is edited is compiled again by the next one.
+    """
 
-def _compile(variant: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
+    def __init__(self, groups: Mapping[str, Mapping[str, Variant]]) -> None:
+        self._pending = set(groups)
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of what it was compiling
+        folder = Path(self._folder.name)
+        requests = {
+            group: {name: asdict(each) for name, each in variants.items()} for group, variants in groups.items()
+        }
+        (folder / "requests.json").write_text(json.dumps(requests))
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+        with (folder / "stderr").open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.aot_worker", str(folder)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
 
-    module, _, name = variant["kernel"].partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    types, constants = variant["types"], variant["constants"]
-    unknown = (types.keys() | constants.keys()) - set(kernel.arg_names)
-    assert not unknown, f"{variant['kernel']} has no arguments {unknown}"
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        default = "i32/16" if argument.startswith("stride_") else "i32"
-        kind = "constexpr" if argument in constants else types.get(argument, default)
-        signature[argument] = kind.removesuffix("/16")
-        if kind.startswith("*") or kind.endswith("/16"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=variant["options"])
-    cubin = compiled.asm["cubin"]
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
-    spilled = int(found["STACK"]) + int(found["LOCAL"])
-    result = {"registers": int(found["REG"]), "spilled": spilled, "ptx": compiled.asm["ptx"]}
-    return base64.b64encode(cubin).decode(), result
+    def results(self, group: str) -> dict[str, Compiled]:
+        """Waits until all of the group is compiled. Raises AssertionError with the compiler's message."""
+        assert self._process.stdout is not None
+        folder = Path(self._folder.name)
+        while group in self._pending:
+            done = self._process.stdout.readline().strip()
+            assert done, f"the compiling process has ended: {(folder / 'stderr').read_text()}"
+            self._pending.remove(done)
+        found = json.loads((folder / f"{group}.json").read_text())
+        assert "error" not in found, found["error"]
+        return {name: Compiled(**each) for name, each in found["compiled"].items()}
 
+    def __enter__(self) -> Self:
+        return self
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, option, str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _jump(instruction: Instruction) -> int | None:
-    """Where a branch goes, None for any other instruction."""
-    target = re.search(r"\bBRA(?:\.\S+)? (?:\S+, )*0x([0-9a-f]+)$", instruction.text)
-    return int(target[1], 16) if target else None
-
-
-if __name__ == "__main__":
-    requests = json.load(sys.stdin)
-    json.dump({name: _compile(variant) for name, variant in requests.items()}, sys.stdout)
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+        self._folder.cleanup()

@@ -9,7 +9,8 @@ import shoal
 
 
 def kernel_names() -> set[str]:
-    """The kernels of kernels/: functions of its *_triton.py that end in _kernel."""
+    """The kernels of kernels/: decorated functions of its *_triton.py that end in _kernel."""
     files = (Path(shoal.__file__).parent / "kernels").glob("*_triton.py")
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
-    return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list)
+    return {function.name for function in functions if function.name.endswith("_kernel")}
