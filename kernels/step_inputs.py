@@ -1,10 +1,9 @@
 """What a step's kernels read, made on the device from the step's packed plan.
 
-The host writes one array of integers a step; everything that follows from it (positions, cache slots, context lengths,
-block tables, the tokens that only the device knows) is worked out where it is used. The first kernel of a step fetches
-the array from the host's memory, and a CUDA graph that begins with it runs any plan that fits its shapes.
+The host sends one array of integers a step; everything that follows from it (positions, cache slots, context lengths,
+block tables, the tokens that only the device knows) is worked out where it is used. So a step costs the host one copy,
+and a CUDA graph that begins here runs any plan that fits its shapes.
 
-    fetch:   packed = sent[turn], the plan that follows the one in packed; nothing to do if it was not sent
     apply:   block_tables[row, index] = block; sampling[row] = parameters                        what the plan changes
     expand:  token t of slice s, at offset o = t - cu_seqlens[s]:
              position = start[s] + o;  slot = block_tables[row[s], position // BS] * BS + position % BS
@@ -15,8 +14,7 @@ Letters: R rows (the last is nobody's: padding samples into it), M blocks of a r
 slices, P prefill slices, K samples; S, T', D', K' what the plan has of slices, tokens, decodes and samples.
 
 A packed plan is int32: HEADER integers (below), then, one after the other, rows [S], starts [S], cu_seqlens [S + 1],
-token_ids [T'], sample_slices [K'], sample_rows [K'], table updates [3, U], row starts [N, ROW_START]. Its number counts
-from 1 to `PERIOD * turns` again and again, so that 0 is no plan's; its turn is the number modulo `turns`.
+token_ids [T'], sample_slices [K'], sample_rows [K'], table updates [3, U], row starts [N, ROW_START].
 Called by replicas/device_inputs.py. `*_ref` are loops over the same packed plan.
 """
 
@@ -33,7 +31,7 @@ from .sample import SamplingRows
 
 
 class Place(IntEnum):
-    """Places of the header: the turn of the rings, the counts, where each section begins, and the plan's number."""
+    """Places of the header: the turn of the ring, the counts, and where each section begins."""
 
     TURN = 0
     NUM_SLICES = 1
@@ -50,11 +48,9 @@ class Place(IntEnum):
     SAMPLE_ROWS = 12
     UPDATES = 13
     ROW_STARTS = 14
-    NUMBER = 15
 
 
 HEADER = 16
-PERIOD = 1 << 16
 # A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
 ROW_START = 7
 
@@ -81,22 +77,6 @@ class StepTensors(NamedTuple):
     sample_indices: torch.Tensor  # int64 [K], 0 is padding
     sample_rows: torch.Tensor  # int64 [K], R - 1 is padding
     sample_positions: torch.Tensor  # int64 [K], 0 is padding
-
-
-def following_number(number: int, turns: int) -> int:
-    """Of the plan after plan `number`."""
-    return number % (PERIOD * turns) + 1
-
-
-def fetch_plan_ref(sent: torch.Tensor, packed: torch.Tensor) -> None:
-    """The plan that follows, in place; or an empty one, and the number stays, where `sent` does not have it."""
-    number = following_number(int(packed[Place.NUMBER]), len(sent))
-    plan = sent[number % len(sent)]
-    if int(plan[Place.NUMBER]) != number:
-        packed[: Place.NUMBER] = 0
-        return
-    size = int(plan[Place.ROW_STARTS]) + ROW_START * int(plan[Place.NUM_STARTS])
-    packed[:size] = plan[:size]
 
 
 def apply_plan_ref(packed: torch.Tensor, state: RowState) -> None:
@@ -168,25 +148,21 @@ def keep_tokens_ref(
         ring[int(packed[Place.TURN]), k] = token
 
 
-def load_plan(sent: torch.Tensor, packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
-    """Fetches the next plan into `packed` int32 [size], applies it to `state`, and fills `out` from the two.
+def load_plan(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
+    """Applies the packed plan to `state` and fills `out` from the two.
 
-    sent: int32 [turns, size], on the device or in pinned host memory. Padding is what the legend of StepTensors says,
-    so that tensors with more room than the plan needs are as good as exact ones. Raises ValueError where block_size is
-    not a power of two, or the shapes differ.
+    Raises ValueError where block_size is not a power of two. Padding is what the legend of StepTensors says, so that
+    tensors with more room than the plan needs are as good as exact ones.
     """
     if block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size} is not a power of two")
-    if sent.shape[1:] != packed.shape:
-        raise ValueError(f"plans of {sent.shape[1]} integers are sent, and there is room for {len(packed)}")
     if backend_of(packed) is Backend.TORCH:
-        fetch_plan_ref(sent, packed)
         apply_plan_ref(packed, state)
         expand_plan_ref(packed, state, block_size, out)
         return
-    from .step_inputs_triton import expand_plan_triton, fetch_and_apply_plan_triton
+    from .step_inputs_triton import apply_plan_triton, expand_plan_triton
 
-    fetch_and_apply_plan_triton(sent, packed, state)
+    apply_plan_triton(packed, state)
     expand_plan_triton(packed, state, block_size, out)
 
 

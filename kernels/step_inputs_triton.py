@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .step_inputs import HEADER, PERIOD, ROW_START, Place, RowState, StepTensors
+from .step_inputs import ROW_START, Place, RowState, StepTensors
 
 # A kernel reads globals only as constexpr.
 _TURN = tl.constexpr(Place.TURN.value)
@@ -27,14 +27,9 @@ _SAMPLE_SLICES = tl.constexpr(Place.SAMPLE_SLICES.value)
 _SAMPLE_ROWS = tl.constexpr(Place.SAMPLE_ROWS.value)
 _UPDATES = tl.constexpr(Place.UPDATES.value)
 _ROW_STARTS = tl.constexpr(Place.ROW_STARTS.value)
-_NUMBER = tl.constexpr(Place.NUMBER.value)
-_HEADER = tl.constexpr(HEADER)
-_PERIOD = tl.constexpr(PERIOD)
 _ROW_START = tl.constexpr(ROW_START)
 
-_TOKENS, _COLUMNS = 128, 256  # of one program, or one turn of its loop
-# Integers that are fetched together: a decode step of 400 sequences. Another trip to the host's memory takes 1.5 us.
-_FETCHED = 2048
+_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # of one program, or one turn of its loop
 
 
 @triton.jit
@@ -44,26 +39,7 @@ def _section(packed_ptr, place):
 
 
 @triton.jit
-def _fetch_plan(sent_ptr, packed_ptr, num_turns, stride_turn, BLOCK: tl.constexpr):
-    """The plan that follows, from host memory, of which the device may have kept an earlier reading: volatile."""
-    number = tl.load(packed_ptr + _NUMBER) % (num_turns * _PERIOD) + 1
-    plan = sent_ptr + (number % num_turns) * stride_turn
-    i = tl.arange(0, BLOCK)
-    # Before it is known how much of it there is: all these loads make one trip.
-    values = tl.load(plan + i, mask=i < stride_turn, other=0, volatile=True)
-    sent = tl.load(plan + _NUMBER, volatile=True) == number
-    end = tl.load(plan + _ROW_STARTS, volatile=True)
-    end += _ROW_START * tl.load(plan + _NUM_STARTS, volatile=True)
-    size = tl.where(sent, end, _HEADER)
-    tl.store(packed_ptr + i, tl.where(sent, values, 0), mask=(i < size) & (sent | (i != _NUMBER)))
-    for begin in range(BLOCK, size, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        tl.store(packed_ptr + i, tl.load(plan + i, mask=i < size, volatile=True), mask=i < size)
-
-
-@triton.jit
-def _fetch_and_apply_plan_kernel(
-    sent_ptr,
+def _apply_plan_kernel(
     packed_ptr,
     block_tables_ptr,
     temperature_ptr,
@@ -71,8 +47,6 @@ def _fetch_and_apply_plan_kernel(
     top_p_ptr,
     min_p_ptr,
     seed_ptr,
-    num_turns,
-    stride_turn,
     num_columns,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -80,8 +54,6 @@ def _fetch_and_apply_plan_kernel(
     """One program: a step rarely changes more than a few dozen entries."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
-    _fetch_plan(sent_ptr, packed_ptr, num_turns, stride_turn, BLOCK)
-    tl.debug_barrier()  # what one thread has stored others read
     num_updates, num_starts = tl.load(packed_ptr + _NUM_UPDATES), tl.load(packed_ptr + _NUM_STARTS)
     updates = _section(packed_ptr, _UPDATES)
     for begin in range(0, num_updates, BLOCK):
@@ -249,13 +221,12 @@ def _keep_tokens_kernel(
     tl.store(ring_ptr + tl.load(packed_ptr + _TURN) * stride_turn + k, token, mask=mask)
 
 
-def fetch_and_apply_plan_triton(sent: torch.Tensor, packed: torch.Tensor, state: RowState) -> None:
-    """As `fetch_plan_ref`, then `apply_plan_ref`."""
+def apply_plan_triton(packed: torch.Tensor, state: RowState) -> None:
+    """As `apply_plan_ref`."""
     tables, sampling = state.block_tables, state.sampling
-    launch: dict[str, Any] = {"BLOCK": _FETCHED, "num_warps": 16, **pdl_launch(packed)}
-    _fetch_and_apply_plan_kernel[(1,)](
-        sent, packed, tables, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed,
-        len(sent), sent.stride(0), tables.stride(0), **launch,
+    _apply_plan_kernel[(1,)](
+        packed, tables, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed,
+        tables.stride(0), BLOCK=_CHANGES, num_warps=8, **pdl_launch(packed),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 

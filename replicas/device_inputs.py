@@ -1,8 +1,8 @@
 """Step inputs on a CUDA device: one packed plan a step travels, buffers that stay do the rest.
 
-Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. Plans and sampled tokens
-lie in host memory, which a step's first and last kernel read and write: the host queues no copy. On an H200's machine
-a copy there cost it 20 us a step, and one back, on a stream of its own, 70.
+Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. The sampled tokens lie in
+host memory, which a step's last kernel writes: a copy on a stream of its own costs the host of an H200 70 us a step. The
+plan is copied: a kernel that read it there took 40 us of the GPU's time (volatile loads, in a virtual machine).
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kernels.step_inputs import (
-    HEADER,
-    ROW_START,
-    RowState,
-    StepTensors,
-    following_number,
-    keep_tokens,
-    load_plan,
-)
+from ..kernels.step_inputs import HEADER, ROW_START, RowState, StepTensors, keep_tokens, load_plan
 from .batch import AttentionMetadata, InputBatch, Room
 from .host_copy import HostCopy
 from .plan import Ints, RowStart, StepPlan
 from .step_inputs import count_decodes
+
+_COPIED = 512  # integers; a plan is copied in so many or a multiple of them
 
 
 def packed_size(num_rows: int, num_columns: int, max_tokens: int) -> int:
@@ -30,8 +24,8 @@ def packed_size(num_rows: int, num_columns: int, max_tokens: int) -> int:
     return HEADER + 5 * num_rows + 1 + max_tokens + 3 * num_rows * num_columns + ROW_START * num_rows
 
 
-def pack_plan(plan: StepPlan, number: int, turn: int, array: Ints) -> None:
-    """Writes the plan into `array` as the integers that kernels/step_inputs.py reads."""
+def pack_plan(plan: StepPlan, turn: int, array: Ints) -> int:
+    """Writes the plan into `array` as the integers that kernels/step_inputs.py reads; returns how many they are."""
     num_slices, num_samples = plan.num_slices, len(plan.sample_rows)
     num_tokens, num_updates = len(plan.token_ids), len(plan.table_rows)
     rows = HEADER
@@ -51,11 +45,12 @@ def pack_plan(plan: StepPlan, number: int, turn: int, array: Ints) -> None:
         array[updates:row_starts].reshape(3, -1)[:] = plan.table_rows, plan.table_indices, plan.table_blocks
     for begin, start in enumerate(plan.row_starts):
         array[row_starts + begin * ROW_START :][:ROW_START] = _pack_start(start)
-    # In the order of Place.
+    # In the order of Place; the last is not used.
     array[:HEADER] = (
         turn, num_slices, count_decodes(plan), num_tokens, num_samples, num_updates, len(plan.row_starts),
-        rows, starts, cu_seqlens, token_ids, sample_slices, sample_rows, updates, row_starts, number,
+        rows, starts, cu_seqlens, token_ids, sample_slices, sample_rows, updates, row_starts, 0,
     )  # fmt: skip
+    return row_starts + ROW_START * len(plan.row_starts)
 
 
 def _pack_start(start: RowStart) -> np.ndarray:
@@ -74,12 +69,13 @@ class DeviceInputs:
         device = state.last_tokens.device
         self._state, self._block_size = state, block_size
         pinned = device.type == "cuda"
-        self._number, self._turns = 0, turns
-        sent = torch.zeros(turns, packed_size(num_rows, num_columns, max_tokens), dtype=torch.int32, pin_memory=pinned)
-        tokens = torch.zeros(turns, num_rows, dtype=torch.int64, pin_memory=pinned)
-        self._sent, self._sent_arrays = sent, list(sent.numpy())
-        self._ring, self._ring_arrays = tokens, list(tokens.numpy())
-        self._packed = torch.zeros_like(sent[0], device=device)
+        self._turn, self._turns = 0, turns
+        size = -(-packed_size(num_rows, num_columns, max_tokens) // _COPIED) * _COPIED
+        self._sent = torch.zeros(turns, size, dtype=torch.int32, pin_memory=pinned)
+        self._ring = torch.zeros(turns, num_rows, dtype=torch.int64, pin_memory=pinned)
+        self._sent_arrays, self._ring_arrays = list(self._sent.numpy()), list(self._ring.numpy())
+        self._packed = torch.zeros(size, dtype=torch.int32, device=device)
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by turn and size
         self._done = [torch.cuda.Event() if pinned else None for _ in range(turns)]
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -101,16 +97,19 @@ class DeviceInputs:
         )
 
     def send(self, plan: StepPlan) -> None:
-        """Lay the plan where the device fetches it."""
-        self._number = following_number(self._number, self._turns)
-        turn = self._number % self._turns
-        pack_plan(plan, self._number, turn, self._sent_arrays[turn])
+        """Queue the copy of the plan to the device."""
+        self._turn = turn = (self._turn + 1) % self._turns
+        count = -(-pack_plan(plan, turn, self._sent_arrays[turn]) // _COPIED) * _COPIED
+        copy = self._copies.get((turn, count))
+        if copy is None:  # the two slices take the host as long as the copy itself
+            copy = self._copies[turn, count] = self._packed[:count], self._sent[turn, :count]
+        copy[0].copy_(copy[1], non_blocking=True)
 
     def batch(self, room: Room) -> InputBatch:
         """Queue the kernels that expand the plan; its tensors, with as much room as is asked for."""
         counts = [room.tokens] * 3 + [room.decodes] * 2 + [room.prefills + 1] + [room.prefills] * 2 + [room.samples] * 3
         part = StepTensors._make(tensor[:count] for tensor, count in zip(self._tensors, counts, strict=True))
-        load_plan(self._sent, self._packed, self._state, self._block_size, part)
+        load_plan(self._packed, self._state, self._block_size, part)
         attention = AttentionMetadata(
             part.slot_mapping,
             part.decode_lens,
@@ -129,8 +128,7 @@ class DeviceInputs:
 
     def kept(self, count: int) -> HostCopy:
         """As StepInputs says."""
-        turn = self._number % self._turns
-        done = self._done[turn]
+        done = self._done[self._turn]
         if done is not None:
             done.record()
-        return HostCopy([self._ring_arrays[turn][:count]], done)
+        return HostCopy([self._ring_arrays[self._turn][:count]], done)

@@ -61,7 +61,7 @@ def rehearsed(tmp_path_factory) -> dict:
 
 
 def test_every_operator_of_a_step_is_rehearsed(rehearsed):
-    for part in ("fetch_and_apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill",
+    for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill",
                  "experts", "sample", "keep_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
         assert any(part in name for name in rehearsed["names"]), part
     assert rehearsed["same"], "a rehearsal leaves nothing behind"

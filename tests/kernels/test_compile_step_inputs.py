@@ -18,14 +18,14 @@ INTS = dict.fromkeys(
      "prefill_lens_ptr", "prefill_tables_ptr"), "*i32",
 )  # fmt: skip
 VARIANTS = {
-    "fetch and apply": Variant(
-        f"{MODULE}:_fetch_and_apply_plan_kernel",
+    "apply": Variant(
+        f"{MODULE}:_apply_plan_kernel",
         {
-            "sent_ptr": "*i32", "packed_ptr": "*i32", "block_tables_ptr": "*i32", "temperature_ptr": "*fp32",
+            "packed_ptr": "*i32", "block_tables_ptr": "*i32", "temperature_ptr": "*fp32",
             "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64",
         },
-        {"BLOCK": 2048, "PDL": True},
-        {"num_warps": 16},
+        {"BLOCK": 1024, "PDL": True},
+        {"num_warps": 8},
     ),
     "expand": Variant(
         f"{MODULE}:_expand_plan_kernel", LONGS | INTS, {"BLOCK_SIZE": 64, "TOKENS": 128, "COLUMNS": 256, "PDL": True}

@@ -5,21 +5,12 @@ import pytest
 import torch
 
 from shoal.kernels.sample import SamplingRows
-from shoal.kernels.step_inputs import (
-    PERIOD,
-    Place,
-    RowState,
-    StepTensors,
-    expand_plan_ref,
-    following_number,
-    keep_tokens,
-    load_plan,
-)
+from shoal.kernels.step_inputs import RowState, StepTensors, expand_plan_ref, keep_tokens, load_plan
 from shoal.replicas.device_inputs import pack_plan, packed_size
 from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
 
-NUM_ROWS, NUM_COLUMNS, BLOCK_SIZE, TURNS = 9, 7, 16, 3
+NUM_ROWS, NUM_COLUMNS, BLOCK_SIZE = 9, 7, 16
 
 
 def ints(*values: int) -> np.ndarray:
@@ -37,14 +28,9 @@ def make_state(device: torch.device) -> RowState:
     return RowState(integers(NUM_ROWS, NUM_COLUMNS), integers(NUM_ROWS).long(), sampling)
 
 
-def make_rings(plan: StepPlan, device: torch.device, number: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the host has sent, in its own memory: plan `number`; and what the device has, the plan before it."""
-    size = packed_size(NUM_ROWS, NUM_COLUMNS, 64)
-    sent = torch.zeros(TURNS, size, dtype=torch.int32, pin_memory=device.type == "cuda")
-    pack_plan(plan, number, number % TURNS, sent.numpy()[number % TURNS])
-    packed = torch.full((size,), -5, dtype=torch.int32, device=device)
-    packed[Place.NUMBER] = (number - 1) % (PERIOD * TURNS)
-    return sent, packed
+def pack(plan: StepPlan, turn: int) -> torch.Tensor:
+    packed = torch.zeros(packed_size(NUM_ROWS, NUM_COLUMNS, 64), dtype=torch.int32)
+    return packed[: pack_plan(plan, turn, packed.numpy())]
 
 
 def make_tensors(tokens: int, decodes: int, prefills: int, samples: int, device: torch.device) -> StepTensors:
@@ -95,9 +81,9 @@ EMPTY = StepPlan(6, ints(), ints(), ints(), ints(), ints(), ints())
     ids=["mixed", "mixed with padding", "decode", "decode with padding", "empty"],
 )
 def test_inputs_follow_from_the_packed_plan(plan, room, device):
-    sent, packed = make_rings(plan, device)
+    packed = pack(plan, turn=1)
     state, out = make_state(device), make_tensors(*room, device)
-    load_plan(sent, packed, state, BLOCK_SIZE, out)
+    load_plan(packed.to(device), state, BLOCK_SIZE, out)
 
     expected_state, expected = make_state(torch.device("cpu")), make_tensors(*room, torch.device("cpu"))
     expected_state.block_tables[plan.table_rows, plan.table_indices] = torch.from_numpy(plan.table_blocks)
@@ -111,14 +97,14 @@ def test_inputs_follow_from_the_packed_plan(plan, room, device):
     torch.testing.assert_close(state.block_tables.cpu(), expected_state.block_tables)
     for got, wanted in zip(state.sampling, expected_state.sampling, strict=True):
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0)
-    expand_plan_ref(sent[1], expected_state, BLOCK_SIZE, expected)
+    expand_plan_ref(packed, expected_state, BLOCK_SIZE, expected)
     for name, got, wanted in zip(StepTensors._fields, out, expected, strict=True):
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_padding_is_what_the_kernels_expect(device):
     out = make_tensors(6, 4, 3, 5, device)
-    load_plan(*make_rings(DECODE, device), make_state(device), BLOCK_SIZE, out)
+    load_plan(pack(DECODE, turn=0).to(device), make_state(device), BLOCK_SIZE, out)
     assert out.slot_mapping[2:].tolist() == [-1] * 4
     assert out.decode_lens.tolist() == [32, 33, 0, 0]
     assert out.prefill_starts.tolist() == [2] * 4
@@ -127,47 +113,12 @@ def test_padding_is_what_the_kernels_expect(device):
     assert out.sample_positions[:2].tolist() == [32, 33]
 
 
-def test_plans_are_fetched_in_their_turns_and_none_twice(device):
-    sent, packed = make_rings(EMPTY, device)
-    sent.zero_()
-    state, out = make_state(device), make_tensors(2, 2, 0, 2, device)
-    number = PERIOD * TURNS - 2  # the numbers begin again within this test
-    packed[Place.NUMBER] = number
-    for row in (4, 1, 3, 7, 2):
-        number = following_number(number, TURNS)
-        plan = DECODE._replace(rows=ints(row, 0), table_rows=ints(row), table_indices=ints(2), table_blocks=ints(row))
-        pack_plan(plan, number, number % TURNS, sent.numpy()[number % TURNS])
-        load_plan(sent, packed, state, BLOCK_SIZE, out)
-        assert out.slot_mapping[0] == state.block_tables[row, 1] * BLOCK_SIZE + 15
-        assert state.block_tables[row, 2] == row
-        load_plan(sent, packed, state, BLOCK_SIZE, out)  # the next was not sent yet
-        assert out.slot_mapping.tolist() == [-1, -1]
-        assert packed[Place.NUMBER] == number
-    assert number == 3, "the numbers have begun again"
-
-
-def test_a_plan_that_is_too_long_for_one_trip(device):
-    count = 3000
-    size, columns = packed_size(NUM_ROWS, NUM_COLUMNS, count), count // BLOCK_SIZE + 1
-    sent = torch.zeros(2, size, dtype=torch.int32, pin_memory=device.type == "cuda")
-    token_ids = np.arange(count, dtype=np.int32)
-    plan = StepPlan(0, ints(5), ints(0), ints(count), token_ids, ints(0), ints(5), row_starts=MIXED.row_starts[:1])
-    pack_plan(plan, 1, 1, sent.numpy()[1])
-    tables = torch.ones(NUM_ROWS, columns, dtype=torch.int32, device=device)
-    state, out = make_state(device)._replace(block_tables=tables), make_tensors(count, 0, 1, 1, device)
-    out = out._replace(decode_tables=tables[:0].clone(), prefill_tables=tables[:1].clone())
-    load_plan(sent, torch.zeros_like(sent[0], device=device), state, BLOCK_SIZE, out)
-    assert out.input_ids.tolist() == token_ids.tolist()
-    assert state.sampling.top_k[2] == SAMPLING.top_k
-
-
 def test_tokens_are_kept_for_the_next_step_and_for_the_host(device):
-    sent, _ = make_rings(DECODE, device)
     last = torch.full((NUM_ROWS,), 50, dtype=torch.int64, device=device)
     ring = torch.full((2, 5), -9, dtype=torch.int64, pin_memory=device.type == "cuda")  # the host's own memory
     tokens = torch.tensor([11, -1, 13], device=device)
     rows = torch.tensor([4, 1, NUM_ROWS - 1], device=device)
-    keep_tokens(tokens, rows, sent[1].to(device), last, ring)
+    keep_tokens(tokens, rows, pack(DECODE, turn=1).to(device), last, ring)
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert ring.tolist() == [[-9] * 5, [11, -1, 13, -9, -9]]
@@ -176,4 +127,4 @@ def test_tokens_are_kept_for_the_next_step_and_for_the_host(device):
 
 def test_a_block_size_that_is_no_power_of_two_is_refused(device):
     with pytest.raises(ValueError, match="block_size 24"):
-        load_plan(*make_rings(EMPTY, device), make_state(device), 24, make_tensors(1, 1, 0, 1, device))
+        load_plan(pack(EMPTY, turn=0).to(device), make_state(device), 24, make_tensors(1, 1, 0, 1, device))
