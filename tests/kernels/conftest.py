@@ -11,6 +11,11 @@ import torch
 from shoal.kernels.backend import Backend, backend_of, use_backend
 from tests.support.aot import AheadCompiler, Compiled
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.support.interpreter import search_once_a_launch
+
+    search_once_a_launch()
+
 AHEAD_COMPILER = pytest.StashKey[AheadCompiler]()
 
 

@@ -1,0 +1,33 @@
+"""Triton's interpreter without the search it repeats.
+
+At every call of a function that a kernel calls, tl.sum for one, it looks through all of triton.language for what it has
+to replace, although the launch has replaced everything: a third of the time that tests in the interpreter take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def search_once_a_launch() -> None:
+    """From now on, in this process. What a launch replaces is put back when it ends, so each one searches again."""
+    search = interpreter._patch_lang
+
+    def replace(function: Callable[..., Any]) -> interpreter._LangPatchScope:
+        if any(tl.core.is_builtin(module.load) for module in _languages(function)):
+            return search(function)
+        return interpreter._LangPatchScope()  # of no changes
+
+    interpreter._patch_lang = replace
+
+
+@cache
+def _languages(function: Callable[..., Any]) -> tuple[ModuleType, ...]:
+    """The modules in which the interpreter replaces what `function` may use."""
+    return tuple({id(each): each for each in function.__globals__.values() if each is tl or each is tl.core}.values())
