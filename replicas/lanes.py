@@ -6,10 +6,12 @@ enters the lane of the plan that ends its prefill. Where a lane has become small
 one gives it rows before it runs: they are late by a few plans and nobody waits.
 
 Prefills wait for no token and go with any plan. But stages that run plans of different sizes wait for each other, so
-these sizes are kept close: a plan prefills little more than the one before it did.
+these sizes are kept close: what there is to prefill is spread over several plans.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +19,12 @@ from numpy.typing import NDArray
 from .plan_draft import Rows
 from .sequence import SequenceTable, true_rows
 
-# Tokens that a plan may always prefill, and how much more than the plan before it. In a simulation of the scheduler
-# with step times of an 8B model on H200s, two stages have 1.80 times the throughput of one with these, 1.75 where each
-# plan may prefill twice as much as the one before it, and 1.70 without a bound.
+# Tokens that a plan may always prefill, and over how many plans more of them are spread. In a simulation of the
+# scheduler with step times of an 8B model on H200s (100 to 512 tokens in and out) two stages have 1.88 times the
+# throughput of one with these, 1.87 with 4 plans, 1.80 where each plan may prefill 1.25 times as much as the one before
+# it, and 1.70 without a bound.
 _FREE_PREFILL = 256
-_GROWTH = 1.25
+_PLANS = 8
 
 
 class Lanes:
@@ -30,15 +33,23 @@ class Lanes:
     def __init__(self, num_lanes: int, table: SequenceTable, max_steps_in_flight: int) -> None:
         self.num_lanes = num_lanes
         self.current = 0
-        self.prefill_budget = _FREE_PREFILL
         self._table = table
         # More would only make new requests wait behind them: a lane's plans run one after the other.
         self._max_in_flight = max_steps_in_flight // num_lanes
 
-    def advance(self, num_prefilled: int) -> None:
-        """The next lane's turn; the plan of this one prefills so many tokens."""
+    def advance(self) -> None:
+        """The next lane's turn."""
         self.current = (self.current + 1) % self.num_lanes
-        self.prefill_budget = max(_FREE_PREFILL, int(_GROWTH * num_prefilled))
+
+    @staticmethod
+    def prefill_budget(waiting: Iterable[int], budget: int) -> int:
+        """Tokens that a plan with room for `budget` prefills, of contexts that lack so many each."""
+        enough, total = _PLANS * budget, 0
+        for num_tokens in waiting:
+            total += num_tokens
+            if total >= enough:
+                break
+        return min(budget, max(_FREE_PREFILL, -(-total // _PLANS)))
 
     def enter(self, rows: Rows) -> None:
         """These rows' prefill ends in the current plan."""

@@ -43,11 +43,6 @@ class PlanDraft:
     def empty(self) -> bool:
         return not self.chunks and not self.decode_rows.size
 
-    @property
-    def num_prefilled(self) -> int:
-        """Tokens of all chunks."""
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
-
     def set_blocks(self, row: int, blocks: Ints) -> None:
         """Write the row's whole table."""
         count = len(blocks)

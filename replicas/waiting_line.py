@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Iterator
 
 from .sequence import Rank, RequestState, Sequence
 
@@ -31,6 +32,17 @@ class WaitingLine:
         if self._preempted and (state is None or self._preempted[0][0] < state.rank):
             return self._preempted[0][1]
         return state.leader if state is not None else None
+
+    def admissible(self, num_free_rows: int) -> Iterator[Sequence]:
+        """Those that have rows, and leaders of new requests as long as rows are left for them, in about this order."""
+        for _, sequence in self._preempted:
+            yield sequence
+        for _, state in self._new:
+            num_free_rows -= state.request.num_samples
+            if num_free_rows < 0:
+                return
+            if state.num_open:
+                yield state.leader
 
     def add(self, state: RequestState) -> None:
         """A new request waits."""

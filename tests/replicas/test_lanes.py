@@ -103,13 +103,27 @@ def test_the_chunks_of_one_prompt_fill_all_stages():
     assert [plan.starts.tolist() for plan in pipeline.in_flight] == [[0], [4], [8], [12]]
 
 
-def test_plans_prefill_little_more_than_the_one_before():
-    pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=1024, max_model_len=2048, block_size=16)
-    prompt = tuple(range(4, 40)) * 50
+def prefilled(plans: list[StepPlan]) -> list[int]:
+    return [int(plan.num_tokens[plan.num_tokens > 1].sum()) for plan in plans]
+
+
+def test_what_waits_to_be_prefilled_is_spread_over_plans():
+    pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=4096, max_model_len=4096, block_size=16)
+    prompt = tuple(range(4, 84)) * 50
     pipeline.scheduler.add(request("long", prompt))
-    assert [len(plan.token_ids) for plan in pipeline.run(8)[:6]] == [256, 320, 400, 500, 324, 1]
-    pipeline.scheduler.add(request("next", prompt[1:]))
-    assert next(len(plan.token_ids) for plan in pipeline.run(8) if plan.num_tokens.max() > 1) in (256, 257)
+    assert prefilled(pipeline.run(14))[:14] == [500, 438, 383, 335, 293, 257, *[256] * 7, 2]
+    for i in range(16):  # more than eight plans can take: each takes what fits beside the decodes
+        pipeline.scheduler.add(request(str(i), prompt[i + 1 :]))
+    assert min(prefilled(pipeline.run(8))) >= 1022
+
+
+def test_requests_that_cannot_have_rows_do_not_make_plans_larger():
+    pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=4096, max_model_len=4096, max_num_seqs=2)
+    for i in range(9):
+        pipeline.scheduler.add(request(str(i), tuple(range(4, 84)) * 10, n=1 + (i == 1)))
+    pipeline.run(2)
+    pipeline.plans.clear()
+    assert max(prefilled(pipeline.run(3))) == 256
 
 
 def test_prefills_go_with_the_decodes_of_any_lane():
