@@ -217,6 +217,8 @@ def main() -> None:
         app()
     except ServingError as error:
         print(f"shoal: error: {error.message}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"shoal: {note}", file=sys.stderr)
         sys.exit(EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1)
 
 

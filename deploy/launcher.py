@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -24,6 +25,7 @@ from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
 from .config import ModelPlan, ServeConfig
+from .start_logs import explain
 
 APP_NAME = "shoal"
 # Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
@@ -48,7 +50,11 @@ class Endpoint:
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """A Ray of our own, or the one at `address`. What was started here is stopped at the end."""
+    """A Ray of our own, or the one at `address`. What was started here is stopped at the end.
+
+    Where a start fails on a Ray of our own, its logs are kept and the error has notes of them; but not where the user's
+    settings or files are at fault, of which the error says all.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
         _join(address)
@@ -60,10 +66,17 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
     folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
-        yield
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
+            yield
+        finally:
+            ray.shutdown()
+    except (ConfigError, ModelError):
+        raise
+    except Exception as error:
+        explain(error, Path(folder))
+        raise
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -120,10 +133,10 @@ def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
     try:
         serve.run(assemble(config, plans), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        reasons = [reason for deployment in deployments if (reason := reason_of(deployment.message)) is not None]
-        last_words = [line for deployment in deployments for line in deployment.message.splitlines() if line.strip()]
-        raise reasons[0] if reasons else EngineError(f"{error} {' '.join(last_words[-1:])}") from error
+        messages = [status.message for status in serve.status().applications[APP_NAME].deployments.values()]
+        reasons = [reason for message in messages if (reason := reason_of(message)) is not None]
+        ends = [end for message in messages if (end := end_of(message)) is not None]
+        raise reasons[0] if reasons else EngineError(" ".join([str(error), *ends[:1]])) from error
 
 
 def reason_of(traceback: str) -> ServingError | None:
@@ -132,6 +145,17 @@ def reason_of(traceback: str) -> ServingError | None:
     for name, message in reversed(found):
         return _RAISED_BY_MODELS.get(name, EngineError)(message)
     return None
+
+
+def end_of(traceback: str) -> str | None:
+    """What a traceback of Serve's comes to, in one line: why a process has ended, or else the last line."""
+    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
+    if not lines:
+        return None
+    why = [line for line in lines if "because its worker process has died" in line]
+    if why:
+        return why[-1].partition(" Some common causes")[0]  # of which Ray goes on with a list
+    return lines[-1].replace("ActorDiedError()", "The process of a replica has ended.")
 
 
 def wait_for_completion(endpoint: Endpoint, model: str) -> None:
