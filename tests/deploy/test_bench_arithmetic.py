@@ -308,6 +308,8 @@ def test_without_a_gpu_operators_count_by_their_own_time() -> None:
         ("nvjet_sm90_tst_128x32_64x10_2x1_v_bz_TNT", "GEMM"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "GEMM"),
         ("_fma_kernel", "GEMM"),
+        ("_mma_kernel", "GEMM"),
+        ("_stream_kernel", "GEMM"),
         ("_paged_decode_kernel", "attention"),
         ("_paged_prefill_kernel", "attention"),
         ("_rms_norm_kernel", "norm"),
