@@ -23,6 +23,8 @@ _ALWAYS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
 }
+# How the folder of a Ray that is started here begins; it is told by that from one that others may join.
+OWN_RAY_FOLDER = "shoal-ray-"
 # Of a Ray that is started here and has one node.
 _OWN_RAY = {
     # Ray then takes 127.0.0.1 for this node's address, on Linux too, and its own ports stay on loopback. An address

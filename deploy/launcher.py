@@ -25,6 +25,7 @@ from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
 from .config import ModelPlan, ServeConfig
+from .environment import OWN_RAY_FOLDER
 from .start_logs import explain
 
 APP_NAME = "shoal"
@@ -64,7 +65,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
         return
     # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
-    folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix=OWN_RAY_FOLDER, dir="/tmp")
     try:
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from ..environment import OWN_RAY_FOLDER
 from . import memory
 from .finding import Finding, Status
 from .process import Outcome
@@ -12,6 +15,24 @@ from .process import Outcome
 # Nothing that Shoal does depends on equal clocks; logs of several nodes cannot be read together without them, and
 # certificates and tokens expire at the wrong time.
 _SKEW_S = 1.0
+_SESSION = "--session-dir="  # of Ray's gcs_server: the folder of its Ray, and in it one of this run
+
+
+def only_own(processes: Path = Path("/proc")) -> bool:
+    """Whether Rays run here, and all are those that `shoal serve` has started for itself.
+
+    They listen on loopback alone, where Ray does not find them by itself, and takes minutes to say so.
+    """
+    sessions = list(_sessions(processes))
+    return bool(sessions) and all(session.parent.name.startswith(OWN_RAY_FOLDER) for session in sessions)
+
+
+def _sessions(processes: Path) -> Iterator[Path]:
+    for file in processes.glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # a process may end meanwhile
+            program, *arguments = file.read_text(errors="replace").split("\0")
+            if Path(program).name == "gcs_server":
+                yield from (Path(each.removeprefix(_SESSION)) for each in arguments if each.startswith(_SESSION))
 
 
 def nodes_of(outcome: Outcome) -> list[dict[str, float]]:
@@ -24,7 +45,7 @@ def findings(outcome: Outcome, *, wanted: bool) -> list[Finding]:
     missing = next((line["missing"] for line in outcome.lines if "missing" in line), None)
     nodes = [line for line in outcome.lines if "node" in line]
     if missing is not None or (not nodes and outcome.failure is not None):
-        return [_missing(missing or str(outcome.failure), wanted)]
+        return [_missing(missing, outcome.failure, wanted)]
     answers = {line["asked"]: line for line in outcome.lines if "asked" in line}
     total = {name: sum(node["resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     message = f"Ray has {_nodes(len(nodes))} with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
@@ -42,11 +63,13 @@ def findings(outcome: Outcome, *, wanted: bool) -> list[Finding]:
     return found
 
 
-def _missing(why: str, wanted: bool) -> Finding:
+def _missing(why: str | None, failure: str | None, wanted: bool) -> Finding:
+    """why: what Ray said where there is none; failure: the probe's own."""
     if wanted:
         remedy = "is it up, and is this its address? If it asks for a token, set RAY_AUTH_MODE=token"
-        return Finding("ray", Status.WRONG, f"Ray cannot be joined: {why}", remedy)
-    return Finding("ray", Status.SKIPPED, "no Ray runs here; `shoal serve` starts one of its own")
+        return Finding("ray", Status.WRONG, f"Ray cannot be joined: {why or failure}", remedy)
+    here = "no Ray runs here" if why is not None else f"the Ray that runs here cannot be joined ({failure})"
+    return Finding("ray", Status.SKIPPED, f"{here}; `shoal serve` starts one of its own")
 
 
 def _versions(answered: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,10 @@ def _check_devices(limit_s: float) -> list[Finding]:
 def _check_ray(subject: Subject, content: dict[str, Any]) -> list[Finding]:
     found: list[Finding] = []
     nodes: list[dict[str, float]] = []
-    if subject.address != NO_RAY:
+    if subject.address == "auto" and not os.environ.get("RAY_ADDRESS") and ray_cluster.only_own():
+        message = "the Ray that runs here is of a `shoal serve`, and nobody else's to join"
+        found.append(Finding("ray", Status.SKIPPED, message))
+    elif subject.address != NO_RAY:
         outcome = run_probe("probe_ray", subject.address, limit_s=subject.limit_s)
         found += ray_cluster.findings(outcome, wanted=subject.address != "auto")
         nodes = ray_cluster.nodes_of(outcome)

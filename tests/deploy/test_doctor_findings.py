@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,6 +269,20 @@ def test_nodes_that_do_not_fit_together() -> None:
 def test_no_ray() -> None:
     assert statuses(ray_cluster.findings(outcome({"missing": "none"}), wanted=False)) == ["skipped"]
     assert statuses(ray_cluster.findings(outcome(status=None), wanted=True)) == ["wrong"]
+    (silent,) = ray_cluster.findings(outcome(status=None), wanted=False)
+    assert (silent.status, "no answer within 30 s" in silent.message) == (Status.SKIPPED, True)
+
+
+@pytest.mark.parametrize(
+    ("folders", "only_own"), [([], False), (["shoal-ray-1"], True), (["shoal-ray-1", "ray"], False), (["ray"], False)]
+)
+def test_a_ray_that_shoal_serve_has_for_itself(folders: list[str], only_own: bool, tmp_path: Path) -> None:
+    """Ray would look for a way to join it for as long as it may."""
+    programs = [f"/lib/ray/gcs_server\0--log_dir=/tmp\0--session-dir=/tmp/{folder}/session_1\0" for folder in folders]
+    for pid, command in enumerate(["/bin/sh\0--session-dir=/tmp/ray/session_1\0", "", *programs], 1):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cmdline").write_text(command)
+    assert ray_cluster.only_own(tmp_path) is only_own
 
 
 def request(tp: int, pp: int, nodes: list[dict[str, float]], **more: Any) -> list[Finding]:
