@@ -35,7 +35,10 @@ _FAMILIES = (
     ("activation", r"silu|gelu|swiglu|act_and_mul"),
     ("embedding", r"embed|gather|index_?select|index_copy"),
     ("inputs", r"(expand|apply)_plan|keep_tokens|step_inputs"),
-    ("GEMM", r"gemm|gemv|_(fma|mma|stream)_kernel|nvjet|cutlass|cublas|mkldnn|splitk|matmul|linear|aten::(add)?mm\b|dot"),
+    (
+        "GEMM",
+        r"gemm|gemv|_(fma|mma|stream)_kernel|nvjet|cutlass|cublas|mkldnn|splitk|matmul|linear|aten::(add)?mm\b|dot",
+    ),
 )
 _COMPILED = tuple((family, re.compile(pattern, re.IGNORECASE)) for family, pattern in _FAMILIES)
 
