@@ -127,7 +127,7 @@ def test_every_choice_of_who_sums(kind):
 def test_large_messages_in_8_bits():
     for _, errors in run_ranks(2, sum_by, "auto", True):
         assert max(errors[:3]) < 4e-3
-        assert 1e-3 < min(errors[3:])  # 2.3 and 16 MiB
+        assert min(errors[3:]) > 1e-3  # 2.3 and 16 MiB
         assert max(errors[3:]) < 2e-2
 
 
