@@ -23,13 +23,13 @@ from ..replicas.engine import Engine
 from ..replicas.errors import EngineError
 from ..replicas.llm import build_engine
 from ..replicas.protocol import ReplicaLoad, TokenDelta
+from ..replicas.step_watchdog import StepWatchdog
 from .directory import DEFAULT_NAME, REGISTER_INTERVAL, DirectoryClient
 from .errors import DirectoryUnavailable
 from .membership import ReplicaInfo
 from .server import ReplicaServer, ServerOptions
 from .shard_actor import build_sharded_engine
 from .shard_group import ShardGroup
-from .watchdog import FLOOR, STOPPED, StepWatchdog
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Replica:
         secret, self._engine = await asyncio.gather(
             self._directory.secret(), asyncio.to_thread(self.build_engine, config)
         )
-        self._watchdog = StepWatchdog(FLOOR[self._engine.config.device])
+        self._watchdog = StepWatchdog.of(self._engine.config)
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
         # What is loaded by now lives as long as the process: some 280,000 objects, over which a full collection takes
@@ -124,11 +124,8 @@ class Replica:
     def _check_engine(self) -> None:
         if self._failure is not None:
             raise EngineError(f"the engine failed: {self._failure}")
-        silence, limit = time.monotonic() - self._thread.last_progress, self._watchdog.limit
-        if silence > limit:
-            raise EngineError(f"a step has taken {silence:.1f} s, above the limit of {limit:.1f} s")
-        if self._shards is not None and silence > STOPPED and (stopped := self._shards.stopped()):
-            raise EngineError(f"a step has taken {silence:.1f} s and waits for stopped processes: {', '.join(stopped)}")
+        stopped = self._shards.stopped if self._shards is not None else list
+        self._watchdog.check(time.monotonic() - self._thread.last_progress, stopped)
 
     async def info(self) -> ReplicaInfo:
         return self._server.info

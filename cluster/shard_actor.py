@@ -7,7 +7,6 @@ import os
 import select
 import signal
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -19,6 +18,7 @@ from ..replicas.config import EngineConfig
 from ..replicas.engine import Engine
 from ..replicas.errors import ConfigError, ShardGroupError
 from ..replicas.llm import build_engine
+from ..replicas.step_watchdog import is_stopped
 from .placement import Place, ray_actor_options
 from .shard_group import Home, ShardGroup, start_shard_group
 
@@ -112,13 +112,7 @@ class ShardActorHandle:
                 self._process = os.pidfd_open(place.pid)
 
     def is_stopped(self) -> bool:
-        if self._process is None or self._place is None:
-            return False
-        try:
-            status = Path(f"/proc/{self._place.pid}/stat").read_text()
-        except OSError:  # it has ended
-            return False
-        return status.rpartition(")")[2].split()[0] == "T"
+        return self._process is not None and self._place is not None and is_stopped(self._place.pid)
 
     def kill(self) -> None:
         process, self._process = self._process, None  # two threads may end the group at once

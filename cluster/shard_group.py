@@ -55,7 +55,7 @@ class ShardGroup(GroupExecutor):
         self._shards = tuple(shards)
 
     def stopped(self) -> list[str]:
-        """The ranks whose processes are stopped, as far as that can be seen from this node."""
+        """Those of this node."""
         return [str(shard) for shard in self._shards if shard.is_stopped()]
 
     def shutdown(self) -> None:

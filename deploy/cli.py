@@ -101,6 +101,9 @@ def serve(
         bool | None,
         typer.Option("--batch-invariant/--no-batch-invariant", help="The same bits in any batch; slower."),
     ] = None,
+    step_limit_s: Annotated[
+        float | None, typer.Option(help="Seconds that a step may always take; one of more may count as stuck.")
+    ] = None,
     num_replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
     group_start_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds for the ranks of a replica to start and load the model.")

@@ -71,6 +71,7 @@ class EngineArgs(BaseModel):
     num_threads: int | None = Field(default=None, ge=1)  # torch threads of an engine on CPU; not vLLM's
     enforce_eager: bool = False  # no CUDA graphs
     batch_invariant: bool = False  # bits of a sequence do not depend on its batch; vLLM's VLLM_BATCH_INVARIANT
+    step_limit_s: float | None = Field(default=None, gt=0.0)  # of a step that is not stuck; not vLLM's
 
     def engine_config(self, folder: Path) -> EngineConfig:
         """The engine's own configuration, not yet resolved. Raises ConfigError for settings that exclude each other."""
@@ -93,6 +94,7 @@ class EngineArgs(BaseModel):
             num_threads=self.num_threads,
             enforce_eager=self.enforce_eager,
             batch_invariant=self.batch_invariant,
+            step_limit_s=self.step_limit_s,
         )
 
     def _cache_config(self) -> CacheConfig:

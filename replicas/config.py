@@ -99,6 +99,7 @@ class EngineConfig:
     num_threads: int | None = None  # torch threads of a CPU shard; auto: all usable cores but one
     enforce_eager: bool = False  # no CUDA graphs: a quicker start, slower steps
     batch_invariant: bool = False  # a sequence's bits do not depend on its batch: fixed tiles and splits, slower
+    step_limit_s: float | None = None  # a step that takes less is not stuck (step_watchdog.py); auto: by the device
 
     def resolve(self, model: ModelFacts, device: str) -> EngineConfig:
         """A copy with every automatic value set, for `device` "cpu" or "cuda".
@@ -146,28 +147,35 @@ class EngineConfig:
                 f"without chunked prefill a prompt of max_model_len {max_model_len} tokens must fit "
                 f"max_num_batched_tokens {budget}; raise it to {max_model_len} or enable chunked prefill"
             )
+        if self.step_limit_s is not None and not self.step_limit_s > 0.0:
+            raise ConfigError(f"step_limit_s is {self.step_limit_s}; it must be above 0 seconds")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization {self.cache.gpu_memory_utilization} is outside (0, 1]")
         self._check_split(model, device)
-        num_blocks, kv_bytes = self.cache.num_blocks, self.cache.kv_cache_memory_bytes
-        if num_blocks is None and (on_cpu or kv_bytes is not None):
-            kv_bytes = kv_bytes if kv_bytes is not None else 1 << 30
-            parallel = self.parallel
-            per_token = model.kv_bytes_per_token(dtype, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-            num_blocks = kv_bytes // (per_token * block_size)
-        if num_blocks is not None and num_blocks * block_size < max_model_len:
+        cache = self._with_blocks(model, device, dtype, block_size)
+        if cache.num_blocks is not None and cache.num_blocks * block_size < max_model_len:
             raise ConfigError(
-                f"the KV cache holds {num_blocks} blocks of {block_size} tokens, less than one sequence of "
+                f"the KV cache holds {cache.num_blocks} blocks of {block_size} tokens, less than one sequence of "
                 f"max_model_len {max_model_len}; give it more memory, or lower max_model_len to "
-                f"{num_blocks * block_size}"
+                f"{cache.num_blocks * block_size}"
             )
         return replace(
             self,
             model=replace(self.model, dtype=dtype, max_model_len=max_model_len),
-            cache=replace(self.cache, block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_bytes),
+            cache=cache,
             scheduler=replace(self.scheduler, max_num_batched_tokens=budget, max_steps_in_flight=max_steps_in_flight),
             device=device,
         )
+
+    def _with_blocks(self, model: ModelFacts, device: str, dtype: str, block_size: int) -> CacheConfig:
+        """The cache with blocks of that size; how many, as far as it can be told from here."""
+        num_blocks, kv_bytes = self.cache.num_blocks, self.cache.kv_cache_memory_bytes
+        if num_blocks is None and (device == "cpu" or kv_bytes is not None):
+            kv_bytes = kv_bytes if kv_bytes is not None else 1 << 30
+            parallel = self.parallel
+            per_token = model.kv_bytes_per_token(dtype, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+            num_blocks = kv_bytes // (per_token * block_size)
+        return replace(self.cache, block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_bytes)
 
     def _check_split(self, model: ModelFacts, device: str) -> None:
         """Raises ConfigError where the model cannot be split as asked, or the collectives are not to be had."""

@@ -23,6 +23,7 @@ from .errors import ConfigError, ShardGroupError
 from .group_executor import GroupExecutor
 from .group_start import GroupStart
 from .step_channel import StepChannelServer
+from .step_watchdog import StepWatchdog, is_stopped
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more plans
@@ -107,10 +108,18 @@ class ShardProcesses(GroupExecutor):
     """The ranks of one model copy on this machine; implements `Executor`."""
 
     def __init__(
-        self, num_blocks: int, server: StepChannelServer, ranks: Sequence[RankProcess], runs: Sequence[Future[Any]]
+        self,
+        num_blocks: int,
+        server: StepChannelServer,
+        ranks: Sequence[RankProcess],
+        runs: Sequence[Future[Any]],
+        watchdog: StepWatchdog,
     ) -> None:
-        super().__init__(num_blocks, server, ranks, runs)
+        super().__init__(num_blocks, server, ranks, runs, watchdog)
         self.ranks = tuple(ranks)
+
+    def stopped(self) -> list[str]:
+        return [str(rank) for rank in self.ranks if is_stopped(rank.pid)]
 
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves. Idempotent."""
@@ -135,7 +144,7 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
     except BaseException:
         _end_all(ranks, 0.0)
         raise
-    return ShardProcesses(num_blocks, server, ranks, runs)
+    return ShardProcesses(num_blocks, server, ranks, runs, StepWatchdog.of(config))
 
 
 def _check_gpus(config: EngineConfig) -> None:

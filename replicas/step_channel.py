@@ -17,6 +17,7 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from .step_handshake import introduce
 from .step_sockets import SEND_FLAGS, Address, ChannelClosed, Door, connect
 
 _STAGING_BYTES = 1 << 16  # a decode plan of 2,700 sequences
+_SILENCE_MS = 1000
 
 
 class PeerLost(EngineError):
@@ -102,7 +104,8 @@ class StepChannelServer:
     """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
 
     One thread submits and asks for results; any thread may close. Where `host` is given, ranks may also come by TCP,
-    on a port that the system chooses. path: of the UNIX socket.
+    on a port that the system chooses. path: of the UNIX socket. on_silence: called in each second in which a call that
+    waits for the ranks has heard nothing of them; what it raises ends the call.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -139,7 +142,7 @@ class StepChannelServer:
             for sock in (self._wake, *socks):
                 self._poll.register(sock, select.POLLIN)
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
         """Send a plan to every rank; returns when the sockets have taken it, which for most plans is at once.
 
         Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
@@ -161,10 +164,10 @@ class StepChannelServer:
                     self._poll.modify(peer.sock, select.POLLIN | select.POLLOUT)
             # Results are read meanwhile: a rank that waits for us to read a large one would take no plan.
             while waiting:
-                self._wait()
+                self._wait(on_silence)
                 waiting = any(peer.unsent for peer in self._ranks)
 
-    def result(self) -> StepResult:
+    def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
         """The result of the oldest plan not yet answered; waits for it.
 
         Raises EngineError when a rank says that it failed, PeerLost when one is gone, ChannelClosed.
@@ -174,7 +177,7 @@ class StepChannelServer:
             if not self._results and not self._in_flight:
                 raise EngineError("no plan is in flight, so no result can come; submit one first")
             while not self._results:
-                self._wait()
+                self._wait(on_silence)
             return self._results.popleft()
 
     def close(self) -> None:
@@ -199,9 +202,12 @@ class StepChannelServer:
         if self._broken is not None:
             raise self._broken
 
-    def _wait(self) -> None:
-        """Wait until a socket has something or takes something, and do that."""
-        for fd, events in self._poll.poll():
+    def _wait(self, on_silence: Callable[[], None] | None) -> None:
+        """Wait until a socket has something or takes something, and do that; or for a second."""
+        ready = self._poll.poll(_SILENCE_MS)
+        if not ready and on_silence is not None:
+            on_silence()
+        for fd, events in ready:
             peer = self._by_fd.get(fd)
             if peer is None:
                 raise ChannelClosed("the step channel was closed while the engine waited for its shards")

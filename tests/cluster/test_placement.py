@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from shoal.cluster.placement import Place, Seat, bundles, ray_actor_options, seat, spread_stages, strategy
-from shoal.cluster.watchdog import StepWatchdog
 from shoal.replicas.config import ParallelConfig
 
 
@@ -73,14 +72,3 @@ def test_without_gpus_ranks_keep_the_order_of_their_bundles() -> None:
         (0, 0, ()),
         (2, 1, ()),
     ]
-
-
-def test_a_step_is_stuck_above_the_floor_and_twenty_times_the_slow_ones() -> None:
-    watchdog = StepWatchdog(floor=5.0)
-    assert watchdog.limit == 120.0
-    for _ in range(200):
-        watchdog.step_ended(0.01)
-    assert watchdog.limit == 5.0
-    for _ in range(200):
-        watchdog.step_ended(0.5)
-    assert watchdog.limit == 10.0

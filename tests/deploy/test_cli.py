@@ -56,6 +56,7 @@ def test_version() -> None:
         (["--all-reduce", "triton", "--disable-custom-all-reduce"], "exclude each other"),
         (["--num-replicas", "0"], "num_replicas"),
         (["-tp", "2", "--group-start-timeout-s", "0"], "deployment_config.group_start_timeout_s"),
+        (["--step-limit-s", "0"], "engine_kwargs.step_limit_s"),
         (["--quantization", "awq"], "awq"),
         (["--port", "70000"], "--port"),
         (["--host", "203.0.113.7"], "203.0.113.7"),

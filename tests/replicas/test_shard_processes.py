@@ -82,6 +82,20 @@ def test_a_stopped_rank_is_ended_with_the_group(serving):
     wait_for_end(set(pids))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_waits_for_a_stopped_rank_ends_the_engine(serving, rank):
+    """It is told of as stopped, and long before the collective that waits for it gives up."""
+    engine, pids = serving
+    os.kill(pids[rank], signal.SIGSTOP)
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.ERROR]
+    assert f"waits for stopped processes: rank {rank} (process {pids[rank]})" in str(engine.failure)
+    engine.shutdown()
+    wait_for_end(set(pids))
+
+
 def test_an_idle_server_uses_no_cpu(serving):
     """Neither the engine's thread, once it has answered a request, nor its ranks."""
     engine, ranks = serving
