@@ -78,10 +78,16 @@ class ShardRank:
             if self._store is None:
                 self._store = TCPStore(*store, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
-            raise ShardGroupError(f"rank {self._rank} cannot reach the group's store at {store}: {error}") from error
+            raise ShardGroupError(
+                f"rank {self._rank} cannot reach the group's store at {store}: {error}; nodes of a group must reach each "
+                "other at every port: look at routes and firewalls"
+            ) from error
         if self._device.type == "cuda":
             if (found := torch.cuda.device_count()) <= self._device.index:
-                raise ShardGroupError(f"rank {self._rank} is to use {self._device}, and its process sees {found} GPUs")
+                raise ShardGroupError(
+                    f"rank {self._rank} is to use {self._device}, and its process sees {found} GPUs; check "
+                    "CUDA_VISIBLE_DEVICES, and whether the driver still has them all (nvidia-smi -L)"
+                )
             torch.cuda.set_device(self._device)
         own = RankFacts.of(self._config, self._device)
         answers = self._exchange("facts", own.to_json(), timedelta(seconds=max(0.1, deadline - time.monotonic())))
