@@ -79,8 +79,8 @@ class ShardRank:
                 self._store = TCPStore(*store, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
             raise ShardGroupError(
-                f"rank {self._rank} cannot reach the group's store at {store}: {error}; nodes of a group must reach each "
-                "other at every port: look at routes and firewalls"
+                f"rank {self._rank} cannot reach the group's store at {store}: {error}; nodes of a group must reach "
+                "each other at every port: look at routes and firewalls"
             ) from error
         if self._device.type == "cuda":
             if (found := torch.cuda.device_count()) <= self._device.index:

@@ -268,8 +268,8 @@ class StepChannelClient:
             self._sock = connect(address, timeout_s)
         except OSError as error:
             raise EngineError(
-                f"rank {rank} cannot reach its engine at {address}: {error}; look at the engine's log and, between nodes, "
-                "at routes and firewalls"
+                f"rank {rank} cannot reach its engine at {address}: {error}; look at the engine's log and, between "
+                "nodes, at routes and firewalls"
             ) from error
         try:
             introduce(self._sock, rank, world_size, token)

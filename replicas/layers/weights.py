@@ -1,8 +1,8 @@
 """How a layer says which part of which checkpoint tensor fills which part of its parameters.
 
-`weight_slots(prefix)` of a layer yields its slots, where `prefix` is the layer's name in the checkpoint, without a final
-dot; the loader reads them. Nothing is loaded that no slot names, and every element of every parameter lies in a slot,
-so a checkpoint is either understood whole or refused.
+`weight_slots(prefix)` of a layer yields its slots, where `prefix` is the layer's name in the checkpoint, without the
+final dot; the loader reads them. Nothing is loaded that no slot names, and every element of every parameter lies in a
+slot, so a checkpoint is either understood whole or refused.
 """
 
 from __future__ import annotations
