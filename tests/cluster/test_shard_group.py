@@ -12,6 +12,7 @@ import pytest
 
 from shoal.cluster.placement import Place
 from shoal.cluster.shard_group import Home, ShardGroup, start_shard_group
+from shoal.replicas import group_start
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 from shoal.replicas.group_executor import GroupExecutor
@@ -130,7 +131,10 @@ def test_a_step_that_fails_on_one_rank_ends_all(maker: Maker, method: str, actor
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_rank_that_dies_while_the_group_starts_ends_all(maker: Maker, method: str) -> None:
+def test_a_rank_that_dies_while_the_group_starts_ends_all(
+    maker: Maker, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_start, "_LAST_WORDS_SECONDS", 0.1)  # which the hanging rank has none of
     hangs = threading.Event()
     maker.fault(0, method, lambda: maker.shards[0].kill())
     if method not in ("open_store", "place"):

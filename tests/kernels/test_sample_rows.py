@@ -97,8 +97,8 @@ def small_chunks(device, monkeypatch):
 @pytest.mark.parametrize("num_rows", [7, 14])
 @pytest.mark.usefixtures("small_chunks")
 def test_a_vocabulary_of_several_chunks(num_rows, device, dtype):
-    """Five chunks of the filters and five or ten of the choice; candidates that fit, and candidates that do not."""
-    vocab_size = 1201
+    """Three chunks of the filters and three or six of the choice; candidates that fit, and candidates that do not."""
+    vocab_size = 701
     params = make_params(FILTERS.values(), device)
     for first in range(0, len(FILTERS), num_rows):
         rows = (torch.arange(num_rows, device=device) + first) % len(FILTERS)

@@ -14,6 +14,7 @@ import torch
 
 from shoal.kernels.all_reduce import NUM_BUFFERS, STATE_SIZE, Exchange
 from shoal.kernels.backend import Backend, use_backend
+from tests.support.interpreter import search_once_a_launch
 
 CAPACITY = 1 << 14
 
@@ -71,5 +72,6 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     exchange, _memory = map_exchange(folder, rank, world_size, capacity, spin_limit)
+    search_once_a_launch()
     with use_backend(Backend.INTERPRET):
         torch.save(body(exchange, *arguments), folder / f"result_{rank}")
