@@ -10,6 +10,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from shoal.deploy.http_app import create_http_app
 from shoal.deploy.service import ApiService, ServedModel
@@ -25,9 +26,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _posted(router: FakeRouter, body: dict, gone: asyncio.Event) -> asyncio.Task[None]:
+def _posted(app: FastAPI, body: dict, gone: asyncio.Event) -> asyncio.Task[None]:
     """The application's task of one completion; the client goes away when `gone` is set."""
-    app = create_http_app(ApiService(router, [ServedModel("fake", router.tokenizer, "/models/fake")]))
     messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -56,9 +56,9 @@ def _posted(router: FakeRouter, body: dict, gone: asyncio.Event) -> asyncio.Task
 def test_at_every_turn_of_the_event_loop(tokenizer: Tokenizer, how: str, prompt: object, stream: bool) -> None:
     """From before the request is read until after its last byte is sent: nothing is left running."""
 
-    async def leave_at(turn: int) -> bool:
-        router, gone = FakeRouter(tokenizer), asyncio.Event()
-        task = _posted(router, {"prompt": prompt, "stream": stream, "max_tokens": 6}, gone)
+    async def leave_at(turn: int, router: FakeRouter, app: FastAPI) -> bool:
+        gone = asyncio.Event()
+        task = _posted(app, {"prompt": prompt, "stream": stream, "max_tokens": 6}, gone)
         for _ in range(turn):
             await asyncio.sleep(0)
         ended = task.done()
@@ -74,8 +74,9 @@ def test_at_every_turn_of_the_event_loop(tokenizer: Tokenizer, how: str, prompt:
         return ended
 
     async def every_turn() -> int:
-        turn = 0
-        while not await leave_at(turn):
+        router, turn = FakeRouter(tokenizer), 0
+        app = create_http_app(ApiService(router, [ServedModel("fake", tokenizer, "/models/fake")]))
+        while not await leave_at(turn, router, app):
             turn += 1
         return turn
 
