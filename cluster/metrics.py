@@ -37,8 +37,15 @@ class Histogram:
         self._sum += value
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        names = [*(str(bound) for bound in self._bounds), "+Inf"]
-        family.add_metric(labels, list(zip(names, accumulate(self._counts), strict=True)), self._sum)
+        add_counts(family, labels, self._bounds, self._counts, self._sum)
+
+
+def add_counts(
+    family: HistogramMetricFamily, labels: Sequence[str], bounds: Sequence[float], counts: Sequence[int], total: float
+) -> None:
+    """Adds a histogram to a family. counts: of each bound, those of the bounds before it left out, and of the rest."""
+    names = [*map(str, bounds), "+Inf"]
+    family.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), total)
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from ..cluster.membership import ReplicaInfo
-from ..cluster.metrics import Histogram
-from ..replicas.protocol import ReplicaLoad
+from ..cluster.metrics import Histogram, add_counts
+from ..replicas.protocol import STEP_SECONDS, ReplicaLoad
 
 PREFIXES = ("shoal_", "vllm:")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -148,7 +148,14 @@ def _shard_families(loads: Loads) -> Iterable[Metric]:
         for replica, _ in replicas:
             shards.add_metric([model, replica.replica_id], replica.num_shards)
     steps = CounterMetricFamily("shoal_num_steps", "Steps that the replica's shards have run", labels=labels)
-    return shards, _filled(steps, loads, lambda load: load.num_steps)
+    times = HistogramMetricFamily(
+        "shoal_shard_step_seconds", "A step of all the replica's shards, as its engine sees it", labels=labels
+    )
+    for model, replicas in loads.items():
+        for replica, load in replicas:
+            seen = load.step_times
+            add_counts(times, [model, replica.replica_id], STEP_SECONDS, seen.counts, seen.seconds)
+    return shards, _filled(steps, loads, lambda load: load.num_steps), times
 
 
 def _filled(

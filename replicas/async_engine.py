@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 from .engine import Engine
 from .errors import EngineError, RequestError
 from .protocol import FinishReason, ReplicaLoad, Request, TokenDelta
+from .step_times import StepTimesCounter
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class EngineThread:
         self._idle = True
         self._progress = time.monotonic()
         self.step_seconds = 0.0  # what the last step took, from the one before it or from its start
+        self._step_times = StepTimesCounter()
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
 
     @property
@@ -94,7 +97,7 @@ class EngineThread:
 
     def load(self) -> ReplicaLoad:
         """The engine's counts as they are now; any thread may ask."""
-        return self._engine.load()
+        return replace(self._engine.load(), step_times=self._step_times.told())
 
     def stop(self, timeout: float | None = None) -> None:
         """Abort everything, deliver the terminal deltas and end the thread. Idempotent.
@@ -167,9 +170,12 @@ class EngineThread:
                 command()
             self._engine.submit()
             self._deliver()
+            in_step = self._engine.in_step
             self._due += self._engine.collect()
             now = time.monotonic()
             self.step_seconds, self._progress = now - self._progress, now
+            if in_step:
+                self._step_times.add(self.step_seconds)
             if self._engine.failure is not None:
                 return
 

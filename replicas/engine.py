@@ -53,6 +53,11 @@ class Engine:
         """Whether `step` has something to do or to deliver."""
         return bool(self.scheduler.requests or self._undelivered or self._num_in_flight)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a plan has been submitted whose result has not been collected."""
+        return self._num_in_flight > 0
+
     def add_request(self, request: Request) -> None:
         """Accept a request. Raises RequestError before anything is allocated, EngineError after a failure."""
         self.limits.check(request)

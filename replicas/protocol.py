@@ -11,6 +11,11 @@ from enum import StrEnum
 from typing import NamedTuple
 
 SEED_BITS = 64
+# Bounds of the counts in StepTimes: a step of a GPU takes milliseconds, one of a CPU tens of them, and chunks more.
+STEP_SECONDS = (
+    *(0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05),
+    *(0.075, 0.1, 0.2, 0.5, 1.0, 5.0),
+)
 
 
 class FinishReason(StrEnum):
@@ -121,6 +126,19 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long an engine's steps have taken since its start.
+
+    A step lasts from the end of the one before it, or from its own beginning where nothing ran, to the arrival of its
+    tokens. `counts[i]` is of steps of at most STEP_SECONDS[i] seconds and more than the bound before; the last count
+    has no bound. `seconds` is their sum.
+    """
+
+    counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica tells its routers about itself, for placement and for /metrics."""
 
@@ -137,3 +155,4 @@ class ReplicaLoad:
     num_steps: int = 0
     prompt_tokens: int = 0  # computed or reused, since start
     generation_tokens: int = 0
+    step_times: StepTimes = StepTimes()  # where the engine runs in a thread of its own

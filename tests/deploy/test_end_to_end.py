@@ -136,7 +136,7 @@ def test_many_at_once(served: Served) -> None:
 def test_metrics_count(served: Served) -> None:
     text = served.http.get("/metrics").text
     names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "shoal_kv_blocks_shared", "shoal_num_shards")
-    for name in (*names, "shoal_num_steps_total", "shoal_router_replicas_lost_total"):
+    for name in (*names, "shoal_num_steps_total", "shoal_shard_step_seconds_sum", "shoal_router_replicas_lost_total"):
         assert f"\n{name}{{" in text
     finished = re.findall(r'^vllm:request_success_total{.*finished_reason="length".*} (\S+)', text, re.M)
     assert sum(map(float, finished)) >= 10

@@ -45,6 +45,7 @@ def test_ranks_answer_as_one_does_and_leave_nothing_behind(stages: int) -> None:
         metrics = server.http.get("/metrics").text
         assert re.search(rf"^shoal_num_shards{{.*}} {2 * stages}\.0$", metrics, re.MULTILINE), metrics
         assert re.search(r"^shoal_num_steps_total{.*} [1-9]", metrics, re.MULTILINE), metrics
+        assert re.search(r"^shoal_shard_step_seconds_count{.*} [1-9]", metrics, re.MULTILINE), metrics
         running = " ".join(processes_of(server.process.pid))
         folder = re.search(r"/tmp/shoal-ray-\w+", running)
         assert folder is not None

@@ -13,7 +13,8 @@ from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.engine import Engine
 from shoal.replicas.errors import EngineError, RequestError
 from shoal.replicas.plan import StepPlan
-from shoal.replicas.protocol import FinishReason, Request, SamplingParams, TokenDelta
+from shoal.replicas.protocol import STEP_SECONDS, FinishReason, Request, SamplingParams, StepTimes, TokenDelta
+from shoal.replicas.step_times import StepTimesCounter
 from tests.support.engines import Transcript, make_engine, naive
 from tests.support.fake_executor import FakeExecutor
 
@@ -243,3 +244,23 @@ def test_a_callback_that_raises_is_a_failure():
     thread.stop(PATIENCE)
     assert [str(failure) for failure in failures] == ["nobody listens"]
     assert not engine.scheduler.requests
+
+
+def test_every_step_is_counted_among_those_of_its_length(client: Client) -> None:
+    assert client.thread.load().step_times == StepTimes()
+    client.thread.submit(request("1"))
+    client.wait_for("1")
+    client.thread.abort("nobody")  # what is done between steps is none
+    num_steps = client.thread.call(lambda engine: engine.load().num_steps).result(PATIENCE)
+    client.thread.stop()
+    told = client.thread.load().step_times
+    assert sum(told.counts) == num_steps > 1
+    longest = max(i for i, count in enumerate(told.counts) if count)
+    assert told.seconds <= sum(told.counts) * (*STEP_SECONDS, PATIENCE)[longest]
+
+
+def test_times_stand_in_the_count_of_the_least_bound_that_holds_them() -> None:
+    times = StepTimesCounter()
+    for seconds in (STEP_SECONDS[0], STEP_SECONDS[0] + 1e-6, STEP_SECONDS[-1] + 1):
+        times.add(seconds)
+    assert times.told().counts == (1, 1, *(0,) * (len(STEP_SECONDS) - 2), 1)
