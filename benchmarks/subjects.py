@@ -22,6 +22,7 @@ from shoal.deploy.bench import serving
 from shoal.deploy.bench.http_client import Target
 from shoal.deploy.bench.limits import Rates
 from shoal.deploy.bench.workload import Workload
+from shoal.deploy.resources import visible_gpus
 from shoal.replicas.errors import ServingError
 
 Subject = TypeVar("Subject")
@@ -37,6 +38,17 @@ VLLM_VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is built at run time, and sampling is not what is compared
 }
+
+
+def lacking_gpus(model: str, needed: int) -> str | None:
+    """What this machine lacks for a benchmark of `model`; None where it may begin: tiny alone runs on a CPU too.
+
+    Several copies of a model of 8B would fill a CPU's memory before one of them were ready.
+    """
+    found = visible_gpus()
+    if model == "tiny" or found >= needed:
+        return None
+    return f"{model} needs {needed} GPU{'s' * (needed > 1)}, and there are {found}; tiny is a rehearsal on a CPU"
 
 
 class Worker:

@@ -31,6 +31,7 @@ from benchmarks.subjects import (
     VLLM_VARIABLES,
     Python,
     Worker,
+    lacking_gpus,
     say,
     shoal_arguments,
     started_server,
@@ -268,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     group = GROUPS[options.group]
+    if (lack := lacking_gpus(group.model, group.tp)) is not None:
+        parser.error(lack)
     if options.budget_s is not None:
         group = replace(group, budget_s=options.budget_s)
     settings = {**group.settings, "kv_cache_GiB": group.kv_cache_memory_bytes / (1 << 30), "model": group.model}

@@ -107,6 +107,16 @@ def test_engines_in_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "offline throughput" in capsys.readouterr().out
 
 
+def test_a_machine_with_too_few_gpus_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.subjects.visible_gpus", lambda: 2)
+    with pytest.raises(SystemExit):
+        vs_vllm.main(["70b-tp4", "--out", str(tmp_path)])
+    assert "70b needs 4 GPUs, and there are 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_engines_of_two_ranks_in_workers(tmp_path: Path) -> None:
     vs_vllm.main(["tiny-tp2", "--peer-engine", "shoal", "--out", str(tmp_path)])
