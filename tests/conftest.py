@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -27,3 +28,12 @@ settings.register_profile("ci", derandomize=True, **_COMMON)
 settings.register_profile("desk", **_COMMON)
 settings.register_profile("thorough", max_examples=3000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "desk"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a device, tests that are marked gpu are skipped, also where only some of their parameters are."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

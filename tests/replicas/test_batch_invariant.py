@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import shoal
 from shoal.replicas.checkpoint import read_model_facts
@@ -142,13 +141,11 @@ def assert_same_bits(served: Served, seeds: range) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bits_do_not_depend_on_the_batch() -> None:
     assert_same_bits(Served(TINY, "cuda"), range(200))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "olmo2", "mixtral", "qwen3_moe"])
 def test_bits_of_other_families(family: str, tmp_path: Path) -> None:
     """Norms of queries and keys, windows, soft caps, experts."""

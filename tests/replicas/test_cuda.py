@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import shoal
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -13,10 +12,7 @@ from tests.support.checkpoints import FAMILIES
 
 TINY = Path(shoal.__file__).parent / "deploy" / "models" / "tiny"
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def run(folder: Path, device: str, sampling: SamplingParams, *, vocab_size: int, max_model_len: int) -> list[list[int]]:

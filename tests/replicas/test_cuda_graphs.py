@@ -15,10 +15,7 @@ from shoal.replicas.protocol import Request, SamplingParams
 
 TINY = Path(shoal.__file__).parent / "deploy" / "models" / "tiny"
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CONFIG = EngineConfig(
     ModelConfig(str(TINY), dtype="float32", max_model_len=512),
     CacheConfig(block_size=16, num_blocks=96),
