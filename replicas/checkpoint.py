@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         dtype=str(dtype),
         num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
         intermediate_sizes=tuple(integer(key) for key in _intermediate_keys(family, text) if text.get(key) is not None),
+        mlp_features=_mlp_features(family, text, integer),
         norms_all_kv_heads=family == "olmo2",
     )
 
@@ -194,6 +196,28 @@ def _intermediate_keys(family: str, text: dict[str, Any]) -> list[str]:
         return ["intermediate_size"]
     dense = bool(text.get("mlp_only_layers")) or text.get("decoder_sparse_step", 1) != 1
     return ["moe_intermediate_size", *(["intermediate_size"] if dense else [])]
+
+
+def _mlp_features(family: str, text: dict[str, Any], integer: Callable[[str], int]) -> tuple[int, ...]:
+    """Intermediate features of each layer, those of all its experts; empty where config.json leaves a number out.
+
+    integer: the number that a key has. Raises ModelError for one that has none.
+    """
+    experts, own = sorted(_NUM_EXPERTS & text.keys()), _intermediate_keys(family, text)
+    sparse = family in ("mixtral", "qwen3_moe")
+    if any(text.get(key) is None for key in own) or (sparse and not experts):
+        return ()
+    num_layers = integer("num_hidden_layers")
+    if not sparse:
+        return (integer(own[0]),) * num_layers
+    mixture = integer(own[0]) * integer(experts[0])
+    if len(own) == 1:
+        return (mixture,) * num_layers
+    step = integer("decoder_sparse_step") if "decoder_sparse_step" in text else 1
+    dense = text.get("mlp_only_layers") or []
+    if not isinstance(dense, list):  # what is wrong with it is told as the model is loaded
+        return ()
+    return tuple(mixture if i not in dense and (i + 1) % step == 0 else integer(own[1]) for i in range(num_layers))
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .errors import ConfigError
+from .stages import layer_cost, split_costs
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -29,15 +30,24 @@ class ModelFacts:
     dtype: str  # the checkpoint's own
     num_parameters: int = 0  # 0: unknown
     intermediate_sizes: tuple[int, ...] = ()  # of the MLP, and of an expert; empty where config.json does not say
+    mlp_features: tuple[int, ...] = ()  # of each layer, those of all its experts; empty where config.json does not say
     norms_all_kv_heads: bool = False  # one norm over the keys of all heads, each of which then stands there once
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1, pp: int = 1) -> int:
-        """Bytes of keys and values that one token takes over all layers, or on one rank of tp x pp.
+        """Bytes of keys and values that one token takes over all layers, or on the rank of tp x pp that has most.
 
-        Heads are repeated where there are fewer than ranks; stages are taken to have as many layers as one another.
+        Heads are repeated where there are fewer than ranks.
         """
-        num_heads, num_layers = max(1, self.num_kv_heads // tp), -(-self.num_layers // pp)
-        return 2 * num_layers * num_heads * self.head_dim * DTYPE_BYTES[dtype]
+        num_heads = max(1, self.num_kv_heads // tp)
+        return 2 * self._most_layers(pp) * num_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def _most_layers(self, num_stages: int) -> int:
+        """Layers of the stage that has most; of stages alike, where what layers cost is not known."""
+        if num_stages == 1 or not self.mlp_features:
+            return -(-self.num_layers // num_stages)
+        heads = self.num_attention_heads, self.num_kv_heads, self.head_dim
+        costs = [layer_cost(self.hidden_size, *heads, features) for features in self.mlp_features]
+        return max(map(len, split_costs(costs, self.vocab_size * self.hidden_size, num_stages)))
 
 
 @dataclass(frozen=True, slots=True)

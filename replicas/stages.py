@@ -10,13 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from .models.spec import DecoderSpec, LayerSpec
+from .models.spec import DecoderSpec
 
 
 def stage_layers(spec: DecoderSpec, num_stages: int) -> list[range]:
     """The layers of every stage of `spec`, each stage having one at least."""
-    head = spec.vocab_size * spec.hidden_size
-    return split_costs([_layer_cost(spec, layer) for layer in spec.layers], head, num_stages)
+    features = [
+        layer.experts.num_experts * layer.experts.intermediate_size if layer.experts else spec.intermediate_size
+        for layer in spec.layers
+    ]
+    heads = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    costs = [layer_cost(spec.hidden_size, *heads, one) for one in features]
+    return split_costs(costs, spec.vocab_size * spec.hidden_size, num_stages)
+
+
+def layer_cost(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, features: int) -> int:
+    """Parameters of a layer's matrices; norms, biases and routers are too few to matter. features: of all experts."""
+    heads = 2 * num_heads + 2 * num_kv_heads  # queries, output, keys, values
+    return hidden_size * head_dim * heads + 3 * hidden_size * features
 
 
 def split_costs(costs: Sequence[int], last_extra: int, num_stages: int) -> list[range]:
@@ -44,13 +55,3 @@ def split_costs(costs: Sequence[int], last_extra: int, num_stages: int) -> list[
 
     begins = best(0, num_stages)[2]
     return [range(begin, end) for begin, end in zip(begins, (*begins[1:], len(costs)), strict=True)]
-
-
-def _layer_cost(spec: DecoderSpec, layer: LayerSpec) -> int:
-    """Parameters of a layer's matrices; norms and biases are too few to matter."""
-    heads = 2 * spec.num_attention_heads + 2 * spec.num_key_value_heads  # queries, output, keys, values
-    attention = spec.hidden_size * spec.head_dim * heads
-    features = spec.intermediate_size
-    if layer.experts is not None:
-        features = layer.experts.num_experts * layer.experts.intermediate_size
-    return attention + 3 * spec.hidden_size * features

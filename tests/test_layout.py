@@ -34,7 +34,13 @@ RESTRICTED = {
     "transformers": {"replicas", "deploy"},
 }
 
-STANDARD_LIBRARY_ONLY = ("replicas/protocol.py", "replicas/config.py", "replicas/errors.py")
+STANDARD_LIBRARY_ONLY = (
+    "replicas/protocol.py",
+    "replicas/config.py",
+    "replicas/errors.py",
+    "replicas/stages.py",  # of which the configuration is told what a stage holds
+    "replicas/models/spec.py",
+)
 
 # What routers, the ingress and the command line load: none of it may bring torch along.
 WITHOUT_TORCH = (

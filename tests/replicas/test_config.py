@@ -57,6 +57,17 @@ def test_memory_of_the_kv_cache_is_that_of_a_rank(tp, pp, num_blocks):
     assert config.resolve(FACTS, "cuda").cache.num_blocks == num_blocks
 
 
+def test_a_stage_with_more_layers_than_the_others_has_room_for_fewer_blocks():
+    """The head stands on the last of two stages, which has three layers of eight then."""
+    facts = replace(FACTS, num_layers=8, vocab_size=2000, mlp_features=(256,) * 8)
+    cache = CacheConfig(block_size=64, kv_cache_memory_bytes=5 << 15)
+    config = EngineConfig(ModelConfig("folder", max_model_len=64), cache, parallel=ParallelConfig(1, 2))
+    assert config.resolve(replace(facts, mlp_features=()), "cuda").cache.num_blocks == 5  # stages of four layers
+    assert config.resolve(facts, "cuda").cache.num_blocks == 4
+    with pytest.raises(ConfigError, match="holds 4 blocks of 64 tokens, less than one sequence of max_model_len 320"):
+        replace(config, model=replace(config.model, max_model_len=320)).resolve(facts, "cuda")
+
+
 def split(tp: int = 1, pp: int = 1, *, facts: ModelFacts = FACTS, device: str = "cpu", **more) -> ParallelConfig:
     config = EngineConfig(ModelConfig("folder"), parallel=ParallelConfig(tp, pp, **more))
     return config.resolve(facts, device).parallel

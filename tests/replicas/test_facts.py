@@ -16,6 +16,7 @@ from shoal.replicas.errors import ModelError
 from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
 from shoal.replicas.models.families import decoder_spec
 from shoal.replicas.models.spec import QKNorm
+from shoal.replicas.stages import stage_layers
 from tests.support.checkpoints import FAMILIES
 
 
@@ -48,6 +49,10 @@ def test_facts_are_those_of_autoconfig(family, tmp_path):
     layers = spec.layers
     widths = [layer.experts.intermediate_size if layer.experts else config.intermediate_size for layer in layers]
     assert set(facts.intermediate_sizes) == set(widths)
+    for num_stages in range(1, len(layers) + 1):
+        most = max(map(len, stage_layers(spec, num_stages)))
+        per_layer = 2 * facts.num_kv_heads * facts.head_dim * 4
+        assert facts.kv_bytes_per_token("float32", pp=num_stages) == most * per_layer
     assert facts.num_parameters == sum(math.prod(info.shape) for info in list_tensors(folder).values())
 
 
