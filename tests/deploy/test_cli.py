@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from shoal import __version__
+from shoal.deploy.cli import app
 from shoal.deploy.cli_config import serve_config
+from shoal.deploy.engine_args import NOT_AVAILABLE
 from shoal.replicas.device import automatic_threads
 
 # Refuses the imports that a wrong configuration must not need, whatever the machine's speed.
@@ -31,6 +34,18 @@ main()
 def shoal(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", GUARD, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
+
+
+def test_the_readme_names_every_flag_of_serve() -> None:
+    serve = typer.main.get_command(app).commands["serve"]  # pyright: ignore[reportAttributeAccessIssue]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    flags = {
+        option.name: (*option.opts, *option.secondary_opts)
+        for option in serve.params
+        if option.param_type_name == "option" and not option.hidden and option.name not in NOT_AVAILABLE
+    }
+    assert len(flags) > 25
+    assert [name for name, said in flags.items() if not any(f"`{flag}`" in readme for flag in said)] == []
 
 
 def test_version() -> None:
