@@ -29,7 +29,8 @@ def main(descriptor: int) -> None:
     from .shard_rank import ShardRank  # loads torch, which takes seconds: the parent is watched meanwhile
 
     config, rank, local_rank, level = calls.get()[1]
-    logging.basicConfig(level=level, format=f"%(levelname)s rank {rank}: %(message)s")
+    logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
+    logging.getLogger(__package__).setLevel(level)
     shard_rank = ShardRank(config, rank, local_rank)
     method = ""
     while method != "serve":

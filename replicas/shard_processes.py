@@ -52,7 +52,8 @@ class RankProcess:
         self._listener = threading.Thread(target=self._listen, name=f"shoal-rank-{rank}", daemon=True)
         self._listener.start()
         with contextlib.suppress(OSError):  # its end is what the first call is told
-            self._control.send(("become", (config, rank, local_rank, logging.getLogger().getEffectiveLevel())))
+            level = logging.getLogger(__package__).getEffectiveLevel()
+            self._control.send(("become", (config, rank, local_rank, level)))
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid})"

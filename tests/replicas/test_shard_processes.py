@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -48,6 +49,14 @@ def _nothing_is_left(tmp_path_factory, monkeypatch):
 def start(folder: Path, tp: int = 2) -> ShardProcesses:
     config = engine_config(folder, tp).resolve(read_model_facts(folder), "cpu")
     return start_shard_processes(config, timeout_s=240)
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_ranks_say_what_their_engines_process_would(level, folder, caplog, capfd):
+    caplog.set_level(level, "shoal")
+    start(folder).shutdown()
+    said = capfd.readouterr().err
+    assert [f"rank {rank}: {folder} is ready on cpu" in said for rank in range(2)] == [level == logging.INFO] * 2
 
 
 @pytest.fixture
