@@ -11,13 +11,14 @@ these sizes are kept close: what there is to prefill is spread over several plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .plan_draft import Rows
-from .sequence import SequenceTable, true_rows
+from .sequence import Sequence, SequenceTable, true_rows
+from .waiting_line import WaitingLine
 
 # Tokens that a plan may always prefill, and over how many plans more of them are spread. In a simulation of the
 # scheduler with step times of an 8B model on H200s (100 to 512 tokens in and out) two stages have 1.88 times the
@@ -41,15 +42,22 @@ class Lanes:
         """The next lane's turn."""
         self.current = (self.current + 1) % self.num_lanes
 
-    @staticmethod
-    def prefill_budget(waiting: Iterable[int], budget: int) -> int:
-        """Tokens that a plan with room for `budget` prefills, of contexts that lack so many each."""
+    def prefill_budget(self, prefilling: Iterable[Sequence], line: WaitingLine, budget: int) -> int:
+        """Tokens that a plan with room for `budget` prefills, of what is under way and what could have rows now."""
         enough, total = _PLANS * budget, 0
-        for num_tokens in waiting:
+        for num_tokens in self._lacking(prefilling, line):
             total += num_tokens
             if total >= enough:
                 break
         return min(budget, max(_FREE_PREFILL, -(-total // _PLANS)))
+
+    def _lacking(self, prefilling: Iterable[Sequence], line: WaitingLine) -> Iterator[int]:
+        """Tokens that each context has to run, were none of them cached."""
+        table = self._table
+        for sequence in prefilling:
+            yield int(table.length[sequence.row] - table.computed[sequence.row])
+        for sequence in line.admissible(table.num_free_rows):
+            yield len(sequence.state.context) if sequence.row < 0 else int(table.known[sequence.row])
 
     def enter(self, rows: Rows) -> None:
         """These rows' prefill ends in the current plan."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,17 +136,9 @@ class Scheduler:
         budget = self._budget - draft.decode_rows.size
         if self._prefilling or self._line:
             if self._lanes is not None and self._chunked:
-                budget = self._lanes.prefill_budget(self._lacking(), budget)
+                budget = self._lanes.prefill_budget(self._prefilling, self._line, budget)
             budget = self._plan_running_prefills(draft, budget)
             self._admit(draft, budget)
-
-    def _lacking(self) -> Iterator[int]:
-        """Tokens that each context under way, and each that could have rows now, still has to run; at most."""
-        table = self.table
-        for sequence in self._prefilling:
-            yield int(table.length[sequence.row] - table.computed[sequence.row])
-        for sequence in self._line.admissible(table.num_free_rows):
-            yield len(sequence.state.context) if sequence.row < 0 else int(table.known[sequence.row])
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """One token of each decoding sequence that may have another; preempts until their blocks suffice."""
