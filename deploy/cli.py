@@ -216,6 +216,8 @@ def free_port(host: str, port: int) -> int:
 
 def main() -> None:
     """Entry point of the `shoal` command: what users can put right is told in one line."""
+    # Whoever is asked to end ends what it has started, and removes what it has written, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except ServingError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from shoal.deploy.config import TINY_MODEL
+from tests.support.processes import has_ended, wait_for_children
+from tests.support.served import wait_until
 
 DEPLOY = TINY_MODEL.parent.parent
 pytestmark = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="what is found differs where there are GPUs")
@@ -142,3 +145,14 @@ def test_a_ray_that_is_not_there(broken_torch: Any) -> None:
     (ray,) = found["ray"]
     assert "Ray cannot be joined" in ray["message"]
     assert "RAY_AUTH_MODE" in ray["remedy"]
+
+
+def test_a_doctor_that_is_asked_to_end_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal.deploy.cli", "doctor", "--address", "none"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        assert wait_until(lambda: any(tmp_path.glob("shoal-doctor-*")))  # of a probe, which starts next
+        probes = wait_for_children(set(), 1, process.pid)
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert all(map(has_ended, probes))
