@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.alternate import Decode, Goals, Offline, Row, alternate
 from benchmarks.report import RESULTS, Report
-from benchmarks.subjects import Python, Worker, say, started_worker, wait_for_all
+from benchmarks.subjects import Python, Worker, lacking_gpus, say, started_worker, unwind_when_terminated, wait_for_all
 from benchmarks.vs_vllm import warm_up
 from shoal.deploy.bench.shapes import open_model
 from shoal.deploy.bench.workload import mixed_lengths
@@ -79,7 +79,6 @@ def compare(group: Group, report: Report, out: Path, folder: Path, *, dummy: boo
     deadline = time.monotonic() + group.budget_s
     settings = {**group.settings, "model": str(folder)} | ({"load_format": "dummy"} if dummy else {})
     subjects = {ONE: settings, **{name: {**settings, **split} for name, split in group.splits.items()}}
-    num_gpus = max(math.prod(value for key, value in split.items() if "parallel" in key) for split in subjects.values())
     vocab_size = read_model_facts(folder).vocab_size
     rows: list[Row[Any]] = [Decode(*each, vocab_size, group.num_decoded) for each in group.decode]
     rows.append(Offline(mixed_lengths(*group.offline, vocab_size)))
@@ -100,11 +99,15 @@ def compare(group: Group, report: Report, out: Path, folder: Path, *, dummy: boo
         ready = wait_for_all(workers, Worker.wait, log)
         for name, said in ready.items():
             report.settings[f"{name} ready s"] = round(said["ready_s"], 1)
-            report.device = f"{num_gpus} x {said['device']}"
+            report.device = f"{_num_gpus(group)} x {said['device']}"
         runs = {name: workers[name].run for name in ready}
         for run in runs.values():
             warm_up(run, group.decode, vocab_size)
         alternate(rows, runs, deadline, keep, say=say)
+
+
+def _num_gpus(group: Group) -> int:
+    return max(math.prod(value for key, value in split.items() if "parallel" in key) for split in group.splits.values())
 
 
 def _row(split: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown:
             parser.error(f"--split {unknown[0]!r} is not known; there are {', '.join(map(repr, group.splits))}")
         group = replace(group, splits={split: group.splits[split] for split in options.split})
+    if (lack := lacking_gpus(group.model, _num_gpus(group))) is not None:
+        parser.error(lack)
     if options.commit is not None:
         report.commit = options.commit
     if options.budget_s is not None:
         group = replace(group, budget_s=options.budget_s)
     options.out.mkdir(parents=True, exist_ok=True)
+    unwind_when_terminated()
     with open_model(group.model) as (folder, dummy):
         compare(group, report, options.out, folder, dummy=dummy)
     report.show()

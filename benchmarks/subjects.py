@@ -51,6 +51,11 @@ def lacking_gpus(model: str, needed: int) -> str | None:
     return f"{model} needs {needed} GPU{'s' * (needed > 1)}, and there are {found}; tiny is a rehearsal on a CPU"
 
 
+def unwind_when_terminated() -> None:
+    """SIGTERM ends this process as Ctrl-C does: with the engines and servers that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 class Worker:
     """An engine behind a pipe (worker.py). Loading begins with the constructor; `wait` returns when it is over."""
 

@@ -36,6 +36,7 @@ from benchmarks.subjects import (
     shoal_arguments,
     started_server,
     started_worker,
+    unwind_when_terminated,
     vllm_arguments,
     wait_for_all,
 )
@@ -271,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     group = GROUPS[options.group]
     if (lack := lacking_gpus(group.model, group.tp)) is not None:
         parser.error(lack)
+    unwind_when_terminated()
     if options.budget_s is not None:
         group = replace(group, budget_s=options.budget_s)
     settings = {**group.settings, "kv_cache_GiB": group.kv_cache_memory_bytes / (1 << 30), "model": group.model}
