@@ -180,7 +180,10 @@ def plan_model(llm: LLMConfig, *, device: str) -> ModelPlan:
         list_tensors(folder)  # a missing or truncated file is found here, in a moment
     Tokenizer.from_folder(tokenizer_folder)  # and so is a tokenizer that no router could load
     engine = args.engine_config(folder)
-    engine.resolve(facts, device)
+    try:
+        engine.resolve(facts, device)
+    except ConfigError as error:
+        raise args.in_users_words(error) from None
     if llm.placement_group_config is not None:
         llm.placement_group_config.rank_bundles(engine.parallel.world_size)
     return ModelPlan(llm.name, root, folder, tokenizer_folder, facts, engine, llm)

@@ -126,6 +126,12 @@ class EngineArgs(BaseModel):
             self.tensor_parallel_size, self.pipeline_parallel_size, all_reduce, self.quantized_all_reduce
         )
 
+    def in_users_words(self, error: ConfigError) -> ConfigError:
+        """What the engine says of its configuration, where that calls a setting by another name than its user."""
+        if not self.disable_custom_all_reduce:
+            return error
+        return ConfigError(error.message.replace("all_reduce 'nccl'", "disable_custom_all_reduce (all_reduce nccl)"))
+
 
 def without_known(given: dict[str, Any]) -> dict[str, Any]:
     """`given` less vLLM's settings that Shoal does not have: a warning for those that change no answer.

@@ -103,6 +103,7 @@ def test_errors_name_the_key(value: dict, told: str) -> None:
         ({"tensor_parallel_size": 6}, "tensor_parallel_size 6"),
         ({"pipeline_parallel_size": 9}, "8 layers"),
         ({"tensor_parallel_size": 2, "all_reduce": "symm_mem"}, "GPUs"),
+        ({"tensor_parallel_size": 2, "disable_custom_all_reduce": True}, "^disable_custom_all_reduce .*is for GPUs"),
     ],
     ids=str,
 )
