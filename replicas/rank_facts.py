@@ -14,7 +14,8 @@ import torch
 from torch.cuda import nccl
 
 from .. import __version__
-from .config import EngineConfig
+from .checkpoint import list_tensors
+from .config import EngineConfig, ModelConfig
 from .errors import ShardGroupError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -41,9 +42,11 @@ class RankFacts:
     node: str
     host: str  # of that node, for people
     device: str  # one of the node's; "cpu" may be shared
+    weights: dict[str, str]  # path of each file that they are read from -> what its header says; {} for random ones
 
     @classmethod
     def of(cls, config: EngineConfig, device: torch.device) -> RankFacts:
+        """Raises ModelError where the files of the weights are missing or damaged."""
         on_gpu = device.type == "cuda"
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
         return cls(
@@ -56,6 +59,7 @@ class RankFacts:
             node=f"{socket.gethostname()} {boot}",
             host=socket.gethostname(),
             device=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else "cpu",
+            weights=_weights(config.model),
         )
 
     def to_json(self) -> str:
@@ -76,6 +80,7 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
         if len(set(values)) > 1:
             said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
             raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them alike")
+    _check_weights(facts)
     owners: dict[tuple[str, str], int] = {}
     for rank, own in enumerate(facts):
         first = owners.setdefault((own.node, own.device), rank)
@@ -84,3 +89,33 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
                 f"ranks {first} and {rank} are on one GPU, {own.device} of {own.host}; every rank needs its own: check "
                 "their local ranks and CUDA_VISIBLE_DEVICES"
             )
+
+
+def _weights(model: ModelConfig) -> dict[str, str]:
+    """The files by path, without a look at their data: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
+    if model.load_format != "safetensors":
+        return {}
+    tensors: dict[Path, list[str]] = {}
+    for name, info in list_tensors(Path(model.path)).items():
+        tensors.setdefault(info.file, []).append(f"{name} {info.dtype} {info.shape}")
+    return {str(file): _described(file, sorted(own)) for file, own in tensors.items()}
+
+
+def _described(file: Path, tensors: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(tensors).encode()).hexdigest()[:16]
+    return f"{file.stat().st_size} bytes and tensors {digest}"
+
+
+def _check_weights(facts: Sequence[RankFacts]) -> None:
+    """Nodes may hold different models, or a half of one, at one path."""
+    files = sorted({file for own in facts for file in own.weights})
+    differ = [file for file in files if len({own.weights.get(file) for own in facts}) > 1]
+    if not differ:
+        return
+    said = ", ".join(
+        f"rank {rank} on {own.host} has {own.weights.get(differ[0], 'no such file')}" for rank, own in enumerate(facts)
+    )
+    raise ShardGroupError(
+        f"the ranks differ in {len(differ)} of {len(files)} files of weights, the first being {differ[0]}: {said} (a "
+        "hash of names, dtypes and shapes); give every node the same files at that path"
+    )

@@ -21,8 +21,13 @@ from tests.support.step_group import run_in_thread
 
 @pytest.fixture
 def config() -> EngineConfig:
+    """Of ranks that meet, and load no model."""
     config = engine_config(Path("folder"), tp=2)
-    return replace(config, scheduler=replace(config.scheduler, max_steps_in_flight=2))
+    return replace(
+        config,
+        model=replace(config.model, load_format="dummy"),
+        scheduler=replace(config.scheduler, max_steps_in_flight=2),
+    )
 
 
 class ConnectedRank:

@@ -21,8 +21,13 @@ from tests.support.golden import engine_config
 
 @pytest.fixture
 def config() -> EngineConfig:
+    """Of ranks that meet, and load no model."""
     config = engine_config(Path("folder"), tp=2)
-    return replace(config, scheduler=replace(config.scheduler, max_steps_in_flight=2))
+    return replace(
+        config,
+        model=replace(config.model, load_format="dummy"),
+        scheduler=replace(config.scheduler, max_steps_in_flight=2),
+    )
 
 
 def meet(*configs: EngineConfig) -> list[BaseException | None]:
