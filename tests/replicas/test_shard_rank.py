@@ -52,6 +52,27 @@ def test_every_rank_is_told_that_configurations_differ(config):
         assert "the ranks differ in the configuration: rank 0 has" in error.message
 
 
+def test_every_rank_is_told_that_files_of_weights_differ(config, tmp_path):
+    """One path, which leads elsewhere when rank 0 comes to it, as on another node."""
+    llama, mixtral = (FAMILIES[family](tmp_path / family) for family in ("llama", "mixtral"))
+    path = tmp_path / "model"
+    path.symlink_to(llama)
+    config = replace(config, model=replace(config.model, path=str(path), load_format="safetensors"))
+    ranks = [ShardRank(config, rank, rank) for rank in range(2)]
+    store = ranks[0].open_store("127.0.0.1")
+    with ThreadPoolExecutor(2) as pool:
+        joining = [pool.submit(ranks[1].join, store, 30.0)]
+        assert ranks[0]._store is not None
+        ranks[0]._store.wait(["facts of 1"], timedelta(seconds=30))
+        path.unlink()
+        path.symlink_to(mixtral)
+        joining.append(pool.submit(ranks[0].join, store, 30.0))
+    for future in joining:
+        with pytest.raises(ShardGroupError) as caught:
+            future.result()
+        assert f"differ in 1 of 1 files of weights, the first being {path / 'model.safetensors'}" in str(caught.value)
+
+
 def test_a_rank_that_does_not_come_is_named(config):
     rank = ShardRank(config, 0, 0)
     with pytest.raises(ShardGroupError, match=r"rank 0 has waited 0\.2 s for the facts of ranks \[1\] of 2"):
