@@ -23,7 +23,9 @@ from tests.support.sharded import (
     deployed,
     placement_groups,
     router,
+    shard_actors,
     shard_processes,
+    shared_memory,
     tiny_config,
     until,
 )
@@ -31,7 +33,7 @@ from tests.support.sharded import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 NUM_STREAMS = 8
-TP2 = ParallelConfig(2, 1)
+TP2, PP2, TP2_PP2 = ParallelConfig(2, 1), ParallelConfig(1, 2), ParallelConfig(2, 2)
 
 
 def asked(num_tokens: int = 150) -> list[Request]:
@@ -74,15 +76,19 @@ async def answers(router: Router, requests: list[Request]) -> list[list[int]]:
     return [stream.tokens for stream in streams]
 
 
+def nothing_is_left() -> bool:
+    return not shard_processes() and not shard_actors() and not placement_groups()
+
+
 def all_blocks_are_free(router: Router) -> bool:
     return all(load.num_free_blocks == load.num_blocks for _, load in router.replicas(MODEL))
 
 
-@pytest.mark.parametrize("parallel", [TP2, ParallelConfig(1, 2), ParallelConfig(2, 2)], ids=["tp2", "pp2", "tp2pp2"])
+@pytest.mark.parametrize("parallel", [TP2, PP2, TP2_PP2], ids=["tp2", "pp2", "tp2pp2"])
 def test_a_split_model_gives_the_same_tokens_and_leaves_nothing(
     parallel: ParallelConfig, expected: list[list[int]]
 ) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
 
     async def scenario() -> Processes:
         async with router(1) as made:
@@ -92,40 +98,52 @@ def test_a_split_model_gives_the_same_tokens_and_leaves_nothing(
 
     with deployed(tiny_config(parallel)):
         processes = asyncio.run(scenario())
-        assert len(processes.ranks) == parallel.world_size
+        assert len(processes.ranks) == shard_actors() == parallel.world_size
         assert placement_groups() == 1
-    asyncio.run(until(lambda: not processes.left and not shard_processes() and not placement_groups()))
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("nccl", "torch"))]
+        assert {"tcp", "unix"} <= {line.split()[0] for line in processes.left}  # whose end is awaited below
+    asyncio.run(until(lambda: not processes.left and nothing_is_left()))
+    assert shared_memory() <= before
 
 
-@pytest.mark.parametrize("num_replicas", [2, 1])
-def test_ranks_that_are_killed_or_stopped_are_replaced(num_replicas: int, expected: list[list[int]]) -> None:
+@pytest.mark.timeout(900)  # every rank is struck twice, and each time a replica starts
+@pytest.mark.parametrize(
+    ("parallel", "num_replicas"),
+    [(TP2, 2), (TP2, 1), (PP2, 1), (TP2_PP2, 1)],
+    ids=["tp2, two replicas", "tp2", "pp2", "tp2pp2"],
+)
+def test_ranks_that_are_killed_or_stopped_are_replaced(
+    parallel: ParallelConfig, num_replicas: int, expected: list[list[int]]
+) -> None:
+    before = shared_memory()
+    num_ranks = num_replicas * parallel.world_size
+
     async def strike(made: Router, rank: int, by: signal.Signals) -> None:
         streams = [Stream(made, request) for request in asked()]
         await until(lambda: all(len(stream.tokens) >= 10 for stream in streams))
         info, _ = made.replicas(MODEL)[0]
         struck = Processes.of(info)
-        assert len(struck.ranks) == TP2.world_size
+        assert len(struck.ranks) == parallel.world_size
         os.kill(struck.ranks[rank], by)
         await asyncio.gather(*(stream.task for stream in streams))
         assert [stream.tokens for stream in streams] == expected
         await until(lambda: not struck.left)
         await until(lambda: len(made.replicas(MODEL)) == num_replicas)
         assert info.pid not in {other.pid for other, _ in made.replicas(MODEL)}
-        await until(lambda: placement_groups() == num_replicas)
-        await until(lambda: len(shard_processes()) == num_replicas * TP2.world_size)
+        await until(lambda: (placement_groups(), shard_actors()) == (num_replicas, num_ranks))
+        await until(lambda: len(shard_processes()) == num_ranks)
+        assert shared_memory() <= before
         assert await answers(made, asked()) == expected
         await until(lambda: all_blocks_are_free(made))
 
     async def scenario() -> None:
         async with router(num_replicas) as made:
             for by in (signal.SIGKILL, signal.SIGSTOP):
-                for rank in range(TP2.world_size):
+                for rank in range(parallel.world_size):
                     await strike(made, rank, by)
 
-    with deployed(tiny_config(TP2), num_replicas):
+    with deployed(tiny_config(parallel), num_replicas):
         asyncio.run(scenario())
-    asyncio.run(until(lambda: not shard_processes() and not placement_groups()))
+    asyncio.run(until(nothing_is_left))
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
@@ -166,4 +184,4 @@ def test_what_a_rank_cannot_load_is_told_with_its_name_and_leaves_nothing(tmp_pa
     told = rf"rank \d of 2 \(node .*, process \d+\): .*{re.escape(name)}"
     with pytest.raises(RuntimeError, match=told), deployed(tiny_config(TP2, folder)):
         pass
-    asyncio.run(until(lambda: not shard_processes() and not placement_groups()))
+    asyncio.run(until(nothing_is_left))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state
 from ray import serve
 
 from shoal.cluster.directory import DirectoryClient, remove_directory
@@ -87,10 +90,11 @@ async def router(num_replicas: int) -> AsyncIterator[Router]:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes of one replica."""
+    """The processes of one replica, and the sockets that they had."""
 
     replica: int
     ranks: tuple[int, ...]
+    sockets: frozenset[str]
 
     @staticmethod
     def of(info: ReplicaInfo) -> Processes:
@@ -99,18 +103,31 @@ class Processes:
             title = _TITLE.match(_read(folder / "cmdline"))
             if title is not None and int(title[2]) == info.pid:
                 found[int(title[1])] = int(folder.name)
-        return Processes(info.pid, tuple(found[rank] for rank in sorted(found)))
+        ranks = tuple(found[rank] for rank in sorted(found))
+        return Processes(info.pid, ranks, frozenset().union(*map(_sockets, (info.pid, *ranks))))
 
     @property
     def left(self) -> list[str]:
-        """Those that still run."""
+        """Those that still run, and sockets that somebody still holds: listening ones, connections, UNIX sockets."""
         folders = [Path(f"/proc/{pid}") for pid in (self.replica, *self.ranks)]
-        return [_read(folder / "cmdline") for folder in folders if _runs(folder)]
+        sockets = [line for inode, line in _open_sockets().items() if inode in self.sockets]
+        return [_read(folder / "cmdline") for folder in folders if _runs(folder)] + sockets
 
 
 def placement_groups() -> int:
     """Those that hold resources, or wait for them."""
     return sum(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def shard_actors() -> int:
+    """Those that Ray has not written off. Its public list of actors needs the dashboard."""
+    actors = ray._private.state.actors().values()
+    return sum(actor["ActorClassName"] == "ShardActor" and actor["State"] != "DEAD" for actor in actors)
+
+
+def shared_memory() -> set[str]:
+    """Segments that torch or NCCL has made, on this machine."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("nccl", "torch"))}
 
 
 def shard_processes() -> list[str]:
@@ -121,6 +138,24 @@ def shard_processes() -> list[str]:
 
 def _processes() -> list[Path]:
     return [folder for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inodes of a process's sockets."""
+    found = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.update(re.findall(r"^socket:\[(\d+)\]$", os.readlink(descriptor)))
+    return found
+
+
+def _open_sockets() -> dict[str, str]:
+    """The kernel's line of every socket that a process holds, by inode."""
+    found = {}
+    for table, column in (("tcp", 9), ("tcp6", 9), ("unix", 6)):
+        for line in _read(Path("/proc/net") / table).splitlines()[1:]:
+            found[line.split()[column]] = f"{table} {line}"
+    return found
 
 
 def _runs(folder: Path) -> bool:
