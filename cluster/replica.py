@@ -26,6 +26,7 @@ from ..replicas.protocol import ReplicaLoad, TokenDelta
 from ..replicas.step_watchdog import StepWatchdog
 from .directory import DEFAULT_NAME, REGISTER_INTERVAL, DirectoryClient
 from .errors import DirectoryUnavailable
+from .logs import log_to_serve
 from .membership import ReplicaInfo
 from .server import ReplicaServer, ServerOptions
 from .shard_actor import build_sharded_engine
@@ -63,6 +64,7 @@ class Replica:
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
         self, model_id: str, config: EngineConfig, options: ReplicaOptions | None = None
     ) -> None:
+        log_to_serve()
         self._options = options or ReplicaOptions()
         self._directory = DirectoryClient(self._options.directory)
         self._failure: BaseException | None = None

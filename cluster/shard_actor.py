@@ -19,6 +19,7 @@ from ..replicas.engine import Engine
 from ..replicas.errors import ConfigError, ShardGroupError
 from ..replicas.llm import build_engine
 from ..replicas.step_watchdog import is_stopped
+from .logs import RankLog
 from .placement import Place, ray_actor_options
 from .shard_group import Home, ShardGroup, start_shard_group
 
@@ -38,6 +39,9 @@ class ShardActor:
 
     _rank: ShardRank
 
+    def __init__(self, log: RankLog | None = None) -> None:
+        self._log = log
+
     def place(self) -> Place:
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
@@ -49,6 +53,8 @@ class ShardActor:
             # In place of Ray's own choice, and before CUDA reads it. A runtime_env would have to name the GPUs before
             # they are known, and Ray cannot start workers that have one where the interpreter's path has a space.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
+        if self._log is not None:
+            self._log.start(rank)
         from ..replicas.shard_rank import ShardRank  # here, since it loads torch, which reads the environment
 
         self._rank = ShardRank(config, rank, local_rank)
@@ -72,14 +78,14 @@ class ShardActorHandle:
     It is never restarted: a rank's state is of no use to a group that went on without it.
     """
 
-    def __init__(self, group: PlacementGroup, bundle: int) -> None:
+    def __init__(self, group: PlacementGroup, bundle: int, log: RankLog | None = None) -> None:
         options = {
             **ray_actor_options(group.bundle_specs[bundle]),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             "max_restarts": 0,
             "max_task_retries": 0,
         }
-        self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote()
+        self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote(log)
         self._name = f"the actor of bundle {bundle}"
         self._title = "shard"  # what Ray and lists of processes call it
         self._place: Place | None = None
@@ -154,10 +160,13 @@ def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Eng
     """
     group = _own_placement_group(config.parallel.world_size)
     home = Home(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    log = RankLog.of_this_replica()
     made: list[ShardGroup] = []
 
     def start(resolved: EngineConfig) -> ShardGroup:
-        made.append(start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1), home, timeout_s=timeout_s))
+        made.append(
+            start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1, log), home, timeout_s=timeout_s)
+        )
         return made[0]
 
     try:

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from ..cluster.directory import DirectoryClient
+from ..cluster.logs import log_to_serve
 from ..cluster.replica import Replica, ReplicaOptions
 from ..cluster.router import Router
 from ..replicas.errors import ConfigError
@@ -42,6 +43,7 @@ class Ingress:
     """One router process: the HTTP application over a router of its own."""
 
     async def __init__(self, settings: IngressSettings, *replicas: Any) -> None:
+        log_to_serve()
         # `replicas` are handles. They make the deployments part of the application; tokens come by the router.
         directory = DirectoryClient()
         self.router = Router(directory, await directory.secret())

@@ -61,7 +61,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> FakeActor:
         assert killed is made
         made.killed += 1
 
-    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: made))
+    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: made))
     monkeypatch.setattr(ray, "remote", lambda _: options)
     monkeypatch.setattr(ray, "kill", kill)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))

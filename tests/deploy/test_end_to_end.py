@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.support.served import Served, listeners_of, processes_of, start, wait_until
+from tests.support.served import Served, listeners_of, processes_of, ray_folder, start, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,6 +45,15 @@ def test_what_it_says_when_it_is_ready(served: Served) -> None:
     assert started is not None
     whole, *stages = map(float, started.groups())
     assert sum(stages) == pytest.approx(whole, abs=0.11)
+
+
+def test_the_log_of_a_replica_tells_of_its_start_once(served: Served) -> None:
+    logs = ray_folder(served.process.pid).glob("session_2*/logs/serve/replica_shoal_Replica-tiny_*.log")
+    lines = "".join(log.read_text() for log in logs)
+    ready = (
+        r"^INFO .* shoal_Replica-tiny \w+ -- \S+/tiny is ready on cpu with 2048 KV blocks: weights [\d.]+ s, "
+    )
+    assert len(re.findall(ready, lines, re.MULTILINE)) == lines.count("is ready") == 1, lines
 
 
 def test_completions_stream_and_repeat(served: Served) -> None:
@@ -186,16 +195,14 @@ def test_the_example_runs(served: Served) -> None:
 def stop_and_look(server: Served, number: signal.Signals) -> None:
     """Stop the server while a stream runs, and see that no process and no folder of it is left."""
     session = server.process.pid
-    running = " ".join(processes_of(session))
-    folder = re.search(r"/tmp/shoal-ray-\w+", running)
-    assert folder is not None
+    folder = ray_folder(session)
     body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_bytes())
         server.process.send_signal(number)
         assert server.process.wait(120) == 0
     assert wait_until(lambda: processes_of(session) == []), processes_of(session)
-    assert not Path(folder[0]).exists()
+    assert not folder.exists()
 
 
 def test_sigint_leaves_nothing_behind(served: Served) -> None:

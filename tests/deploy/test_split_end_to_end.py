@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
 from shoal.replicas.llm import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 from shoal.replicas.tokenizer import Tokenizer
-from tests.support.served import processes_of, start, wait_until
+from tests.support.served import processes_of, ray_folder, start, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -47,11 +46,13 @@ def test_ranks_answer_as_one_does_and_leave_nothing_behind(stages: int) -> None:
         assert re.search(r"^shoal_num_steps_total{.*} [1-9]", metrics, re.MULTILINE), metrics
         assert re.search(r"^shoal_shard_step_seconds_count{.*} [1-9]", metrics, re.MULTILINE), metrics
         running = " ".join(processes_of(server.process.pid))
-        folder = re.search(r"/tmp/shoal-ray-\w+", running)
-        assert folder is not None
+        folder = ray_folder(server.process.pid)
         assert len(re.findall(r"ray::shard \d of replica", running)) == 2 * stages, running
+        logs = "".join(log.read_text() for log in folder.glob("session_2*/logs/worker-*.err"))
+        ready = re.findall(r"^INFO .* shoal_Replica-tiny \w+ rank (\d) -- \S+ is ready on cpu", logs, re.MULTILINE)
+        assert sorted(map(int, ready)) == list(range(2 * stages)), logs
     finally:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(120) == 0
     assert wait_until(lambda: processes_of(server.process.pid) == []), processes_of(server.process.pid)
-    assert not Path(folder[0]).exists()
+    assert not folder.exists()

@@ -65,6 +65,13 @@ def start(*more: str) -> Served:
     return Served(process, output, httpx.Client(base_url=found[0], timeout=120), client)
 
 
+def ray_folder(session: int) -> Path:
+    """The folder of the Ray that a session's processes are of."""
+    found = re.search(r"/tmp/shoal-ray-\w+", " ".join(processes_of(session)))
+    assert found is not None
+    return Path(found[0])
+
+
 def processes_of(session: int) -> list[str]:
     """The command lines of a session's processes that still run."""
     found = []
