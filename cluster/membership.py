@@ -31,6 +31,7 @@ class ReplicaInfo:
     num_shards: int = 1
     node_id: str = ""
     pid: int = 0
+    startup_seconds: tuple[tuple[str, float], ...] = ()  # what each stage of its start took, or of rank 0's
 
     @property
     def key(self) -> tuple[str, int]:

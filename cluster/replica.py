@@ -8,10 +8,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -31,6 +32,9 @@ from .membership import ReplicaInfo
 from .server import ReplicaServer, ServerOptions
 from .shard_actor import build_sharded_engine
 from .shard_group import ShardGroup
+
+if TYPE_CHECKING:
+    from ..replicas.local_executor import LocalExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class Replica:
 
     _closed = True  # until __init__ is through, there is nothing to close
     _shards: ShardGroup | None = None  # None: the only shard is in this process
+    _startup_seconds: Mapping[str, float] = MappingProxyType({})  # by stage
 
     # Serve awaits a constructor that is a coroutine, and keeps its event loop free while the model loads.
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
@@ -92,9 +97,17 @@ class Replica:
     def build_engine(self, config: EngineConfig) -> Engine:
         """Loads the model; runs outside the event loop. Raises ConfigError, ModelError and ShardGroupError."""
         if config.parallel.world_size == 1:
-            return build_engine(config)
+            return build_engine(config, start=self._start_here)
         engine, self._shards = build_sharded_engine(config, timeout_s=self._options.group_start_timeout)
+        self._startup_seconds = self._shards.startup_seconds
         return engine
+
+    def _start_here(self, config: EngineConfig) -> LocalExecutor:
+        from ..replicas.local_executor import LocalExecutor  # loads torch, for which the engine of a group has no use
+
+        executor = LocalExecutor(config)
+        self._startup_seconds = executor.startup_seconds
+        return executor
 
     def _describe(self, model_id: str) -> ReplicaInfo:
         """What routers are told of the engine; the port is not known yet."""
@@ -115,6 +128,7 @@ class Replica:
             num_shards=config.parallel.world_size,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
+            startup_seconds=tuple(self._startup_seconds.items()),
         )
 
     # What Serve calls, and what may be called through a handle

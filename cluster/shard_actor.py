@@ -24,6 +24,7 @@ from .placement import Place, ray_actor_options
 from .shard_group import Home, ShardGroup, start_shard_group
 
 if TYPE_CHECKING:
+    from ..replicas.group_start import Loaded
     from ..replicas.shard_rank import ShardRank
     from ..replicas.step_sockets import Address
 
@@ -65,7 +66,7 @@ class ShardActor:
     def join(self, store: tuple[str, int], timeout_s: float) -> None:
         self._rank.join(store, timeout_s)
 
-    def load(self) -> int:
+    def load(self) -> Loaded:
         return self._rank.load()
 
     def serve(self, address: Address, token: bytes) -> None:

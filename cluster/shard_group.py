@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from ..replicas.config import EngineConfig
 from ..replicas.errors import ShardGroupError
 from ..replicas.group_executor import GroupExecutor
-from ..replicas.group_start import GroupStart, RankHandle
+from ..replicas.group_start import GroupStart, Loaded, RankHandle
 from ..replicas.step_channel import StepChannelServer
 from .placement import Place, seat, spread_stages
 
@@ -49,9 +49,9 @@ class ShardGroup(GroupExecutor):
     """The ranks of one model copy as actors; implements `Executor`."""
 
     def __init__(
-        self, num_blocks: int, server: StepChannelServer, shards: Sequence[ShardHandle], runs: Sequence[Future[Any]]
+        self, loaded: Loaded, server: StepChannelServer, shards: Sequence[ShardHandle], runs: Sequence[Future[Any]]
     ) -> None:
-        super().__init__(num_blocks, server, shards, runs)
+        super().__init__(loaded, server, shards, runs)
         self._shards = tuple(shards)
 
     def stopped(self) -> list[str]:
@@ -92,14 +92,14 @@ def start_shard_group(
         # The store is reached from no further than the ranks are.
         meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].place.host
         shards = [rank.shard for rank in ranks]
-        num_blocks = start.load(shards, meeting_host)
+        loaded = start.load(shards, meeting_host)
         server, runs = start.connect(shards, [node != home.node_id for node in nodes], home.host)
     except BaseException:
         _kill(actors)
         raise
     names = ", ".join(map(str, shards))
     logger.info("a group of %d ranks is ready after %.1f s: %s", len(shards), time.monotonic() - begin, names)
-    return ShardGroup(num_blocks, server, shards, runs)
+    return ShardGroup(loaded, server, shards, runs)
 
 
 class _Rank(NamedTuple):

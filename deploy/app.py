@@ -117,6 +117,8 @@ def _replicas(plan: ModelPlan, request: ReplicaRequest, options: ReplicaOptions)
         scaling = {"autoscaling_config": settings.autoscaling_config}
     if settings.max_constructor_retry_count is not None:
         scaling["max_constructor_retry_count"] = settings.max_constructor_retry_count
+    if settings.logging_config is not None:
+        scaling["logging_config"] = settings.logging_config
     if request.bundles is not None:
         scaling |= {"placement_group_bundles": request.bundles, "placement_group_strategy": request.strategy}
     deployment = _deployment(

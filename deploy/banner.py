@@ -35,6 +35,7 @@ def capacity_lines(name: str, infos: list[ReplicaInfo], split: tuple[int, int] =
         return [f"  {name}: no replica is registered"]
     tokens = sum(info.num_blocks * info.block_size for info in infos)
     longest = infos[0].max_model_len
+    slowest = max(infos, key=lambda info: sum(seconds for _, seconds in info.startup_seconds))
     count = f"{len(infos)} replicas" if len(infos) > 1 else "1 replica"
     if split != (1, 1):
         count += f" of {split[0] * split[1]} ranks (tensor parallel {split[0]}, stages {split[1]})"
@@ -42,4 +43,5 @@ def capacity_lines(name: str, infos: list[ReplicaInfo], split: tuple[int, int] =
         f"  {name}: {infos[0].num_parameters / 1e6:,.1f} M parameters, {infos[0].dtype}, {count}",
         f"  KV cache capacity: {tokens:,} tokens",
         f"  maximum concurrency for requests of {longest:,} tokens: {tokens / longest:.2f}x",
+        "  start of a replica: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in slowest.startup_seconds),
     ]

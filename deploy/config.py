@@ -47,6 +47,7 @@ class DeploymentConfig(_Strict):
     autoscaling_config: dict[str, Any] | None = None
     max_ongoing_requests: int = Field(default=10_000, ge=1)
     ray_actor_options: dict[str, Any] = {}
+    logging_config: dict[str, Any] | None = None  # Serve's LoggingConfig; ranks have its level
     health_check_period_s: float = Field(default=1.0, gt=0)
     health_check_timeout_s: float = Field(default=3.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from .errors import EngineError, ServingError, ShardGroupError
-from .group_start import RankHandle, ended
+from .group_start import Loaded, RankHandle, ended
 from .plan import StepPlan, StepResult
 from .step_channel import StepChannelServer
 from .step_watchdog import StepWatchdog
@@ -28,13 +28,13 @@ class GroupExecutor:
 
     def __init__(
         self,
-        num_blocks: int,
+        loaded: Loaded,
         server: StepChannelServer,
         ranks: Sequence[RankHandle],
         runs: Sequence[Future[Any]],
         watchdog: StepWatchdog | None = None,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.startup_seconds = loaded
         self.runs = tuple(runs)
         self.failed = False  # ranks that are left may then wait for ever for one that is gone
         self._server = server

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .config import EngineConfig
 from .errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
@@ -25,6 +25,13 @@ class RankHandle(Protocol):
         ...
 
 
+class Loaded(NamedTuple):
+    """What a rank says when it has loaded its part of the model."""
+
+    num_blocks: int  # KV blocks that every rank has room for
+    startup_seconds: dict[str, float]  # what each stage of it took
+
+
 class GroupStart:
     """The steps before the first plan. Every rank takes each of them; one that fails on one rank fails for all.
 
@@ -37,16 +44,17 @@ class GroupStart:
         self._config = config
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
 
-    def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> int:
-        """Lets the ranks meet and load the model; the KV blocks that each has. meeting_host: an address of rank 0."""
+    def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> Loaded:
+        """Lets the ranks meet and load the model; what rank 0 says of it. meeting_host: an address of that."""
         store = self.together("open the store", ranks[:1], "open_store", meeting_host)[0]
         left = self._left()
         # A rank that gives up before the group does says for whom it has waited.
         self.together("meet", ranks, "join", store, max(left - _LAST_WORDS_SECONDS, left / 2))
-        blocks = self.together("load the model", ranks, "load")
+        loaded: list[Loaded] = self.together("load the model", ranks, "load")
+        blocks = [one.num_blocks for one in loaded]
         if len(set(blocks)) != 1:
             raise ShardGroupError(f"the ranks have not agreed on their number of KV blocks: {blocks}")
-        return blocks[0]
+        return loaded[0]
 
     def connect(
         self, ranks: Sequence[RankHandle], elsewhere: Sequence[bool], host: str

@@ -23,7 +23,7 @@ class LocalExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         self._shard = Shard(config)
-        self.num_blocks = self._shard.num_blocks
+        self.num_blocks, self.startup_seconds = self._shard.num_blocks, self._shard.startup_seconds
         self._launches_ahead = self._shard.device.type == "cuda"
         self._steps: deque[StepPlan | PendingStep] = deque()
 

@@ -21,7 +21,7 @@ from typing import Any
 from .config import EngineConfig
 from .errors import ConfigError, ShardGroupError
 from .group_executor import GroupExecutor
-from .group_start import GroupStart
+from .group_start import GroupStart, Loaded
 from .step_channel import StepChannelServer
 from .step_watchdog import StepWatchdog, is_stopped
 
@@ -110,13 +110,13 @@ class ShardProcesses(GroupExecutor):
 
     def __init__(
         self,
-        num_blocks: int,
+        loaded: Loaded,
         server: StepChannelServer,
         ranks: Sequence[RankProcess],
         runs: Sequence[Future[Any]],
         watchdog: StepWatchdog,
     ) -> None:
-        super().__init__(num_blocks, server, ranks, runs, watchdog)
+        super().__init__(loaded, server, ranks, runs, watchdog)
         self.ranks = tuple(ranks)
 
     def stopped(self) -> list[str]:
@@ -140,12 +140,12 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
     try:
         for rank in range(config.parallel.world_size):
             ranks.append(RankProcess(config, rank, local_rank=rank))
-        num_blocks = start.load(ranks, _HOST)
+        loaded = start.load(ranks, _HOST)
         server, runs = start.connect(ranks, [False] * len(ranks), _HOST)
     except BaseException:
         _end_all(ranks, 0.0)
         raise
-    return ShardProcesses(num_blocks, server, ranks, runs, StepWatchdog.of(config))
+    return ShardProcesses(loaded, server, ranks, runs, StepWatchdog.of(config))
 
 
 def _check_gpus(config: EngineConfig) -> None:

@@ -28,6 +28,7 @@ from .collectives import TorchCollectives
 from .comm import ParallelContext
 from .config import EngineConfig
 from .errors import ShardGroupError
+from .group_start import Loaded
 from .pipeline import PipelineLinks
 from .plan_loop import run_plans
 from .process_groups import ProcessGroups, local_host, open_store
@@ -133,15 +134,15 @@ class ShardRank:
             )
         return ParallelContext(self._tp_rank, tp_size, self._pp_rank, pp_size, tp, pp)
 
-    def load(self) -> int:
-        """Loads this rank's part of the model; returns the KV blocks that every rank has room for.
+    def load(self) -> Loaded:
+        """Loads this rank's part of the model, and agrees with the others on the number of KV blocks.
 
         Raises ModelError and ConfigError as Shard does.
         """
         self._shard = Shard(
             self._config, self._context, self._device, agree=self._least, num_neighbours=self._num_neighbours
         )
-        return self._shard.num_blocks
+        return Loaded(self._shard.num_blocks, self._shard.startup_seconds)
 
     def serve(self, address: Address, token: bytes) -> None:
         """Runs the engine's plans until it has no more. address: of its step channel.

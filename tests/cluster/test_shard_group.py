@@ -16,6 +16,7 @@ from shoal.replicas import group_start
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 from shoal.replicas.group_executor import GroupExecutor
+from shoal.replicas.group_start import Loaded
 from shoal.replicas.step_channel import StepChannelServer
 from tests.support.fake_shards import METHODS, NUM_BLOCKS, FakeShard, group_config
 from tests.support.step_group import answer, blocked
@@ -88,7 +89,7 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
 
 def test_a_group_runs_plans(maker: Maker) -> None:
     group = maker.start(group_config(2, 2), [place()] * 4)
-    assert group.num_blocks == NUM_BLOCKS
+    assert (group.num_blocks, group.startup_seconds) == (NUM_BLOCKS, {"weights": 0.0})
     for step in range(3):
         group.submit(decode_plan(step))
     assert all(same(group.result(), answer(decode_plan(step))) for step in range(3))
@@ -182,7 +183,7 @@ def test_every_rank_has_one_gpu(maker: Maker) -> None:
 
 
 def test_ranks_must_agree_on_their_blocks(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeShard, "_load_now", lambda shard: NUM_BLOCKS + shard.rank)
+    monkeypatch.setattr(FakeShard, "_load_now", lambda shard: Loaded(NUM_BLOCKS + shard.rank, {}))
     with pytest.raises(ShardGroupError, match=r"KV blocks: \[64, 65\]"):
         maker.start(group_config(2), [place()] * 2)
 

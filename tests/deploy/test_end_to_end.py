@@ -43,6 +43,7 @@ def test_what_it_says_when_it_is_ready(served: Served) -> None:
     assert int(tokens[1].replace(",", "")) / 1024 == pytest.approx(float(concurrency[1]), abs=0.01)
     started = re.search(r"started in ([\d.]+) s: Ray ([\d.]+) s, Serve and models ([\d.]+) s", served.output)
     assert started is not None
+    assert re.search(r"start of a replica: weights [\d.]+ s, .*KV cache [\d.]+ s", served.output)
     whole, *stages = map(float, started.groups())
     assert sum(stages) == pytest.approx(whole, abs=0.11)
 
@@ -50,9 +51,7 @@ def test_what_it_says_when_it_is_ready(served: Served) -> None:
 def test_the_log_of_a_replica_tells_of_its_start_once(served: Served) -> None:
     logs = ray_folder(served.process.pid).glob("session_2*/logs/serve/replica_shoal_Replica-tiny_*.log")
     lines = "".join(log.read_text() for log in logs)
-    ready = (
-        r"^INFO .* shoal_Replica-tiny \w+ -- \S+/tiny is ready on cpu with 2048 KV blocks: weights [\d.]+ s, "
-    )
+    ready = r"^INFO .* shoal_Replica-tiny \w+ -- \S+/tiny is ready on cpu with 2048 KV blocks: weights [\d.]+ s, "
     assert len(re.findall(ready, lines, re.MULTILINE)) == lines.count("is ready") == 1, lines
 
 

@@ -78,6 +78,17 @@ def test_how_long_ranks_may_take_to_start_is_said_beside_serves_own_times() -> N
     assert replica_of(build_app(application["args"])).init_args[2].group_start_timeout == 7200
 
 
+def test_logging_is_serves_own_setting() -> None:
+    [application] = yaml.safe_load((DEPLOY / "tp2.yaml").read_text())["applications"]
+    settings = application["args"]["models"][0]["deployment_config"]
+    settings["logging_config"] = {"log_level": "DEBUG", "encoding": "JSON"}
+    found = replica_of(build_app(application["args"])).logging_config
+    assert (found["log_level"], found["encoding"]) == ("DEBUG", "JSON")
+    settings["logging_config"] = {"log_level": "LOUD"}
+    with pytest.raises(ValueError, match='Got "LOUD" for log_level'):
+        build_app(application["args"])
+
+
 def test_the_files_have_one_form() -> None:
     """They differ in the split alone, so that one can be compared with another."""
     bodies = []

@@ -14,6 +14,7 @@ from shoal.replicas import step_channel
 from shoal.replicas.config import EngineConfig, ModelConfig
 from shoal.replicas.errors import ConfigError, EngineError
 from shoal.replicas.group_executor import GroupExecutor
+from shoal.replicas.group_start import Loaded
 from shoal.replicas.step_watchdog import StepWatchdog, is_stopped
 from tests.support.engines import facts
 from tests.support.step_group import Group, answer
@@ -70,7 +71,7 @@ def test_a_process_that_is_stopped_is_seen_to_be() -> None:
 def test_a_wait_for_ranks_that_say_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_channel, "_SILENCE_MS", 1)
     group = Group(world_size=2)
-    executor = GroupExecutor(8, group.server, (), (), warm(StepWatchdog(floor=0.01), 0.0))
+    executor = GroupExecutor(Loaded(8, {}), group.server, (), (), warm(StepWatchdog(floor=0.01), 0.0))
     try:
         executor.submit(decode_plan(0))
         group.clients[0].send_result(answer(decode_plan(0)))

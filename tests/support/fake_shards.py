@@ -11,6 +11,7 @@ from typing import Any
 from shoal.cluster.placement import Place
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from shoal.replicas.errors import ShardGroupError
+from shoal.replicas.group_start import Loaded
 from shoal.replicas.step_channel import StepChannelClient
 from shoal.replicas.step_sockets import Address
 from tests.support.engines import facts
@@ -86,8 +87,8 @@ class FakeShard:
 
     def _join_now(self, store: tuple[str, int], timeout_s: float) -> None: ...
 
-    def _load_now(self) -> int:
-        return NUM_BLOCKS
+    def _load_now(self) -> Loaded:
+        return Loaded(NUM_BLOCKS, {"weights": float(self.rank or 0)})
 
     def _serve_now(self, address: Address, token: bytes) -> None:
         assert self.rank is not None
