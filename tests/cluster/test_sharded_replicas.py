@@ -132,7 +132,7 @@ def test_ranks_that_are_killed_or_stopped_are_replaced(
         await until(lambda: (placement_groups(), shard_actors()) == (num_replicas, num_ranks))
         await until(lambda: len(shard_processes()) == num_ranks)
         assert shared_memory() <= before
-        assert await answers(made, asked()) == expected
+        assert await answers(made, asked(30)) == [tokens[:30] for tokens in expected]
         await until(lambda: all_blocks_are_free(made))
 
     async def scenario() -> None:
