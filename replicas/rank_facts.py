@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .checkpoint import list_tensors
 from .config import EngineConfig, ModelConfig
 from .errors import ShardGroupError
 
+_SAMPLED_BYTES = 4096  # of a file's data: two trainings of one architecture differ there
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EQUAL = {
     "world_size": "the size of the group",
@@ -92,7 +94,7 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
 
 
 def _weights(model: ModelConfig) -> dict[str, str]:
-    """The files by path, without a look at their data: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
+    """The files by path, with hardly a look at their data: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
     if model.load_format != "safetensors":
         return {}
     tensors: dict[Path, list[str]] = {}
@@ -102,8 +104,11 @@ def _weights(model: ModelConfig) -> dict[str, str]:
 
 
 def _described(file: Path, tensors: list[str]) -> str:
-    digest = hashlib.sha256("\n".join(tensors).encode()).hexdigest()[:16]
-    return f"{file.stat().st_size} bytes and tensors {digest}"
+    digest = hashlib.sha256("\n".join(tensors).encode())
+    with file.open("rb") as stream:
+        stream.seek(int.from_bytes(stream.read(8), "little"), os.SEEK_CUR)  # the header's length, then the header
+        digest.update(stream.read(_SAMPLED_BYTES))
+    return f"{file.stat().st_size} bytes and tensors {digest.hexdigest()[:16]}"
 
 
 def _check_weights(facts: Sequence[RankFacts]) -> None:
@@ -117,5 +122,5 @@ def _check_weights(facts: Sequence[RankFacts]) -> None:
     )
     raise ShardGroupError(
         f"the ranks differ in {len(differ)} of {len(files)} files of weights, the first being {differ[0]}: {said} (a "
-        "hash of names, dtypes and shapes); give every node the same files at that path"
+        "hash of names, dtypes, shapes and the first values); give every node the same files at that path"
     )

@@ -74,8 +74,9 @@ A, B = {"a": torch.zeros(2, 3)}, {"b": torch.ones(4), "c": torch.ones(2)}
         ((A, {"b": torch.ones(2, 2), "c": torch.ones(2)}), "1 of 2 files of weights, the first being {}/model-1"),
         (({"a": torch.zeros(2, 3).int()}, B), "1 of 2 files of weights, the first being {}/model-0"),
         (({"a": torch.zeros(2, 4)}, {"b": torch.ones(6)}), "2 of 2 files of weights, the first being {}/model-0"),
+        ((A, {name: tensor + 1 for name, tensor in B.items()}), "1 of 2 files of weights, the first being {}/model-1"),
     ],
-    ids=["name", "shape", "dtype", "size"],
+    ids=["name", "shape", "dtype", "size", "values"],
 )
 def test_other_weights_at_the_same_path_are_refused(others, differ, tmp_path):
     """The path leads to a folder of each rank's node."""
