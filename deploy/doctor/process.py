@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -64,7 +65,7 @@ def run_probes(
             for process in running:
                 with suppress(OSError):
                     process.kill()
-                process.wait()
+                process.communicate()
         return [
             Outcome(tuple(_lines(output)), status, _last_words(output), limit_s)
             for output, status in zip(outputs, statuses, strict=True)
@@ -74,7 +75,7 @@ def run_probes(
 def _start(module: str, arguments: Sequence[str], output: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", f"{__package__}.{module}", *arguments]
     with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=env)
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
@@ -105,10 +106,18 @@ def _last_words(output: Path) -> str:
 
 
 def begin() -> tuple[float, list[str]]:
-    """In a probe: the seconds that it has, and its arguments. It then ends, even if nobody waits for it any more."""
+    """In a probe: the seconds that it has, and its arguments. It then ends, and as soon as nobody waits for it."""
     limit_s = float(sys.argv[1])
     signal.alarm(math.ceil(limit_s) + 1)  # the signal's own action: no Python has to run for it
+    threading.Thread(target=_end_with_owner, daemon=True).start()
     return limit_s, sys.argv[2:]
+
+
+def _end_with_owner() -> None:
+    """Standard input ends when the doctor does, be it in the middle of starting this process."""
+    with suppress(OSError):
+        os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def say(**values: Any) -> None:

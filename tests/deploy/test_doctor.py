@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shoal.deploy.config import TINY_MODEL
-from tests.support.processes import has_ended, wait_for_children
+from tests.support.processes import wait_for_children, wait_for_end
 from tests.support.served import wait_until
 
 DEPLOY = TINY_MODEL.parent.parent
@@ -155,4 +155,4 @@ def test_a_doctor_that_is_asked_to_end_leaves_nothing(tmp_path: Path) -> None:
         process.terminate()
     assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
-    assert all(map(has_ended, probes))
+    wait_for_end(set(probes))
