@@ -51,7 +51,7 @@ def test_what_it_says_when_it_is_ready(served: Served) -> None:
 def test_the_log_of_a_replica_tells_of_its_start_once(served: Served) -> None:
     logs = ray_folder(served.process.pid).glob("session_2*/logs/serve/replica_shoal_Replica-tiny_*.log")
     lines = "".join(log.read_text() for log in logs)
-    ready = r"^INFO .* shoal_Replica-tiny \w+ -- \S+/tiny is ready on cpu with 2048 KV blocks: weights [\d.]+ s, "
+    ready = r"^INFO .* shoal_Replica-tiny \w+ -- .+/tiny is ready on cpu with 2048 KV blocks: weights [\d.]+ s, "
     assert len(re.findall(ready, lines, re.MULTILINE)) == lines.count("is ready") == 1, lines
 
 
