@@ -38,8 +38,8 @@ def test_plans_by_channel_and_by_calls_give_the_same_tokens(tmp_path: Path, tp: 
     ranks = [actor.options(num_cpus=0.1).remote(config, rank, rank) for rank in range(2)]
     store = ray.get(ranks[0].open_store.remote("127.0.0.1"))
     ray.get([rank.join.remote(store, 60.0) for rank in ranks])
-    blocks = ray.get([rank.load.remote() for rank in ranks])
-    by_calls = Engine(config, facts, ActorCalls(ranks, result_rank=pp - 1, num_blocks=blocks[0]))
+    loaded = ray.get([rank.load.remote() for rank in ranks])
+    by_calls = Engine(config, facts, ActorCalls(ranks, result_rank=pp - 1, num_blocks=loaded[0].num_blocks))
     by_channel = split_engine(folder, tp, pp)
     try:
         assert greedy(by_calls, num_samples=2) == greedy(by_channel, num_samples=2)
