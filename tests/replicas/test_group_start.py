@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +13,13 @@ from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.group_start import GroupStart
 from shoal.replicas.shard_rank import ShardRank
 from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
-from tests.support.golden import engine_config
+from tests.support.golden import meeting_config
 from tests.support.step_group import run_in_thread
 
 
 @pytest.fixture
 def config() -> EngineConfig:
-    """Of ranks that meet, and load no model."""
-    config = engine_config(Path("folder"), tp=2)
-    return replace(
-        config,
-        model=replace(config.model, load_format="dummy"),
-        scheduler=replace(config.scheduler, max_steps_in_flight=2),
-    )
+    return meeting_config()
 
 
 class ConnectedRank:

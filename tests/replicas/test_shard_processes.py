@@ -18,6 +18,7 @@ import torch
 
 from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.engine import Engine
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ShardGroupError
 from shoal.replicas.llm import build_engine
 from shoal.replicas.protocol import FinishReason, Request, SamplingParams
@@ -71,14 +72,19 @@ def serving(folder):
     engine.shutdown()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_the_engine_and_is_named(serving, rank):
-    engine, pids = serving
-    os.kill(pids[rank], signal.SIGKILL)
+def run_until_it_fails(engine: Engine) -> None:
+    """Its one sequence ends, once."""
     deltas = []
     while engine.has_work:
         deltas += engine.step()
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.ERROR]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_engine_and_is_named(serving, rank):
+    engine, pids = serving
+    os.kill(pids[rank], signal.SIGKILL)
+    run_until_it_fails(engine)
     assert isinstance(engine.failure, EngineError)
     assert f"rank {rank} (process {pids[rank]}): it was killed by signal 9" in str(engine.failure)
     wait_for_end(set(pids))  # the other one leaves by itself
@@ -96,10 +102,7 @@ def test_a_step_that_waits_for_a_stopped_rank_ends_the_engine(serving, rank):
     """It is told of as stopped, and long before the collective that waits for it gives up."""
     engine, pids = serving
     os.kill(pids[rank], signal.SIGSTOP)
-    deltas = []
-    while engine.has_work:
-        deltas += engine.step()
-    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.ERROR]
+    run_until_it_fails(engine)
     assert f"waits for stopped processes: rank {rank} (process {pids[rank]})" in str(engine.failure)
     engine.shutdown()
     wait_for_end(set(pids))

@@ -6,7 +6,6 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
@@ -16,18 +15,12 @@ from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.shard_rank import ShardRank
 from tests.support.checkpoints import FAMILIES
-from tests.support.golden import engine_config
+from tests.support.golden import engine_config, meeting_config
 
 
 @pytest.fixture
 def config() -> EngineConfig:
-    """Of ranks that meet, and load no model."""
-    config = engine_config(Path("folder"), tp=2)
-    return replace(
-        config,
-        model=replace(config.model, load_format="dummy"),
-        scheduler=replace(config.scheduler, max_steps_in_flight=2),
-    )
+    return meeting_config()
 
 
 def meet(*configs: EngineConfig) -> list[BaseException | None]:

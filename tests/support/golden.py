@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
@@ -34,6 +35,16 @@ def engine_config(
         ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp),
         device="cpu",
         num_threads=1,
+    )
+
+
+def meeting_config() -> EngineConfig:
+    """Of two ranks that meet, and load no model."""
+    config = engine_config(Path("folder"), tp=2)
+    return replace(
+        config,
+        model=replace(config.model, load_format="dummy"),
+        scheduler=replace(config.scheduler, max_steps_in_flight=2),
     )
 
 
