@@ -124,7 +124,7 @@ def step(reports: dict[str, dict[str, Any]]) -> Figure | None:
 def plots(results: Path) -> Iterator[tuple[str, Figure]]:
     """(file name, figure) of everything there is to show."""
     drawn: list[tuple[str, Figure | None]] = []
-    for group in ("8b", "1b", "http", "8b_tp2", "70b_tp4"):
+    for group in ("8b", "1b", "http", "8b_tp2", "70b_half_tp2", "70b_tp4"):
         report = read(results, f"vs_vllm_{group}")
         if report is not None:
             drawn += [(f"ratios_{group}.svg", ratios(report)), (f"decode_{group}.svg", decode(report))]

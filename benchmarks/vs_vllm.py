@@ -1,13 +1,14 @@
 """Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-tp4 [--out FOLDER] [--budget-s S] [--commit C]
-        [--peer-path PATH]
+    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-half-tp2|70b-tp4 [--out FOLDER] [--budget-s S]
+        [--commit C] [--peer-path PATH]
 
 Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
 at most and contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes on one GPU, 8b-tp2 and 70b-tp4
-on two and four (tensor parallel), http two servers (8B shape). A ratio above 1 says that Shoal is faster. The report
-is written after every measurement, so that a run that is cut short keeps what it has; a second turn that no longer fits
-the budget is left out.
+on two and four (tensor parallel), http two servers (8B shape). 70b-half-tp2 has, on two GPUs, the products and the
+attention that 70b-tp4 has on each of four; its sums join two ranks. A ratio above 1 says that Shoal is faster. The
+report is written after every measurement, so that a run that is cut short keeps what it has; a second turn that no
+longer fits the budget is left out.
 A rehearsal on a CPU: `python -m benchmarks.vs_vllm tiny --peer-engine shoal`, or tiny-tp2.
 """
 
@@ -135,6 +136,7 @@ GROUPS = {
     ),
     "8b-tp2": Group("8b", 40 << 30, budget_s=300, tp=2, **SPLIT),
     # Weights take 33 GiB of each GPU, twice.
+    "70b-half-tp2": Group("70b-half", 26 << 30, budget_s=420, tp=2, **SPLIT),
     "70b-tp4": Group("70b", 26 << 30, budget_s=420, tp=4, **SPLIT),
     # Rehearsals on a CPU.
     "tiny": Group(

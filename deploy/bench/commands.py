@@ -12,7 +12,7 @@ from .report import Report
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure engine, kernels and server.")
 
-Model = Annotated[str, typer.Option(help="1b, 8b or 70b (shapes with random weights), tiny, a folder, or a hub id.")]
+Model = Annotated[str, typer.Option(help="1b, 8b, 70b, 70b-half (shapes, random weights), tiny, a folder or a hub id.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="An engine setting as `serve` has it: name=value.")]
 Json = Annotated[Path, typer.Option("--json", help="Where the figures go; its name is the report's.")]
 Commit = Annotated[str | None, typer.Option(help="The commit to note, where there is no checkout to read it from.")]

@@ -63,6 +63,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    # Split over two GPUs, each does what one of four does of 70b: half its heads, MLP and vocabulary.
+    "70b-half": _COMMON
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 64_128,
+    },
 }
 
 

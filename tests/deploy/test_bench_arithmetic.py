@@ -193,6 +193,10 @@ def test_decode_limits_of_an_h200(
     assert limit * 1e3 == pytest.approx(milliseconds, rel=0.01)
 
 
+def test_two_ranks_of_the_halved_shape_do_what_two_of_four_do(shapes: dict[str, Path]) -> None:
+    assert Dense.of(shapes["70b-half"], num_ranks=2) == Dense.of(shapes["70b"], num_ranks=4)
+
+
 def test_prefill_limit_of_an_h200(shapes: dict[str, Path]) -> None:
     model = Dense.of(shapes["8b"])
     assert 8192 / model.prefill_s(8192, H200) == pytest.approx(49e3, rel=0.01)
@@ -220,7 +224,7 @@ def test_a_step_is_what_further_tokens_cost() -> None:
 def test_shapes_are_models_to_transformers_and_to_us(shapes: dict[str, Path], name: str) -> None:
     facts, config = read_model_facts(shapes[name]), AutoConfig.from_pretrained(shapes[name])
     assert (facts.num_layers, facts.head_dim) == (config.num_hidden_layers, config.head_dim)
-    assert facts.vocab_size == config.vocab_size == 128_256
+    assert facts.vocab_size == config.vocab_size == SHAPES[name]["vocab_size"]
     assert config.rope_parameters["rope_theta"] == 500_000
 
 
