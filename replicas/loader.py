@@ -139,6 +139,8 @@ def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None
         raise ModelError(f"{where} has shape {list(info.shape)}; config.json makes it {list(source.shape)}")
     if info.dtype not in ("F32", "F16", "BF16", "F64"):
         raise ModelError(f"{where} has dtype {info.dtype}; expected F32, F16 or BF16")
+    if not slot.target.numel():
+        return
     try:
         part = file.get_slice(source.name)[source.index or ...]
     except SafetensorError as error:

@@ -45,10 +45,9 @@ class VocabParallelEmbedding(Layer):
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         first, size = self.slice.first, self.slice.size
-        if size:
-            shape = (self.slice.vocab_size, self.weight.shape[1])
-            source = Source(f"{prefix}.weight", shape, (slice(first, first + size),))
-            yield WeightSlot(self.weight[:size], (source,))
+        shape = (self.slice.vocab_size, self.weight.shape[1])
+        source = Source(f"{prefix}.weight", shape, (slice(first, first + size),))
+        yield WeightSlot(self.weight[:size], (source,))
 
 
 class OutputHead(Layer):

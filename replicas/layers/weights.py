@@ -29,6 +29,7 @@ class Source:
 class WeightSlot:
     """`target`, a view of a parameter, is filled from the first of `sources` that the checkpoint has.
 
+    It is empty where the rank has no part of the tensor: of a small vocabulary the last ranks have no rows.
     `offset` is added to what was read (Gemma's norms store w and mean 1 + w).
     """
 

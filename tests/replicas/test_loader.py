@@ -159,6 +159,17 @@ def test_ranks_hold_parts_of_one_model(family, load_format, tmp_path):
         assert torch.equal(rebuilt, tensor), name
 
 
+def test_ranks_beyond_a_small_vocabulary_load_without_rows_of_it(llama):
+    def cut(tensors) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:20]
+
+    rewrite(llama, cut)
+    edit_json(llama / "config.json", vocab_size=20, eos_token_id=19)
+    filled = [_filled(engine_config(llama), ParallelContext(tp_rank=rank, tp_size=4)) for rank in range(4)]
+    assert [len(own["lm_head.weight"][0]) for own in filled] == [16, 4, 0, 0]
+
+
 def _filled(config: EngineConfig, context: ParallelContext) -> dict[str, tuple[torch.Tensor, tuple]]:
     """Every slot's tensor, and where in its source it lies, by the source's name."""
     filled = {}
