@@ -28,10 +28,6 @@ class ShardHandle(RankHandle, Protocol):
         """Is told which rank the actor will be, and where it is."""
         ...
 
-    def is_stopped(self) -> bool:
-        """Whether its process is on this node and stopped, as by SIGSTOP; a mere look at it."""
-        ...
-
     def kill(self) -> None:
         """Ends the actor's process, whatever it does. Idempotent."""
         ...
@@ -53,10 +49,6 @@ class ShardGroup(GroupExecutor):
     ) -> None:
         super().__init__(loaded, server, shards, runs)
         self._shards = tuple(shards)
-
-    def stopped(self) -> list[str]:
-        """Those of this node."""
-        return [str(shard) for shard in self._shards if shard.is_stopped()]
 
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves."""

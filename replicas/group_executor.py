@@ -67,7 +67,7 @@ class GroupExecutor:
 
     def stopped(self) -> list[str]:
         """The ranks whose processes are stopped, as far as that can be seen."""
-        return []
+        return [str(rank) for rank in self._ranks if rank.is_stopped()]
 
     def watch(self, on_lost: Callable[[ServingError], None]) -> None:
         """Calls `on_lost` once, from a thread of its own, if a rank ends before `shutdown`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ from .step_channel import StepChannelServer
 from .step_sockets import Address, ChannelClosed
 
 _LAST_WORDS_SECONDS = 2.0  # after one rank has failed, for the one that made it fail to be known
+_LOOK_SECONDS = 1.0  # between two looks for ranks that are stopped
+_STOPPED_LOOKS = 5  # in a row, after which nobody is waited for who may be stopped for good
 _TOKEN_BYTES = 32
 
 
@@ -22,6 +24,10 @@ class RankHandle(Protocol):
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
         """Calls a method of ShardRank. The future fails with what it raises, or when the process ends."""
+        ...
+
+    def is_stopped(self) -> bool:
+        """Whether its process is on this node and stopped, as by SIGSTOP; a mere look at it."""
         ...
 
 
@@ -83,7 +89,9 @@ class GroupStart:
         pool = ThreadPoolExecutor(1)
         accepting = pool.submit(server.accept, self._left())
         pool.shutdown(wait=False)  # an interrupt is not held up by it; closing the server ends it
-        wait([accepting, *runs], return_when=FIRST_COMPLETED)
+        for seconds in self._looks("connect", ranks):
+            if wait([accepting, *runs], seconds, return_when=FIRST_COMPLETED).done:
+                break
         if lost := any(run.done() for run in runs):
             server.close()  # nobody need wait for the others
         try:
@@ -104,17 +112,39 @@ class GroupStart:
     ) -> list[Any]:
         """Every rank's answer to a call with arguments of its own."""
         calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
-        _, silent = wait(calls, self._left(), return_when=FIRST_EXCEPTION)
-        if any(call.done() and call.exception() for call in calls):
-            wait(calls, _LAST_WORDS_SECONDS)
-            raise _failure(what, ranks, calls)
-        if silent:
-            names = ", ".join(str(rank) for rank, call in zip(ranks, calls, strict=True) if call in silent)
-            raise ShardGroupError(
-                f"the ranks could not {what} within {self._timeout_s:g} s of the group's start: no answer from "
-                f"{names}. Look at its log, or give the group more time to start (group_start_timeout_s)"
-            )
-        return [call.result() for call in calls]
+        silent = set(calls)
+        for seconds in self._looks(what, ranks):
+            silent = wait(calls, seconds, return_when=FIRST_EXCEPTION).not_done
+            if any(call.done() and call.exception() for call in calls):
+                wait(calls, _LAST_WORDS_SECONDS)
+                raise _failure(what, ranks, calls)
+            if not silent:
+                return [call.result() for call in calls]
+        names = ", ".join(str(rank) for rank, call in zip(ranks, calls, strict=True) if call in silent)
+        raise ShardGroupError(
+            f"the ranks could not {what} within {self._timeout_s:g} s of the group's start: no answer from {names}. "
+            "Look at its log, or give the group more time to start (group_start_timeout_s)"
+        )
+
+    def _looks(self, what: str, ranks: Sequence[RankHandle]) -> Iterator[float]:
+        """For how long to wait before the ranks are looked at again, until the time for the start is over.
+
+        Raises ShardGroupError where one has been stopped at several looks in a row: it would take all of that time.
+        """
+        num_stopped = [0] * len(ranks)
+        left = self._left()
+        while True:
+            yield min(left, _LOOK_SECONDS)
+            if left <= _LOOK_SECONDS:
+                return
+            num_stopped = [num + 1 if rank.is_stopped() else 0 for rank, num in zip(ranks, num_stopped, strict=True)]
+            names = [str(rank) for rank, num in zip(ranks, num_stopped, strict=True) if num == _STOPPED_LOOKS]
+            if names:
+                raise ShardGroupError(
+                    f"the ranks could not {what}: stopped (as by SIGSTOP) for {_STOPPED_LOOKS * _LOOK_SECONDS:g} s: "
+                    f"{', '.join(names)}; let nothing stop a group's processes while it starts"
+                )
+            left = self._left()
 
     def _left(self) -> float:
         return max(0.1, self._deadline - time.monotonic())

@@ -74,6 +74,9 @@ class RankProcess:
             self._control.send((method, arguments))
         return call
 
+    def is_stopped(self) -> bool:
+        return is_stopped(self.pid)
+
     def wait(self, timeout_s: float) -> bool:
         """Whether the process has ended, in that time."""
         try:
@@ -118,9 +121,6 @@ class ShardProcesses(GroupExecutor):
     ) -> None:
         super().__init__(loaded, server, ranks, runs, watchdog)
         self.ranks = tuple(ranks)
-
-    def stopped(self) -> list[str]:
-        return [str(rank) for rank in self.ranks if is_stopped(rank.pid)]
 
     def shutdown(self) -> None:
         """Tells the ranks that no more plans come, and ends those that do not leave by themselves. Idempotent."""

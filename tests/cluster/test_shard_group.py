@@ -157,6 +157,44 @@ def test_a_rank_that_says_nothing_ends_all(maker: Maker, method: str) -> None:
     hangs.set()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_that_is_stopped_while_the_group_starts_ends_all(
+    maker: Maker, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the time for the start is over."""
+    monkeypatch.setattr(group_start, "_LOOK_SECONDS", 0.02)
+    goes_on = threading.Event()
+
+    def stop() -> None:
+        maker.shards[0].stopped = True
+        goes_on.wait(PATIENCE)
+
+    maker.fault(0, method, stop)
+    with pytest.raises(ShardGroupError, match=r"stopped \(as by SIGSTOP\) for 0\.1 s: (an actor|rank 0 of 2)"):
+        maker.start(group_config(2), [place()] * 2, timeout_s=10 * PATIENCE)
+    assert maker.nothing_left
+    goes_on.set()
+
+
+def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([True, True, False] * 3)
+    goes_on = threading.Event()
+
+    def is_stopped(shard: FakeShard) -> bool:
+        if shard is not maker.shards[0]:
+            return False
+        stopped = next(looks, None)
+        if stopped is None:
+            goes_on.set()
+        return bool(stopped)
+
+    monkeypatch.setattr(group_start, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(FakeShard, "is_stopped", is_stopped)
+    maker.fault(0, "load", lambda: goes_on.wait(PATIENCE))
+    maker.start(group_config(2), [place()] * 2)
+    assert goes_on.is_set()
+
+
 @pytest.mark.parametrize("kind", [ModelError, ConfigError])
 def test_what_is_wrong_with_the_model_keeps_its_class(maker: Maker, kind: type[ServingError]) -> None:
     """The other rank's failure, which is its consequence, may come first."""

@@ -39,6 +39,9 @@ class ConnectedRank:
         self.client = run_in_thread(StepChannelClient, address, self.rank, 2, token)
         return self.run
 
+    def is_stopped(self) -> bool:
+        return False
+
 
 class RankInThread:
     """A real rank; if it is stuck, no call of it is answered."""
@@ -52,6 +55,9 @@ class RankInThread:
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         return Future() if self._stuck else run_in_thread(getattr(self.rank, method), *arguments)
+
+    def is_stopped(self) -> bool:
+        return False
 
 
 def test_a_rank_that_ends_as_all_have_been_accepted_is_named(config: EngineConfig, monkeypatch) -> None:

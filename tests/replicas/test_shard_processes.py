@@ -136,6 +136,16 @@ def test_a_rank_that_is_killed_while_it_starts_is_named(folder):
             starting.result()
 
 
+def test_a_rank_that_is_stopped_while_it_starts_is_named(folder):
+    before = children()
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, folder)
+        pids = wait_for_children(before, 2)
+        os.kill(pids[1], signal.SIGSTOP)
+        with pytest.raises(ShardGroupError, match=rf"stopped .* for 5 s: rank 1 \(process {pids[1]}\)"):
+            starting.result()
+
+
 def test_more_ranks_than_gpus_are_refused_before_anything_starts(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = engine_config(folder, tp=2, pp=2).resolve(read_model_facts(folder), "cuda")
