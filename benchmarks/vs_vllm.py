@@ -1,6 +1,6 @@
 """Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
 
-    python -m benchmarks.vs_vllm 8b|8b-long|1b|http|8b-tp2|70b-half-tp2|70b-tp4 [--out FOLDER] [--budget-s S]
+    python -m benchmarks.vs_vllm 8b|1b|http|8b-tp2|70b-half-tp2|70b-tp4 [--out FOLDER] [--budget-s S]
         [--commit C] [--peer-path PATH]
 
 Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
@@ -82,7 +82,7 @@ GROUPS = {
     "8b": Group(
         "8b",
         44 << 30,
-        budget_s=400,
+        budget_s=470,
         decode=((1, 1024), (32, 1024), (128, 1024), (1, 8192), (8, 8192), (256, 1024), (32, 8192)),
         offline=(1000, 100, 1024),
         goals={
@@ -97,14 +97,6 @@ GROUPS = {
             "prefill B=8 @8192": (0.9, 1.0),
             "offline throughput": (1.0, 1.2),
         },
-    ),
-    # The long contexts of 8b alone, which have time for a second turn then.
-    "8b-long": Group(
-        "8b",
-        44 << 30,
-        budget_s=220,
-        decode=((32, 8192), (8, 8192)),
-        goals={"decode B=8 @8192": (1.0, 1.15), "decode B=32 @8192": (1.0, 1.15)},
     ),
     "1b": Group(
         "1b",
