@@ -284,10 +284,10 @@ class ReplicaLink:
             self._owner.on_room(self)
 
     def _reply(self, reply: Reply) -> None:
-        name, future = self._calls.pop(reply.call_id, (None, None))
-        if name is None or future is None or future.done():
-            return
-        if reply.error is not None:
-            future.set_exception(from_remote_error(reply.error))
-        else:
-            future.set_result(decode(bytes(reply.result), CALL_RESULTS[name]))
+        name, future = self._calls.get(reply.call_id, (None, None))
+        if name is not None and future is not None and not future.done():
+            if reply.error is not None:
+                future.set_exception(from_remote_error(reply.error))
+            else:  # what cannot be read ends the connection, and the call with it: it is still among those that wait
+                future.set_result(decode(bytes(reply.result), CALL_RESULTS[name]))
+        self._calls.pop(reply.call_id, None)

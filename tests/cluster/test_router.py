@@ -262,6 +262,15 @@ async def test_block_reports_and_prefix_cache_reset() -> None:
 
 
 @in_loop
+async def test_an_answer_that_cannot_be_read_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(2) as c:
+        monkeypatch.setattr(c.replicas[0].engine, "block_reports", lambda: "of another version")
+        async with asyncio.timeout(20):
+            reports = await c.router.block_reports("fake")
+        assert [report["replica_id"] for report in reports] == ["fake-1"]
+
+
+@in_loop
 async def test_times_and_metrics() -> None:
     async with cluster() as c:
         times = RequestTimes()
