@@ -105,7 +105,7 @@ class StepChannelServer:
 
     One thread submits and asks for results; any thread may close. Where `host` is given, ranks may also come by TCP,
     on a port that the system chooses. path: of the UNIX socket. on_silence: called in each second in which a call that
-    waits for the ranks has heard nothing of them; what it raises ends the call.
+    waits for the ranks has heard nothing of them; an EngineError that it raises ends the call, and the channel's use.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -205,24 +205,28 @@ class StepChannelServer:
     def _wait(self, on_silence: Callable[[], None] | None) -> None:
         """Wait until a socket has something or takes something, and do that; or for a second."""
         ready = self._poll.poll(_SILENCE_MS)
-        if not ready and on_silence is not None:
-            on_silence()
-        for fd, events in ready:
-            peer = self._by_fd.get(fd)
-            if peer is None:
-                raise ChannelClosed("the step channel was closed while the engine waited for its shards")
-            try:
-                if events & select.POLLOUT and peer.send(peer.unsent):
-                    self._poll.modify(peer.sock, select.POLLIN)
-                if events & ~select.POLLOUT:
-                    self._read(peer)
-            except BlockingIOError:  # nothing there after all
-                continue
-            except (EOFError, OSError) as error:
-                raise self._lost(peer, error) from error
-            except EngineError as error:
-                self._broken = error
-                raise
+        try:
+            if not ready and on_silence is not None:
+                on_silence()
+            for fd, events in ready:
+                peer = self._by_fd.get(fd)
+                if peer is None:
+                    raise ChannelClosed("the step channel was closed while the engine waited for its shards")
+                self._exchange(peer, events)
+        except EngineError as error:
+            self._broken = error
+            raise
+
+    def _exchange(self, peer: _Rank, events: int) -> None:
+        try:
+            if events & select.POLLOUT and peer.send(peer.unsent):
+                self._poll.modify(peer.sock, select.POLLIN)
+            if events & ~select.POLLOUT:
+                self._read(peer)
+        except BlockingIOError:  # nothing there after all
+            return
+        except (EOFError, OSError) as error:
+            raise self._lost(peer, error) from error
 
     def _read(self, peer: _Rank) -> None:
         peer.reader.fill(socket.MSG_DONTWAIT)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from shoal.replicas import step_channel
 from shoal.replicas.engine import Engine
 from shoal.replicas.errors import EngineError
 from shoal.replicas.plan import LogprobArrays, RowStart, StepPlan, StepResult
@@ -237,6 +238,19 @@ def test_close_wakes_an_engine_that_sends_to_ranks_that_do_not_listen(group: Gro
         sending.result(30)
     with pytest.raises(PeerLost, match="engine of rank 0 is gone"):  # not an orderly end: half a plan came
         group.clients[0].receive()
+
+
+def test_a_channel_whose_wait_was_given_up_sends_no_more(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a plan may have gone out: the next one would be read as the rest of it."""
+    monkeypatch.setattr(step_channel, "_SILENCE_MS", 1)
+
+    def give_up() -> None:
+        raise EngineError("a step takes too long")
+
+    with pytest.raises(EngineError, match="too long"):
+        group.server.submit(large_plan(0, 2_000_000), give_up)
+    with pytest.raises(EngineError, match="too long"):
+        group.server.submit(decode_plan(1), lambda: pytest.fail("it is being sent"))
 
 
 def test_close_wakes_an_engine_that_waits_for_its_ranks() -> None:
