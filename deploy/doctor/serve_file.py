@@ -41,6 +41,8 @@ def plans_of(content: dict[str, Any], *, device: str) -> list[ModelPlan]:
 
 def _models(application: dict[str, Any]) -> list[LLMConfig]:
     args = application.get("args") or {}
+    if not isinstance(args, dict):
+        raise ConfigError(f"args of an application is {args!r}; it must have fields: models, or llm_configs")
     if "llm_configs" in args:
         return from_dict(LLMServingArgs, args).llm_configs
     return from_dict(ServeConfig, args).models

@@ -121,6 +121,7 @@ def test_what_hangs_is_ended(broken_torch: Any) -> None:
         ("a: [", "is not YAML"),
         ("applications: []\nhttp_options: [1]", "http_options"),
         ("applications: [{args: {modles: []}}]", "did you mean 'models'?"),
+        ("applications: [{args: [tiny]}]", "args of an application is ['tiny']; it must have fields"),
         (
             "applications: [{args: {llm_configs: [{model_loading_config: {model_id: tiny}, "
             "engine_kwargs: {tensor_parallel_size: 3}}]}}]",
