@@ -1,4 +1,4 @@
-"""The device a shard computes on, and how many CPU threads it may take.
+"""The device and the machine that a shard computes on, and how many CPU threads it may take.
 
 torch is imported only where it is asked: the command line shares out the cores without it.
 """
@@ -6,10 +6,13 @@ torch is imported only where it is asked: the command line shares out the cores 
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 
 from .errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def choose_device(device: str) -> str:
@@ -25,6 +28,11 @@ def choose_device(device: str) -> str:
     if device == "cuda":
         raise ConfigError("device is cuda, but torch finds no CUDA device; use device cpu or auto")
     return "cpu"
+
+
+def this_machine() -> tuple[str, str]:
+    """The host's name, and what its kernel calls this boot of it ("" where it does not say): hosts may share a name."""
+    return socket.gethostname(), _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def usable_cores() -> int:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch.cuda import nccl
 from .. import __version__
 from .checkpoint import list_tensors
 from .config import EngineConfig, ModelConfig
+from .device import this_machine
 from .errors import ShardGroupError
 
 _SAMPLED_BYTES = 4096  # of a file's data: two trainings of one architecture differ there
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EQUAL = {
     "world_size": "the size of the group",
     "config": "the configuration",
@@ -43,14 +42,14 @@ class RankFacts:
     python: str
     node: str
     host: str  # of that node, for people
-    device: str  # one of the node's; "cpu" may be shared
+    device: str  # a GPU's UUID, or "cpu", which may be shared
     weights: dict[str, str]  # path of each file that they are read from -> what its header says; {} for random ones
 
     @classmethod
     def of(cls, config: EngineConfig, device: torch.device) -> RankFacts:
         """Raises ModelError where the files of the weights are missing or damaged."""
         on_gpu = device.type == "cuda"
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+        host, boot = this_machine()
         return cls(
             world_size=config.parallel.world_size,
             config=hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16],
@@ -58,8 +57,8 @@ class RankFacts:
             torch=torch.__version__,
             nccl=".".join(map(str, nccl.version())) if on_gpu else "",
             python=".".join(platform.python_version_tuple()[:2]),
-            node=f"{socket.gethostname()} {boot}",
-            host=socket.gethostname(),
+            node=f"{host} {boot}",
+            host=host,
             device=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else "cpu",
             weights=_weights(config.model),
         )
@@ -83,9 +82,9 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
             said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
             raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them alike")
     _check_weights(facts)
-    owners: dict[tuple[str, str], int] = {}
+    owners: dict[str, int] = {}  # by device alone: containers, which have names of their own, may share a GPU
     for rank, own in enumerate(facts):
-        first = owners.setdefault((own.node, own.device), rank)
+        first = owners.setdefault(own.device, rank)
         if first != rank and own.device != "cpu":
             raise ShardGroupError(
                 f"ranks {first} and {rank} are on one GPU, {own.device} of {own.host}; every rank needs its own: check "

@@ -8,14 +8,14 @@ TORCH_SYMM_MEM_DISABLE_MULTICAST=1 says otherwise.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _register_process_group
+
+from .device import this_machine
 
 _TIMEOUT = timedelta(minutes=5)  # the ranks do this at the same point of their start, but load at different speeds
 
@@ -34,12 +34,7 @@ class Place:
 
     @classmethod
     def of(cls, device: torch.device) -> Place:
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        return cls(
-            socket.gethostname(),
-            boot.read_text().strip() if boot.exists() else "",
-            str(torch.cuda.get_device_properties(device).uuid),
-        )
+        return cls(*this_machine(), str(torch.cuda.get_device_properties(device).uuid))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def facts_of(folder: Path, load_format: str = "safetensors") -> RankFacts:
 
 
 def test_ranks_that_differ_in_nothing_but_their_gpus_fit():
-    check_facts([FACTS, replace(FACTS, device="GPU-2"), replace(FACTS, node="other boot")])
+    check_facts([FACTS, replace(FACTS, device="GPU-2"), replace(FACTS, device="GPU-3", node="other boot")])
 
 
 def test_ranks_on_cpu_share_it():
@@ -59,9 +59,10 @@ def test_what_ranks_differ_in_is_named(field, value, what):
     assert what in caught.value.message
 
 
-def test_two_ranks_on_one_gpu_are_refused():
+@pytest.mark.parametrize("node", [FACTS.node, "container boot"])
+def test_two_ranks_on_one_gpu_are_refused(node):
     with pytest.raises(ShardGroupError, match="ranks 0 and 2 are on one GPU, GPU-1 of node"):
-        check_facts([FACTS, replace(FACTS, device="GPU-2"), FACTS])
+        check_facts([FACTS, replace(FACTS, device="GPU-2"), replace(FACTS, node=node)])
 
 
 A, B = {"a": torch.zeros(2, 3)}, {"b": torch.ones(4), "c": torch.ones(2)}
