@@ -18,6 +18,7 @@ from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
 from .doctor.command import doctor
 from .environment import prepare_environment
+from .keeper import interrupt_on_signals, say, under_keeper
 
 if TYPE_CHECKING:
     from .config import ModelPlan
@@ -112,10 +113,17 @@ def serve(
     address: Annotated[str | None, typer.Option(help="A running Ray to join; without it one is started.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML of these options, named as here; flags win.")] = None,
 ) -> None:
-    """Serve MODEL with the OpenAI API until Ctrl-C."""
+    """Serve MODEL with the OpenAI API until Ctrl-C or SIGTERM."""
     given = {name: value for name, value in locals().items() if name not in ("context", "config") and value is not None}
     defaults = {name for name in given if _is_default(context, name)}
-    _serve(_merge(given, defaults, config))
+    folder = under_keeper()
+    try:
+        _serve(_merge(given, defaults, config), folder)
+    except KeyboardInterrupt:
+        say("shoal: stopped")
+        # All is stopped. Threads of Ray's may be left where a start was interrupted, and an interpreter that is taken
+        # down around them has crashed.
+        os._exit(0)
 
 
 def _is_default(context: typer.Context, name: str) -> bool:
@@ -136,7 +144,7 @@ def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
-def _serve(settings: dict[str, Any]) -> None:
+def _serve(settings: dict[str, Any], folder: Path) -> None:
     from .cli_config import plan, serve_config
     from .resources import check_gpus, room_here
 
@@ -159,21 +167,17 @@ def _serve(settings: dict[str, Any]) -> None:
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
-    _interrupt_on_signals()
-    try:
-        with ray_cluster(address):
-            _interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
-            ray_started = time.monotonic()
-            if address is not None:
-                _warn_of_missing_gpus(plans)
-            with application(config, plans, endpoint, joined=address is not None):
-                now = time.monotonic()
-                stages = f"Ray {ray_started - begin:.1f} s, Serve and models {now - ray_started:.1f} s"
-                print(f"shoal: started in {now - begin:.1f} s: {stages}", flush=True)
-                print(banner(endpoint, config, replicas_of(plans)), flush=True)
-                threading.Event().wait()
-    except KeyboardInterrupt:
-        print("shoal: stopped", flush=True)
+    with ray_cluster(address, folder):
+        interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
+        ray_started = time.monotonic()
+        if address is not None:
+            _warn_of_missing_gpus(plans)
+        with application(config, plans, endpoint, joined=address is not None):
+            now = time.monotonic()
+            stages = f"Ray {ray_started - begin:.1f} s, Serve and models {now - ray_started:.1f} s"
+            print(f"shoal: started in {now - begin:.1f} s: {stages}", flush=True)
+            print(banner(endpoint, config, replicas_of(plans)), flush=True)
+            threading.Event().wait()
 
 
 def _warn_of_missing_gpus(plans: list[ModelPlan]) -> None:
@@ -185,19 +189,6 @@ def _warn_of_missing_gpus(plans: list[ModelPlan]) -> None:
         check_gpus(plans, cluster_room(), "the Ray cluster")
     except ConfigError as error:
         print(f"shoal: warning: {error.message}; the model waits until there are as many", file=sys.stderr)
-
-
-def _interrupt_on_signals() -> None:
-    """Ctrl-C and SIGTERM both unwind what was started, at any time; once, for the unwinding takes a while."""
-
-    def interrupt(*_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        print("shoal: stopping", flush=True)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
 
 
 def free_port(host: str, port: int) -> int:

@@ -30,6 +30,8 @@ _OWN_RAY = {
     # Ray then takes 127.0.0.1 for this node's address, on Linux too, and its own ports stay on loopback. An address
     # given to ray.init does not do it: it is resolved to one that other machines can reach.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Nobody starts its control plane again: whoever has lost that ends. Ray's own value is 60 s.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
 _PUBLIC = {
     # HAProxy carries streams past Serve's Python proxy, but it binds all interfaces: not for loopback.

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
 from .config import ModelPlan, ServeConfig
-from .environment import OWN_RAY_FOLDER
 from .start_logs import explain
 
 APP_NAME = "shoal"
@@ -50,8 +48,8 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
-    """A Ray of our own, or the one at `address`. What was started here is stopped at the end.
+def ray_cluster(address: str | None, folder: Path) -> Iterator[None]:
+    """A Ray of our own in `folder`, or the one at `address`. What was started here is stopped at the end.
 
     Where a start fails on a Ray of our own, its logs are kept and the error has notes of them; but not where the user's
     settings or files are at fault, of which the error says all.
@@ -64,18 +62,17 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
-    folder = tempfile.mkdtemp(prefix=OWN_RAY_FOLDER, dir="/tmp")
     try:
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, _temp_dir=folder)
+            options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
+            ray.init(**options, _temp_dir=str(folder))
             yield
         finally:
             ray.shutdown()
     except (ConfigError, ModelError):
         raise
     except Exception as error:
-        explain(error, Path(folder))
+        explain(error, folder)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -39,15 +39,23 @@ def explain(error: Exception, ray_folder: Path) -> None:
 
     ray_folder: the temporary folder of a Ray that has ended; its logs are moved out of it.
     """
-    logs = next(iter(sorted(ray_folder.glob("session_2*/logs"))), None)
-    if logs is None:  # Ray had not come so far
+    kept = keep_logs(ray_folder)
+    if kept is None:
         return
-    kept = ray_folder.with_name(f"{ray_folder.name}-logs")
-    shutil.move(logs, kept)
     words = first_words(kept, str(error))
     if words is not None:
         error.add_note(str(words))
     error.add_note(f"the logs of all processes are kept in {kept}")
+
+
+def keep_logs(ray_folder: Path) -> Path | None:
+    """Moves the logs of a Ray that has ended out of its folder; says where they are now, if there were any."""
+    logs = next(iter(sorted(ray_folder.glob("session_2*/logs"))), None)
+    if logs is None:  # Ray had not come so far
+        return None
+    kept = ray_folder.with_name(f"{ray_folder.name}-logs")
+    shutil.move(logs, kept)
+    return kept
 
 
 def first_words(logs: Path, error: str) -> LastWords | None:

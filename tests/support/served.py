@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,50 +19,67 @@ import openai
 START_SECONDS = 180
 
 
+class Starting:
+    """A `shoal serve tiny` with small limits and options of the caller's own, and what it prints."""
+
+    def __init__(self, *more: str) -> None:
+        # A session of its own: everything that it starts can be found by the session's id.
+        options = ["--port", "0", "--max-model-len", "1024", "--num-gpu-blocks-override", "2048", *more]
+        # Ray's tokens as users have them, not off as for the other tests.
+        env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            cwd="/tmp",
+            env=env,
+        )
+        self.output = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def read_until(self, word: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while word not in self.output:
+            line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            assert line is not None, f"it ended before it said {word!r}:\n{self.output}"
+            self.output += line
+
+    def read_to_the_end(self) -> str:
+        """All that it printed. Nobody holds its output any more then."""
+        while (line := self._lines.get(timeout=120)) is not None:
+            self.output += line
+        return self.output
+
+
 @dataclass
 class Served:
     """A running `shoal serve`, and what it printed up to its readiness."""
 
     process: subprocess.Popen[str]
     output: str
+    starting: Starting
     http: httpx.Client
     openai: openai.OpenAI
 
 
 def start(*more: str) -> Served:
-    """`shoal serve tiny` with small limits and options of the caller's own, once it answers."""
-    # A session of its own: everything that it starts can be found by the session's id.
-    options = ["--port", "0", "--max-model-len", "1024", "--num-gpu-blocks-override", "2048", *more]
-    command = [sys.executable, "-m", "shoal.deploy.cli", "serve", "tiny", *options]
-    # Ray's tokens as users have them, not off as for the other tests.
-    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd="/tmp",
-        env=env,
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    output, deadline = "", time.monotonic() + START_SECONDS
-    while "Ctrl-C" not in output:
-        line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-        assert line is not None, f"it ended before it was ready:\n{output}"
-        output += line
-    found = re.search(r"http://127\.0\.0\.1:\d+", output)
+    """`shoal serve tiny` once it answers."""
+    starting = Starting(*more)
+    starting.read_until("Ctrl-C")
+    found = re.search(r"http://127\.0\.0\.1:\d+", starting.output)
     assert found is not None
     client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0, timeout=120)
-    return Served(process, output, httpx.Client(base_url=found[0], timeout=120), client)
+    http = httpx.Client(base_url=found[0], timeout=120)
+    return Served(starting.process, starting.output, starting, http, client)
 
 
 def ray_folder(session: int) -> Path:
@@ -74,15 +91,18 @@ def ray_folder(session: int) -> Path:
 
 def processes_of(session: int) -> list[str]:
     """The command lines of a session's processes that still run."""
-    found = []
+    return [command for _, command in running(session)]
+
+
+def running(session: int) -> Iterator[tuple[int, str]]:
+    """The processes of a session that still run: ids and command lines."""
     for folder in Path("/proc").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if folder.name.isdecimal() and int(fields[3]) == session and fields[0] != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
+                yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")
         except OSError:  # it has just ended
             continue
-    return found
 
 
 def listeners_of(session: int) -> dict[int, bool]:
