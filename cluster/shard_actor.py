@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,6 +92,7 @@ class ShardActorHandle:
         self._title = "shard"  # what Ray and lists of processes call it
         self._place: Place | None = None
         self._process: int | None = None  # a descriptor of its process, where that is on this node
+        self._ending = threading.Lock()  # two threads may end the group at once
 
     def call(self, method: str, *args: object) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -122,7 +124,8 @@ class ShardActorHandle:
         return self._process is not None and self._place is not None and is_stopped(self._place.pid)
 
     def kill(self) -> None:
-        process, self._process = self._process, None  # two threads may end the group at once
+        with self._ending:
+            process, self._process = self._process, None
         try:
             ray.kill(self._actor)
         finally:
