@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import DEVICE_TOKEN, BlockCopy, Ints, RowStart, StepPlan
+from .plan import NO_INTS, BlockCopy, Ints, RowStart, StepPlan
 
 Rows = NDArray[np.intp]
 
 _NO_ROWS = np.empty(0, np.intp)
-_NO_INTS = np.empty(0, np.int32)
 
 
 class Chunk(NamedTuple):
@@ -32,8 +31,8 @@ class PlanDraft:
     """Decodes as arrays, prefill chunks one by one; `build` puts slices of one token first."""
 
     decode_rows: Rows = field(default_factory=lambda: _NO_ROWS)
-    decode_starts: Ints = field(default_factory=lambda: _NO_INTS)
-    decode_tokens: Ints = field(default_factory=lambda: _NO_INTS)
+    decode_starts: Ints = field(default_factory=lambda: NO_INTS)
+    decode_tokens: Ints = field(default_factory=lambda: NO_INTS)
     chunks: list[Chunk] = field(default_factory=list)
     tables: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)  # rows, indices, blocks
     copies: list[BlockCopy] = field(default_factory=list)
@@ -73,7 +72,7 @@ class PlanDraft:
             ), []
         chunks = sorted(self.chunks, key=lambda chunk: len(chunk.token_ids) > 1)
         samples = [(num_decodes + i, row) for i, chunk in enumerate(chunks) for row in chunk.sampled_rows]
-        scored = [(num_decodes + i, chunk) for i, chunk in enumerate(chunks) if chunk.scored_next is not None]
+        scored = [(num_decodes + i, c.scored_next, c) for i, c in enumerate(chunks) if c.scored_next is not None]
         plan = StepPlan(
             rows=_concatenate([rows, _ints([chunk.row for chunk in chunks])]),
             starts=_concatenate([self.decode_starts, _ints([chunk.start for chunk in chunks])]),
@@ -81,15 +80,11 @@ class PlanDraft:
             token_ids=_concatenate([self.decode_tokens, *(chunk.token_ids for chunk in chunks)]),
             sample_slices=_concatenate([np.arange(num_decodes, dtype=np.int32), _ints([s for s, _ in samples])]),
             sample_rows=_concatenate([rows, _ints([row for _, row in samples])]),
-            scored_slices=_ints([index for index, _ in scored]),
-            scored_next=_ints([_next_token(chunk) for _, chunk in scored]),
+            scored_slices=_ints([index for index, _, _ in scored]),
+            scored_next=_ints([following for _, following, _ in scored]),
             **common,
         )
-        return plan, [chunk for _, chunk in scored]
-
-
-def _next_token(chunk: Chunk) -> int:
-    return DEVICE_TOKEN if chunk.scored_next is None else chunk.scored_next
+        return plan, [chunk for _, _, chunk in scored]
 
 
 def _ints(values: Sequence[int]) -> Ints:
@@ -97,4 +92,4 @@ def _ints(values: Sequence[int]) -> Ints:
 
 
 def _concatenate(parts: Sequence[Ints]) -> Ints:
-    return np.concatenate(parts).astype(np.int32, copy=False) if parts else _NO_INTS
+    return np.concatenate(parts).astype(np.int32, copy=False) if parts else NO_INTS
