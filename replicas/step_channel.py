@@ -25,7 +25,7 @@ from .errors import EngineError
 from .plan import StepPlan, StepResult
 from .step_frames import HEADER_BYTES, EndOfSteps, Frame, FrameError, StepFailure, decode, encode, frame_length
 from .step_handshake import introduce
-from .step_sockets import SEND_FLAGS, Address, ChannelClosed, Door, connect
+from .step_sockets import SEND_FLAGS, Address, ChannelClosed, Listener, connect
 
 _STAGING_BYTES = 1 << 16  # a decode plan of 2,700 sequences
 _SILENCE_MS = 1000
@@ -114,8 +114,8 @@ class StepChannelServer:
         if not token:
             raise ValueError("the token is empty; give the group a random one")
         self._world_size, self._token, self._result_rank = world_size, token, result_rank
-        self._door = Door(host)
-        self.path, self.address = self._door.path, self._door.address
+        self._listener = Listener(host)
+        self.path, self.address = self._listener.path, self._listener.address
         self._lock = threading.Lock()  # held by whoever uses the sockets
         self._closing = threading.Lock()  # taken by the first close, for good
         self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
@@ -135,8 +135,8 @@ class StepChannelServer:
             self._check_usable()
             if self._ranks:
                 raise EngineError(f"all {self._world_size} ranks have been accepted already")
-            socks = self._door.admit(self._world_size, self._token, timeout_s, self._wake)
-            self._door.close()
+            socks = self._listener.accept(self._world_size, self._token, timeout_s, self._wake)
+            self._listener.close()
             self._ranks = [_Rank(rank, sock) for rank, sock in enumerate(socks)]
             self._by_fd = {peer.sock.fileno(): peer for peer in self._ranks}
             for sock in (self._wake, *socks):
@@ -192,7 +192,7 @@ class StepChannelServer:
                     with contextlib.suppress(OSError):
                         peer.send(end)
                 peer.sock.close()
-            self._door.close()
+            self._listener.close()
             self._wake.close()
             self._waker.close()
 

@@ -1,4 +1,4 @@
-"""The sockets of a step channel: where ranks knock, who is let in, and how a connection is set up."""
+"""The sockets of a step channel: where it listens, which connections it accepts, and how they are set up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 
-from . import step_handshake as handshake
+from . import step_handshake
 from .errors import EngineError
 from .step_handshake import ChannelRefused
 
@@ -28,15 +28,16 @@ class ChannelClosed(EngineError):
     """This end of the channel was closed."""
 
 
-class Door:
-    """Where the ranks of a group knock: a UNIX socket, for processes of this user, and TCP where `host` is given.
+class Listener:
+    """Where the ranks of a group connect: a UNIX socket, for processes of this user, and TCP where `host` is given.
 
     The UNIX socket is abstract: the kernel names it and forgets it with the process, and no folder or file is left
-    where that is killed. The system chooses the port. path, address: what ranks dial.
+    where that is killed. The system chooses the port. path, address: what ranks connect to. Raises OSError for a host
+    that is no address of this machine.
     """
 
     def __init__(self, host: str | None) -> None:
-        self._listeners: list[socket.socket] = []
+        self._socks: list[socket.socket] = []
         self.address: tuple[str, int] | None = None
         try:
             self.path = "@" + self._open(socket.AF_UNIX, "").getsockname()[1:].decode()
@@ -48,19 +49,19 @@ class Door:
             raise
 
     def _open(self, family: int, address: Address) -> socket.socket:
-        listener = socket.socket(family)
-        self._listeners.append(listener)
-        listener.setblocking(False)  # who knocked may be gone when we open
-        listener.bind(address)
-        listener.listen()
-        return listener
+        sock = socket.socket(family)
+        self._socks.append(sock)
+        sock.setblocking(False)  # who connected may be gone when we accept
+        sock.bind(address)
+        sock.listen()
+        return sock
 
     def close(self) -> None:
         """Stop listening. May be called again."""
-        while self._listeners:
-            self._listeners.pop().close()
+        while self._socks:
+            self._socks.pop().close()
 
-    def admit(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
+    def accept(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
         """The connections of ranks 0 .. world_size - 1, when all have come and proved themselves.
 
         Handshakes go on side by side: one who says nothing keeps nobody else waiting. Raises EngineError after
@@ -71,8 +72,8 @@ class Door:
         refused: list[str] = []
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as unfinished:
             selector.register(wake, selectors.EVENT_READ)
-            for listener in self._listeners:
-                selector.register(listener, selectors.EVENT_READ, listener)
+            for sock in self._socks:
+                selector.register(sock, selectors.EVENT_READ, sock)
             while len(came) < world_size:
                 left_s = deadline - time.monotonic()
                 ready = selector.select(max(0.0, left_s))
@@ -87,12 +88,12 @@ class Door:
                         raise ChannelClosed("the step channel was closed while it waited for its ranks")
                     if isinstance(key.data, socket.socket):
                         with contextlib.suppress(OSError):
-                            stranger = _Stranger(key.data.accept()[0])
-                            unfinished.callback(stranger.sock.close)
-                            selector.register(stranger.sock, selectors.EVENT_READ, stranger)
+                            handshake = _Handshake(key.data.accept()[0])
+                            unfinished.callback(handshake.sock.close)
+                            selector.register(handshake.sock, selectors.EVENT_READ, handshake)
                         continue
                     try:
-                        rank = key.data.listen(token, world_size, came)
+                        rank = key.data.go_on(token, world_size, came)
                     except (ChannelRefused, OSError) as error:
                         refused.append(str(error))
                         selector.unregister(key.data.sock)
@@ -101,39 +102,39 @@ class Door:
                     if rank is not None:
                         selector.unregister(key.data.sock)
                         came[rank] = key.data.sock
-            # All are here: those are kept, and what else has knocked is closed.
+            # All are here: those are kept, and whatever else has connected is closed.
             return [came[rank].dup() for rank in range(world_size)]
 
 
-class _Stranger:
-    """A connection whose handshake has not ended."""
+class _Handshake:
+    """That of one connection, as far as it has come."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._nonce = handshake.new_nonce()
+        self._nonce = step_handshake.new_nonce()
         self._hello = bytearray()
         _configure(sock)
         with contextlib.suppress(OSError):  # who is gone already is noticed when it is read
-            sock.send(handshake.challenge(self._nonce), SEND_FLAGS)
+            sock.send(step_handshake.challenge(self._nonce), SEND_FLAGS)
 
-    def listen(self, token: bytes, world_size: int, taken: dict[int, socket.socket]) -> int | None:
+    def go_on(self, token: bytes, world_size: int, taken: dict[int, socket.socket]) -> int | None:
         """Read on; the rank once it has been welcomed.
 
         Raises OSError, or ChannelRefused; why, is told to processes of this user.
         """
         self._check_user()
-        data = self.sock.recv(handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
+        data = self.sock.recv(step_handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
         if not data:
             raise ConnectionError(f"a connection ended after {len(self._hello)} bytes of its handshake")
         self._hello += data
-        if len(self._hello) < handshake.HELLO_BYTES:
+        if len(self._hello) < step_handshake.HELLO_BYTES:
             return None
         try:
-            greeting = handshake.verify(self._hello, self._nonce, token, world_size)
+            greeting = step_handshake.verify(self._hello, self._nonce, token, world_size)
             if greeting.rank in taken:
                 raise ChannelRefused(f"rank {greeting.rank} is connected already")
         except ChannelRefused as error:
-            self.sock.send(handshake.refusal(str(error)), SEND_FLAGS)
+            self.sock.send(step_handshake.refusal(str(error)), SEND_FLAGS)
             raise
         self.sock.send(greeting.welcome, SEND_FLAGS)
         return greeting.rank
@@ -146,7 +147,7 @@ class _Stranger:
 
 
 def connect(address: Address, timeout_s: float) -> socket.socket:
-    """A connection to a door, with that timeout on it. Raises OSError."""
+    """A connection to a listener, with that timeout on it. Raises OSError."""
     sock = None
     try:
         if isinstance(address, str):

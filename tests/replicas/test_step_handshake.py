@@ -121,7 +121,7 @@ def test_a_channel_that_cannot_work_is_not_made(arguments: tuple[int, bytes, int
         StepChannelServer(world_size, token, result_rank=result_rank)
 
 
-def test_the_socket_goes_with_the_door() -> None:
+def test_the_socket_goes_with_the_listener() -> None:
     server = StepChannelServer(1, TOKEN)
     assert server.address is None
     server.close()
@@ -154,8 +154,8 @@ def test_tcp_sends_at_once_and_notices_dead_hosts() -> None:
     group.close()
 
 
-def test_a_door_that_cannot_open_leaves_nothing_behind() -> None:
+def test_a_listener_that_cannot_be_opened_leaves_nothing_behind() -> None:
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match=os.strerror(errno.EADDRNOTAVAIL)):
-        step_sockets.Door("192.0.2.1")
+        step_sockets.Listener("192.0.2.1")
     assert os.listdir("/proc/self/fd") == before
