@@ -130,6 +130,11 @@ class PipelineLinks:
         assert self._last is not None, "tokens go to the first stage"
         _receive(out, self._last)
 
+    def finish(self) -> None:
+        """Wait, on a CPU, until all that was sent has been taken."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
     def _send(self, x: Tensor, link: Link) -> None:
         if not self._on_cpu:
             link.group.send([x], link.peer, _TAG).wait()  # the stream waits, not the host

@@ -195,9 +195,13 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Run one step and wait for its tokens; nothing of it is under way afterwards."""
         pending = self.launch(plan)
+        self.settle()
+        return pending.result()
+
+    def settle(self) -> None:
+        """Wait for the other stages, until none of them needs anything more of this one for the steps so far."""
         if self._exchange is not None:
             self._exchange.settle()
-        return pending.result()
 
     @torch.inference_mode()
     def _forward(self, room: Room) -> StepOutputs:

@@ -99,6 +99,12 @@ class Shard:
         """Run a step and wait for its tokens."""
         return self._runner.run(plan)
 
+    def settle(self) -> None:
+        """Wait until no other rank needs anything more of this one for the steps so far."""
+        self._runner.settle()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _load(
         self, config: EngineConfig, context: ParallelContext | None, agree: Callable[[int], int] | None
     ) -> DecoderModel:

@@ -155,8 +155,7 @@ class ShardRank:
         last_stage = self._context.is_last_stage
         try:
             run_plans(client, self._shard, self._context.check, answers=last_stage and self._tp_rank == 0)
-            if self._device.type == "cuda":  # other ranks may still wait for what this one has only queued
-                torch.cuda.synchronize(self._device)
+            self._shard.settle()
         except Exception as error:
             self._leave(f"{type(error).__name__}: {error}")
         self._left.set()

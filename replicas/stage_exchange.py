@@ -71,9 +71,10 @@ class StageExchange:
             self._links.return_tokens(self._last_tokens)
 
     def settle(self) -> None:
-        """Take what is owed of all steps, so that nothing is under way."""
+        """Take what is owed of all steps, and see what was handed on taken, so that nothing is under way."""
         if self._owed:
             self._take_tokens(self._owed[-1])
+        self._links.finish()
 
     def _take_tokens(self, step: int) -> None:
         """Queue the arrival of the tokens of all steps up to `step`."""

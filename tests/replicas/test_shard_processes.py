@@ -90,6 +90,22 @@ def test_a_rank_that_is_killed_ends_the_engine_and_is_named(serving, rank):
     wait_for_end(set(pids))  # the other one leaves by itself
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 3)])
+def test_ranks_finish_the_steps_that_are_in_flight(tp, pp, folder):
+    """A rank that left before its peers had taken what it sent them would make them fail."""
+    engine = build_engine(engine_config(folder, tp, pp))
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(Request(str(i), prompt, LONG))
+    while not engine.step():
+        pass
+    engine.submit()
+    engine.shutdown()
+    executor = engine._executor
+    assert isinstance(executor, ShardProcesses)
+    for rank in executor.ranks:
+        assert "has ended with status 0" in str(rank.call("load").exception(0))
+
+
 def test_a_stopped_rank_is_ended_with_the_group(serving):
     engine, pids = serving
     os.kill(pids[1], signal.SIGSTOP)
