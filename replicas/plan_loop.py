@@ -36,8 +36,8 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
             raise
         if answers:
             launched.put(step)
-    launched.put(None)
     if answers:
+        launched.put(None)
         sender.join()
 
 

@@ -1,4 +1,4 @@
-"""What replicas ask of Ray, and when their steps count as stuck."""
+"""What replicas ask of Ray, and which rank each of their actors becomes."""
 
 from __future__ import annotations
 

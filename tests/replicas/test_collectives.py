@@ -79,3 +79,8 @@ def test_one_rank_has_nothing_to_do():
     comm = ParallelContext()
     assert comm.all_reduce(x) is x
     assert comm.all_gather(x) is x
+    assert comm.all_to_all(x) is x
+    residual, weight = torch.full((2, 3), 2.0), torch.arange(3.0)
+    normed, added = add_rms_norm_ref(x, residual, weight, 1e-6)
+    torch.testing.assert_close(comm.all_reduce_add_rms_norm(x, residual, weight, 1e-6), normed)
+    assert torch.equal(residual, added)

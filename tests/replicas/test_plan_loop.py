@@ -14,7 +14,7 @@ from shoal.replicas.plan import StepPlan, StepResult
 from shoal.replicas.plan_loop import run_plans
 from shoal.replicas.step_channel import PeerLost
 from tests.support.step_group import Group, answer, run_in_thread
-from tests.support.steps import decode_plan
+from tests.support.steps import decode_plan, same
 
 
 @dataclass
@@ -73,6 +73,7 @@ def test_a_loop_ends_when_the_engine_does(group: Group) -> None:
     shard = FakeShard(answer(decode_plan(1)))
     loop = run_in_thread(lambda: run_plans(group.clients[0], shard, lambda: None, answers=True))
     group.server.submit(decode_plan(0))
+    assert same(group.server.result(), answer(decode_plan(0)))
     group.server.close()
     loop.result(30)
 
