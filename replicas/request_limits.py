@@ -10,6 +10,11 @@ from .errors import PromptTooLong, RequestError
 from .protocol import SEED_BITS, Request, SamplingParams
 
 
+# What shards hold of a sequence's sampling parameters: float32 and int32.
+_MAX_FLOAT = 3.4e38
+_MAX_INT = (1 << 31) - 1
+
+
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
     """The sizes that bound a request; `check` is pure and may be called from any thread."""
@@ -53,9 +58,9 @@ class RequestLimits:
         ranges = (
             ("max_tokens", sampling.max_tokens, 1, math.inf),
             ("min_tokens", sampling.min_tokens, 0, sampling.max_tokens),
-            ("temperature", sampling.temperature, 0.0, math.inf),
+            ("temperature", sampling.temperature, 0.0, _MAX_FLOAT),
             ("top_p", sampling.top_p, 0.0, 1.0),
-            ("top_k", sampling.top_k, 0, math.inf),
+            ("top_k", sampling.top_k, 0, _MAX_INT),
             ("min_p", sampling.min_p, 0.0, 1.0),
             ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
@@ -69,8 +74,6 @@ class RequestLimits:
                 raise RequestError(f"{param} is {value}; it must be from {low} to {high}", param=param)
         if sampling.top_p == 0.0:
             raise RequestError("top_p is 0.0; it must be above 0", param="top_p")
-        if not math.isfinite(sampling.temperature):
-            raise RequestError(f"temperature is {sampling.temperature}; it must be finite", param="temperature")
         if not all(sampling.bad_words):
             raise RequestError("bad_words has a word without tokens; leave it out", param="bad_words")
         if any(not math.isfinite(bias) for _, bias in sampling.logit_bias):
