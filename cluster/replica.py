@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 _KILL_TIMEOUT = 2.0  # seconds; Ray's control plane may be away
+_STOP_TIMEOUT = 5.0  # seconds for the last step, which nobody watches any more, to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +171,8 @@ class Replica:
         except TimeoutError:
             logger.warning("%d requests did not end within the drain", self._server.num_streams)
         await self._server.close()
-        await asyncio.to_thread(self._thread.stop)
-        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._thread.stop, _STOP_TIMEOUT)
+        await asyncio.to_thread(self._engine.shutdown)  # ends the ranks of a step that hangs, too
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Serve calls this on shutdown, and awaits what it returns."""

@@ -1,15 +1,20 @@
-"""A replica whose engine has failed exits, whatever else goes wrong."""
+"""A replica whose engine has failed exits, whatever else goes wrong; one that Serve stops does not wait for ever."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
-from shoal.cluster.replica import Replica
+from shoal.cluster import replica as replica_module
+from shoal.cluster.replica import Replica, ReplicaOptions
+from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.errors import EngineError
-from tests.support.cluster import in_loop
+from shoal.replicas.protocol import Request, SamplingParams
+from tests.support.cluster import eventually, in_loop
+from tests.support.engines import make_engine
 
 
 class Failing:
@@ -59,3 +64,47 @@ async def test_a_failed_replica_exits_whatever_raises_on_the_way(
     await replica.exited.wait()
     replica._fail(EngineError("and another"))
     assert (server.asked, shards.asked) == (1, 1)
+
+
+class IdleServer:
+    """A server that no router is connected to."""
+
+    info = None
+
+    def start_drain(self) -> None: ...
+
+    async def drained(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class StoppedReplica(Replica):
+    """Serves nobody, and has an engine."""
+
+    def __init__(self, engine: Any, thread: EngineThread) -> None:
+        self._closed, self._tasks = False, []
+        self._options = ReplicaOptions()
+        self._server: Any = IdleServer()
+        self._directory: Any = self
+        self._engine, self._thread = engine, thread
+
+    async def deregister(self, _: object) -> None:
+        return None
+
+
+@in_loop
+async def test_a_replica_that_is_stopped_ends_the_ranks_of_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "_STOP_TIMEOUT", 0.05)
+    engine, executor = make_engine()
+    executor.gate = threading.Event()
+    thread = EngineThread(engine, lambda _: None, lambda _: None)
+    thread.start()
+    thread.submit(Request("1", (1, 2, 3), SamplingParams(max_tokens=8)))
+    await eventually(lambda: executor.plans)
+    try:
+        async with asyncio.timeout(20):
+            await StoppedReplica(engine, thread).close()
+        assert executor.closed
+    finally:
+        executor.gate.set()
+        thread.stop()
