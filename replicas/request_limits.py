@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from .errors import PromptTooLong, RequestError
 from .protocol import SEED_BITS, Request, SamplingParams
 
-
 # What shards hold of a sequence's sampling parameters: float32 and int32.
 _MAX_FLOAT = 3.4e38
 _MAX_INT = (1 << 31) - 1
