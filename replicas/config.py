@@ -161,7 +161,7 @@ class EngineConfig:
             raise ConfigError(f"step_limit_s is {self.step_limit_s}; it must be above 0 seconds")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization {self.cache.gpu_memory_utilization} is outside (0, 1]")
-        self._check_split(model, device)
+        self._check_split(model, device, dtype)
         cache = self._with_blocks(model, device, dtype, block_size)
         if cache.num_blocks is not None and cache.num_blocks * block_size < max_model_len:
             raise ConfigError(
@@ -187,7 +187,7 @@ class EngineConfig:
             num_blocks = kv_bytes // (per_token * block_size)
         return replace(self.cache, block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_bytes)
 
-    def _check_split(self, model: ModelFacts, device: str) -> None:
+    def _check_split(self, model: ModelFacts, device: str, dtype: str) -> None:
         """Raises ConfigError where the model cannot be split as asked, or the collectives are not to be had."""
         parallel = self.parallel
         tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -201,9 +201,9 @@ class EngineConfig:
                 f"pipeline_parallel_size {pp} is above the model's {model.num_layers} layers, and every stage needs "
                 f"one; lower it to {model.num_layers} or less"
             )
-        self._check_collectives(device)
+        self._check_collectives(device, dtype)
 
-    def _check_collectives(self, device: str) -> None:
+    def _check_collectives(self, device: str, dtype: str) -> None:
         """Raises ConfigError where the ranks cannot sum as asked."""
         parallel, tp = self.parallel, self.parallel.tensor_parallel_size
         kind, quantized = parallel.all_reduce, parallel.quantized_all_reduce
@@ -212,6 +212,11 @@ class EngineConfig:
         if device == "cpu" and (kind != "auto" or quantized):
             asked = "quantized_all_reduce" if kind == "auto" else f"all_reduce {kind!r}"
             raise ConfigError(f"{asked} is for GPUs, and the ranks of this model run on CPU, over gloo; leave it out")
+        if tp > 1 and kind == "symm_mem" and dtype == "float16":
+            raise ConfigError(
+                "all_reduce 'symm_mem' sums float32 and bfloat16, as torch's operators do, and dtype is float16; take "
+                "all_reduce auto or triton, or dtype bfloat16"
+            )
         if self.batch_invariant and tp > 2 and kind in ("nccl", "symm_mem"):
             raise ConfigError(
                 f"all_reduce {kind!r} sums over {tp} ranks in an order that depends on the size of the step, and "

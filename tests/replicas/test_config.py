@@ -146,6 +146,14 @@ def test_who_sums_is_able_to_sum_so():
             split(2, device="cuda", all_reduce=kind, quantized_all_reduce=True)
 
 
+def test_torchs_operators_do_not_sum_half_precision():
+    half = replace(FACTS, dtype="float16")
+    with pytest.raises(ConfigError, match="'symm_mem' sums float32 and bfloat16, .* and dtype is float16; take"):
+        split(2, facts=half, device="cuda", all_reduce="symm_mem")
+    assert split(2, facts=half, device="cuda", all_reduce="triton").all_reduce == "triton"
+    assert split(2, device="cuda", all_reduce="symm_mem").all_reduce == "symm_mem"
+
+
 def test_blocks_that_attention_on_a_gpu_does_not_read():
     config = EngineConfig(ModelConfig("folder"), CacheConfig(block_size=256))
     assert config.resolve(FACTS, "cpu").cache.block_size == 256
