@@ -148,7 +148,7 @@ def test_who_sums_is_able_to_sum_so():
 
 def test_torchs_operators_do_not_sum_half_precision():
     half = replace(FACTS, dtype="float16")
-    with pytest.raises(ConfigError, match="'symm_mem' sums float32 and bfloat16, .* and dtype is float16; take"):
+    with pytest.raises(ConfigError, match=r"'symm_mem' sums float32 and bfloat16, .* and dtype is float16; take"):
         split(2, facts=half, device="cuda", all_reduce="symm_mem")
     assert split(2, facts=half, device="cuda", all_reduce="triton").all_reduce == "triton"
     assert split(2, device="cuda", all_reduce="symm_mem").all_reduce == "symm_mem"
