@@ -33,7 +33,8 @@ class ProcessGroups:
         """The group of these world ranks, of which this rank is one, in their order. Waits for all of them.
 
         `name` is of this group alone. Ranks that share several groups open them in the same order. Without `connect`
-        ranks with GPUs wait for each other at their first exchange.
+        ranks with GPUs wait for each other at their first exchange. Raises RuntimeError (torch's) where one does not
+        come, or is not reached.
         """
         store = PrefixStore(name, self._store)
         rank, size = list(ranks).index(self._rank), len(ranks)

@@ -74,7 +74,8 @@ def open_symmetric_memory(
 ) -> SymmetricMemory:
     """`num_bytes` on each rank's device, all bits set. `name`: of the group, in this process and in the store.
 
-    Every rank of the group calls it. Raises NoSymmetricMemory, on all of them for one reason.
+    Every rank of the group calls it. Raises NoSymmetricMemory, on all of them for one reason, and torch's RuntimeError
+    where one does not come within 5 minutes.
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 

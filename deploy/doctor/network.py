@@ -19,19 +19,19 @@ def check_network(host: str, port: int) -> list[Finding]:
 
 def _check_port(host: str, port: int) -> Finding:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with closing(socket.socket(family)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with closing(socket.socket(family)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            why = "something listens there (a Shoal that runs?)" if taken else (error.strerror or str(error)).lower()
-            return Finding(
-                "ports",
-                Status.WARNING if taken else Status.WRONG,
-                f"{host}:{port} cannot be listened on: {why}",
-                "choose another port or host: shoal serve --port, or http_options of the configuration file",
-            )
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "something listens there (a Shoal that runs?)" if taken else (error.strerror or str(error)).lower()
+        return Finding(
+            "ports",
+            Status.WARNING if taken else Status.WRONG,
+            f"{host}:{port} cannot be listened on: {why}",
+            "choose another port or host: shoal serve --port, or http_options of the configuration file",
+        )
     return Finding("ports", Status.OK, f"{host}:{port} is free")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from shoal.deploy.doctor import (
     devices,
     limits,
     memory,
+    network,
     pairs,
     peers,
     placement,
@@ -72,6 +76,24 @@ def test_open_files(soft: int, hard: int, status: Status, remedy: str) -> None:
     assert finding.status is status
     assert remedy in finding.remedy
     assert bool(finding.remedy) == (status is not Status.OK)
+
+
+@pytest.mark.parametrize(("host", "why"), [("192.0.2.1", "cannot assign requested address"), ("::1", "not supported")])
+def test_a_host_that_is_not_this_machines(host: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of another one, and IPv6 where the kernel has none."""
+    made = socket.socket
+
+    def without_ipv6(family: int = -1, *options: int, **more: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return made(family, *options, **more)
+
+    monkeypatch.setattr(network.socket, "socket", without_ipv6)
+    port, *others = network.check_network(host, 1025)
+    assert (port.check, port.status) == ("ports", Status.WRONG)
+    assert f"{host}:1025 cannot be listened on: " in port.message
+    assert why in port.message
+    assert statuses(others) == ["ok"] * 3
 
 
 def test_versions_that_are_not_those_asked_for() -> None:
