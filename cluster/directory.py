@@ -26,6 +26,7 @@ REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
 TIME_TO_LIVE = 10.0  # seconds that a registration counts for
 WATCH_TIMEOUT = 10.0  # seconds that a watch without news lasts
 _EXPIRY_CHECK = 1.0
+_STOP_TIMEOUT = 2.0  # seconds; an end must not wait for a directory that is being restarted
 _ANSWER_TIMEOUT = 60.0  # seconds; the first question may have to wait for the actor's process to start
 
 
@@ -36,6 +37,7 @@ class Directory:
         self._secret = secret
         self._time_to_live = time_to_live
         self._replicas: dict[tuple[str, int], tuple[ReplicaInfo, float]] = {}  # with the loop's time of expiry
+        self._stopping: frozenset[str] = frozenset()
         self._version = secrets.randbits(48)  # never one that a predecessor gave to a watcher
         self._news = asyncio.Condition()
 
@@ -51,6 +53,8 @@ class Directory:
             for key in stale:
                 del self._replicas[key]
             self._replicas[info.key] = info, expires
+            if known is None:
+                self._stopping -= {info.model_id}  # it is served anew
             if stale or known is None or known[0] != info:
                 self._announce()
 
@@ -59,6 +63,12 @@ class Directory:
         async with self._news:
             if self._replicas.pop((replica_id, epoch), None) is not None:
                 self._announce()
+
+    async def stop(self, models: frozenset[str]) -> None:
+        """Says that the replicas of these models are about to go, and that no others will come."""
+        async with self._news:
+            self._stopping |= models
+            self._announce()
 
     async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:
         """The membership once its version is not `version`, or as it is after `timeout` seconds."""
@@ -69,7 +79,8 @@ class Directory:
                 self._expire(loop.time())
                 left = deadline - loop.time()
                 if version != self._version or left <= 0.0:
-                    return Membership(self._version, tuple(info for info, _ in self._replicas.values()))
+                    replicas = tuple(info for info, _ in self._replicas.values())
+                    return Membership(self._version, replicas, self._stopping)
                 try:
                     async with asyncio.timeout(min(left, _EXPIRY_CHECK)):
                         await self._news.wait()
@@ -106,6 +117,18 @@ def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
     }
     # Ray keeps the arguments for restarts, so that the secret outlives the process.
     return cast("Any", ray.remote(Directory)).options(**options).remote(new_secret())
+
+
+def announce_stop(models: frozenset[str], name: str = DEFAULT_NAME) -> None:
+    """Lets routers know that the models are served no longer: what would wait for a replica is told so instead."""
+    try:
+        directory = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:  # there is none, nor is there anything that it could tell routers
+        return
+    try:
+        ray.get(directory.stop.remote(models), timeout=_STOP_TIMEOUT)
+    except RayError as error:
+        logger.warning("routers could not be told that the models stop: %s", error)
 
 
 def remove_directory(name: str = DEFAULT_NAME) -> None:

@@ -41,10 +41,14 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The replicas at one version. Versions are compared for equality only: a restarted directory draws anew."""
+    """The replicas at one version. Versions are compared for equality only: a restarted directory draws anew.
+
+    `stopping` are the models whose replicas all go and have no successors: nothing need wait for one.
+    """
 
     version: int
     replicas: tuple[ReplicaInfo, ...]
+    stopping: frozenset[str] = frozenset()
 
 
 class MembershipSource(Protocol):
@@ -65,8 +69,8 @@ class StaticMembership:
         self._membership = Membership(0, tuple(replicas))
         self._changed = asyncio.Event()
 
-    def set(self, replicas: Sequence[ReplicaInfo]) -> None:
-        self._membership = Membership(self._membership.version + 1, tuple(replicas))
+    def set(self, replicas: Sequence[ReplicaInfo], stopping: frozenset[str] = frozenset()) -> None:
+        self._membership = Membership(self._membership.version + 1, tuple(replicas), stopping)
         self._changed.set()
         self._changed = asyncio.Event()
 

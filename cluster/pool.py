@@ -37,6 +37,7 @@ class ModelPool:
         self._window = BatchWindow(options.batching_window)
         self._rate = DepartureRate()
         self._dispatching: asyncio.Handle | None = None
+        self._stopping = False
         self._arrivals = 0
         self._loop = asyncio.get_running_loop()
 
@@ -46,8 +47,14 @@ class ModelPool:
 
     # Membership
 
-    def update(self, replicas: Sequence[ReplicaInfo]) -> None:
-        """Connects to replicas that are new. One that is gone keeps its connection for as long as that stands."""
+    def update(self, replicas: Sequence[ReplicaInfo], *, stopping: bool = False) -> None:
+        """Connects to replicas that are new. One that is gone keeps its connection for as long as that stands.
+
+        stopping: no replica will come after these; whatever is queued is told so.
+        """
+        self._stopping = stopping
+        if stopping:
+            self._empty_queue()
         listed = {info.key: info for info in replicas}
         for key, link in list(self.links.items()):
             link.listed = key in listed
@@ -65,14 +72,20 @@ class ModelPool:
         await asyncio.gather(*(link.stop() for link in links))
         if self._dispatching is not None:
             self._dispatching.cancel()
+        self._empty_queue()
+
+    def _empty_queue(self) -> None:
         while (ticket := self._queue.peek()) is not None:
             self._leave_queue(ticket)
-            ticket.generation.fail(ticket.samples, NoReplica("the router is closing; ask another one"))
+            ticket.generation.fail(ticket.samples, _closing())
 
     # Requests
 
     def admit(self, generation: Generation) -> None:
-        """Queues a new request; raises QueueFull."""
+        """Queues a new request; raises QueueFull, and NoReplica where the model is being stopped."""
+        if self._stopping:
+            self.metrics.rejected[NoReplica.__name__] += 1
+            raise _closing()
         self._arrivals += 1
         ticket = Ticket(generation, generation.log.request, self._arrivals)
         try:
@@ -222,7 +235,7 @@ class ModelPool:
 
     def on_rejected(self, link: ReplicaLink, flight: Flight, error: ServingError) -> None:
         flight.generation.flights.pop(flight, None)
-        if isinstance(error, CapacityError) and link.draining:
+        if isinstance(error, CapacityError) and link.draining and not self._stopping:
             self._requeue(flight, flight.request, self._options.queue_timeout)
         else:
             self._fail(flight.generation, flight.samples, error)
@@ -251,6 +264,9 @@ class ModelPool:
             )
             self._fail(generation, flight.samples, error)
             return
+        if self._stopping:
+            self._fail(generation, flight.samples, _closing())
+            return
         for request in log.remaining(flight.samples):
             self.metrics.migrated["replica_lost"] += 1
             self.metrics.tokens_recomputed += len(request.prompt_token_ids) + len(request.emitted_token_ids)
@@ -263,3 +279,7 @@ class ModelPool:
         self._queue.push_accepted(ticket)
         self._set_deadline(ticket, timeout)
         self._dispatch_soon()
+
+
+def _closing() -> NoReplica:
+    return NoReplica("this server is stopping; ask another one")

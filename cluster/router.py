@@ -14,7 +14,7 @@ from ..replicas.protocol import ReplicaLoad, Request, TokenDelta
 from .errors import ReplicaLost
 from .generation import Generation, RequestTimes
 from .link import ReplicaLink
-from .membership import MembershipSource, ReplicaInfo
+from .membership import Membership, MembershipSource, ReplicaInfo
 from .metrics import PoolView, RouterCollector
 from .options import RouterOptions
 from .pool import ModelPool
@@ -45,7 +45,7 @@ class Router:
     async def start(self) -> None:
         """Returns when every replica of the first membership was tried; more are found as they come."""
         membership = await self._source.watch(None)
-        self._update(membership.replicas)
+        self._update(membership)
         self._watcher = asyncio.create_task(self._watch(membership.version))
         await asyncio.gather(*(link.attempted.wait() for pool in self._pools.values() for link in pool.links.values()))
 
@@ -146,14 +146,14 @@ class Router:
                 raise answer
         return [None if isinstance(answer, ReplicaLost) else answer for answer in answers]
 
-    def _update(self, replicas: Sequence[ReplicaInfo]) -> None:
+    def _update(self, membership: Membership) -> None:
         by_model: dict[str, list[ReplicaInfo]] = {model: [] for model in self._pools}
-        for info in replicas:
+        for info in membership.replicas:
             by_model.setdefault(info.model_id, []).append(info)
         for model, infos in by_model.items():
             if model not in self._pools:
                 self._pools[model] = ModelPool(model, self._secret, self.router_id, self.options)
-            self._pools[model].update(infos)
+            self._pools[model].update(infos, stopping=model in membership.stopping)
 
     async def _watch(self, version: int) -> None:
         while True:
@@ -166,7 +166,7 @@ class Router:
                 continue
             if membership.version != version:
                 version = membership.version
-                self._update(membership.replicas)
+                self._update(membership)
 
     def _views(self) -> list[PoolView]:
         return [

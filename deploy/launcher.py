@@ -19,7 +19,7 @@ from ray import serve
 from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client  # no public way tells where a running Serve listens
 
-from ..cluster.directory import DirectoryClient, remove_directory
+from ..cluster.directory import DirectoryClient, announce_stop, remove_directory
 from ..cluster.membership import ReplicaInfo
 from ..replicas.errors import ConfigError, EngineError, ModelError, ServingError
 from .app import assemble
@@ -105,6 +105,7 @@ def application(
             wait_for_completion(endpoint, plan.name)
         yield
     finally:
+        announce_stop(frozenset(plan.name for plan in plans))
         serve.delete(APP_NAME)
         if joined and not running and not serve.status().applications:
             serve.shutdown()

@@ -53,6 +53,19 @@ async def test_a_new_life_replaces_the_old_one_and_an_old_farewell_does_not_touc
 
 
 @in_loop
+async def test_a_model_that_stops_is_told_until_it_is_served_anew() -> None:
+    directory = Directory(b"s")
+    await directory.register(INFO)
+    version = (await directory.watch(None)).version
+    await directory.stop(frozenset({"m", "other"}))
+    assert (await directory.watch(version)).stopping == {"m", "other"}
+    await directory.register(INFO)
+    assert (await directory.watch(None)).stopping == {"m", "other"}, "the replica has not gone yet"
+    await directory.register(replace(INFO, replica_id="r1"))
+    assert (await directory.watch(None)).stopping == {"other"}
+
+
+@in_loop
 async def test_a_replica_that_is_silent_is_forgotten() -> None:
     directory = Directory(b"s", time_to_live=0.01)
     await directory.register(INFO)

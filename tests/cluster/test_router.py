@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -233,6 +234,29 @@ async def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() ->
         async with asyncio.timeout(5):
             await c.replicas[0].server.drained()
         assert not await c.router.drain("fake", "nobody")
+
+
+@in_loop
+async def test_a_model_that_stops_finishes_what_its_replicas_can_and_ends_the_rest() -> None:
+    async with cluster(2) as c:
+        finished, cut = c.generate(request("finished")), c.generate(request("cut"))
+        await eventually(lambda: c.running() == [1, 1])
+        c.step()
+        other = replace(c.replicas[0].info, replica_id="other-0", model_id="other")  # by which the news is seen
+        c.source.set([*(replica.info for replica in c.replicas), other], stopping=frozenset({"fake"}))
+        late = request("late")
+        await eventually(lambda: "other" in c.router.models())
+        with pytest.raises(NoReplica, match="stopping"):
+            await collect(c.router, late)
+        await c.replicas[1].close()
+        [deltas] = await c.run(cut)
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert "stopping" in (deltas[-1].error or "")
+        [deltas] = await c.run(finished)
+        assert tokens(deltas) == fake_output(request())
+        c.source.set([c.replicas[0].info])
+        [deltas] = await c.run(c.generate(late))
+        assert tokens(deltas) == fake_output(late)
 
 
 @in_loop

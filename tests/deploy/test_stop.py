@@ -15,7 +15,7 @@ from tests.support.served import Starting, processes_of, ray_folder, running, st
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = 600
+NEW_TOKENS = 64
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)], ids=str)
@@ -37,6 +37,19 @@ def test_a_stream_is_finished_when_the_group_gets_a_signal(number: signal.Signal
     assert server.starting.read_to_the_end().endswith("shoal: stopping\nshoal: stopped\n")
     assert wait_until(lambda: processes_of(server.process.pid) == []), processes_of(server.process.pid)
     assert not folder.exists()
+
+
+def test_a_stream_that_takes_too_long_for_a_stop_ends_with_an_error() -> None:
+    server = start("--max-model-len", "2048", "--num-gpu-blocks-override", "8192")
+    body = {"prompt": "import os\n", "n": 32, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        assert "choices" in json.loads(next(lines))
+        server.process.send_signal(signal.SIGTERM)
+        *_, failed, done = lines
+    assert "stopping" in json.loads(failed)["error"]["message"]
+    assert done == "[DONE]"
+    assert server.process.wait(120) == 0
 
 
 @pytest.mark.parametrize(
