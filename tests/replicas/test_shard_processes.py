@@ -142,23 +142,20 @@ def test_an_idle_server_uses_no_cpu(serving):
     assert max(spent) <= 0.02, f"CPU seconds of an idle engine and two idle ranks in two seconds: {spent}"
 
 
-def test_a_rank_that_is_killed_while_it_starts_is_named(folder):
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        (signal.SIGKILL, r"rank 1 \(process {}\): it was killed by signal 9"),
+        (signal.SIGSTOP, r"stopped .* for 5 s: rank 1 \(process {}\)"),
+    ],
+)
+def test_a_rank_that_is_killed_or_stopped_while_it_starts_is_named(folder, by, said):
     before = children()
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(start, folder)
         pids = wait_for_children(before, 2)
-        os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(ShardGroupError, match=rf"rank 1 \(process {pids[1]}\): it was killed by signal 9"):
-            starting.result()
-
-
-def test_a_rank_that_is_stopped_while_it_starts_is_named(folder):
-    before = children()
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start, folder)
-        pids = wait_for_children(before, 2)
-        os.kill(pids[1], signal.SIGSTOP)
-        with pytest.raises(ShardGroupError, match=rf"stopped .* for 5 s: rank 1 \(process {pids[1]}\)"):
+        os.kill(pids[1], by)
+        with pytest.raises(ShardGroupError, match=said.format(pids[1])):
             starting.result()
 
 
