@@ -35,7 +35,12 @@ class Outcome:
         """Why there is not all that was asked for; None where there is."""
         if self.status == 0:
             return None
-        how = f"it had no answer within {self.limit_s:g} s" if self.status is None else f"it ended with {self.status}"
+        if self.status is None:
+            how = f"it had no answer within {self.limit_s:g} s"
+        elif self.status < 0:
+            how = f"it was killed by signal {-self.status}"
+        else:
+            how = f"it ended with status {self.status}"
         return f"{how}: {self.last_words}" if self.last_words else how
 
 

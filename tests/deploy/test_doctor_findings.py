@@ -134,6 +134,19 @@ def test_settings_that_cost() -> None:
     assert "HOME" not in found[0].message
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (None, "it had no answer within 30 s: Segmentation fault"),
+        (-11, "it was killed by signal 11: Segmentation fault"),
+        (3, "it ended with status 3: Segmentation fault"),
+        (0, None),
+    ],
+)
+def test_how_a_probe_ended(status: int | None, said: str | None) -> None:
+    assert outcome(status=status, last_words="Segmentation fault").failure == said
+
+
 # GPUs
 
 TORCH = {"torch": "2.11.0+cu130", "cuda": "13.0", "driver_cuda": 13000, "available": True, "nccl": "2.28.9"}
@@ -236,8 +249,8 @@ def test_a_pair_that_hangs_is_named() -> None:
 
 
 def test_the_rank_that_failed_is_named_before_those_that_waited() -> None:
-    (wrong,) = nccl(outcome(status=None), outcome(status=1, last_words="RuntimeError: no shared memory"))
-    assert "rank 1 of 2 failed while the ranks met: it ended with 1: RuntimeError: no shared memory" in wrong.message
+    (wrong,) = nccl(outcome(status=None), outcome(status=1, last_words="RuntimeError: no memory"))
+    assert "rank 1 of 2 failed while the ranks met: it ended with status 1: RuntimeError: no memory" in wrong.message
 
 
 def test_pairs_that_are_slow_or_damage_what_they_carry() -> None:
