@@ -151,7 +151,10 @@ def all_reduce_add_rms_norm_ref(
 
 
 def all_reduce(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
-    """The sum over the ranks, in place; every rank calls it with the same shape, dtype and algorithm."""
+    """The sum over the ranks of x, in place; every rank calls it with the same shape, dtype and algorithm.
+
+    Raises ValueError for an x that is not contiguous, of none of DTYPES, not on a GPU, or too large for a buffer.
+    """
     _check(x, exchange)
     from .all_reduce_triton import all_reduce_triton
 
@@ -166,7 +169,10 @@ def all_reduce_add_rms_norm(
     exchange: Exchange,
     algorithm: Algorithm,
 ) -> torch.Tensor:
-    """Adds the ranks' sum of x [..., N] to `residual` in place and returns the normalised sum. x stays as it is."""
+    """Adds the ranks' sum of x [..., N] to `residual` [..., N] in place and returns it normalised, weight [N] applied.
+
+    x stays as it is. Raises ValueError as `all_reduce` does, and for shapes that do not go together.
+    """
     _check(x, exchange)
     if x.shape != residual.shape or not residual.is_contiguous():
         raise ValueError(
@@ -183,7 +189,7 @@ def all_reduce_add_rms_norm(
 def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """The sum over the ranks, in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
 
-    Half the bytes of a 16-bit sum: for messages that the link's speed limits.
+    Half the bytes of a 16-bit sum: for messages that the link's speed limits. Raises ValueError as `all_reduce` does.
     """
     _check(x, exchange)
     from .all_reduce_int8_triton import all_reduce_int8_triton

@@ -30,7 +30,7 @@ def best_keys(
     """The key of each row's best token of a slice, int64 [K]; arguments as those of `sample.sample_rows`.
 
     logits [K, V] are of the tokens from `first_token`, a multiple of SHARED_NOISE, on; V may be 0. What `params` says
-    of top-k, top-p and min-p is not looked at.
+    of top-k, top-p and min-p is not looked at. Raises ValueError for arguments of other shapes or dtypes.
     """
     check_logits(logits, rows, positions)
     if first_token % SHARED_NOISE:
@@ -75,7 +75,10 @@ def read_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def winners(keys: torch.Tensor) -> torch.Tensor:
-    """The tokens int64 [K] of keys int64 [R, K], one slice's in each row; -1 as `sample.sample_rows` says."""
+    """The tokens int64 [K] of keys int64 [R, K], one slice's in each row; -1 as `sample.sample_rows` says.
+
+    Raises ValueError for keys of another form.
+    """
     if keys.dim() != 2 or keys.dtype != torch.int64 or not keys.is_contiguous():
         raise ValueError(f"keys must be contiguous int64 [R, K], got {keys.dtype} {list(keys.shape)}")
     if backend_of(keys) is Backend.TORCH:

@@ -75,7 +75,10 @@ class ProcessGroups:
 
 
 def open_store(host: str) -> tuple[TCPStore, int]:
-    """A store that listens on `host` alone, and the port that the system chose for it."""
+    """A store that listens on `host` alone, and the port that the system chose for it.
+
+    Raises OSError where `host` is no address of this machine.
+    """
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host, 0), family=family)
     port = listener.getsockname()[1]
