@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from .errors import DirectoryUnavailable
 from .handshake import new_secret
+from .logs import log_to_stderr
 from .membership import Membership, ReplicaInfo
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Directory:
                 del self._replicas[key]
             self._replicas[info.key] = info, expires
             if known is None:
+                logger.info("replica %s of %s is at %s:%d", info.replica_id, info.model_id, info.host, info.port)
                 self._stopping -= {info.model_id}  # it is served anew
             if stale or known is None or known[0] != info:
                 self._announce()
@@ -62,11 +64,13 @@ class Directory:
         """Forgets a replica that goes; no error when it is unknown."""
         async with self._news:
             if self._replicas.pop((replica_id, epoch), None) is not None:
+                logger.info("replica %s leaves", replica_id)
                 self._announce()
 
     async def stop(self, models: frozenset[str]) -> None:
         """Says that the replicas of these models are about to go, and that no others will come."""
         async with self._news:
+            logger.info("served no longer: %s", ", ".join(sorted(models)))
             self._stopping |= models
             self._announce()
 
@@ -100,6 +104,14 @@ class Directory:
         self._news.notify_all()
 
 
+class DirectoryActor(Directory):
+    """A directory in a process of its own, which logs what comes and goes."""
+
+    def __init__(self, secret: bytes) -> None:
+        log_to_stderr("shoal_directory", logging.INFO)
+        super().__init__(secret)
+
+
 def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
     """A handle of the cluster's directory. Whoever asks first creates it; it lives until the cluster ends.
 
@@ -116,7 +128,7 @@ def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
         "max_concurrency": 10_000,  # every router's watch is a call that waits
     }
     # Ray keeps the arguments for restarts, so that the secret outlives the process.
-    return cast("Any", ray.remote(Directory)).options(**options).remote(new_secret())
+    return cast("Any", ray.remote(DirectoryActor)).options(**options).remote(new_secret())
 
 
 def announce_stop(models: frozenset[str], name: str = DEFAULT_NAME) -> None:

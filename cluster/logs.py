@@ -2,7 +2,7 @@
 
 A replica and a router hand theirs to Serve's logger, which has files, a format with the replica's name, and a level
 that users set (`logging_config`). A rank is no actor of Serve's: it writes to its standard error, which Ray keeps and
-shows as it does Serve's, in the same form, with the replica's name and its own number.
+shows as it does Serve's, in the same form, with the replica's name and its own number. So does the directory.
 """
 
 from __future__ import annotations
@@ -57,16 +57,24 @@ class RankLog:
         return RankLog(context.app_name, context.deployment, context.replica_id.unique_id, level)
 
     def start(self, rank: int) -> None:
-        """Log so from now on, as that rank. Lines are left to Ray's own logging where a user has set that up."""
-        logger = logging.getLogger(_OWN)
-        logger.setLevel(self.level)
-        if logger.hasHandlers():
-            return
-        handler = logging.StreamHandler(sys.stderr)
-        name = f"{self.app}_{self.deployment} {self.replica}".replace("%", "%%")
-        handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {name} rank {rank} -- %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False  # to a handler that some library gives the root later
+        """Log so from now on, as that rank."""
+        log_to_stderr(f"{self.app}_{self.deployment} {self.replica} rank {rank}", self.level)
+
+
+def log_to_stderr(name: str, level: int) -> None:
+    """In a process of Ray's that is no actor of Serve's: Shoal's lines go to its standard error, in Serve's form.
+
+    They are left to Ray's own logging where a user has set that up.
+    """
+    logger = logging.getLogger(_OWN)
+    logger.setLevel(level)
+    if logger.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    escaped = name.replace("%", "%%")
+    handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {escaped} -- %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False  # to a handler that some library gives the root later
 
 
 def _context() -> ReplicaContext | None:
