@@ -33,10 +33,10 @@ def under_keeper() -> Path:
     signals = _stop_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until both have handlers
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper = os.getpid()
+    keeper, others = os.getpid(), set(_children())  # of a script's that has `exec`ed this program
     server = os.fork()
     if server != 0:
-        sys.exit(_keep(server, folder))
+        sys.exit(_keep(server, others, folder))
     os.setpgid(0, 0)
     interrupt_on_signals()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
@@ -74,7 +74,7 @@ def _stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if outlives else [signal.SIGHUP])]
 
 
-def _keep(server: int, folder: Path) -> int:
+def _keep(server: int, others: set[int], folder: Path) -> int:
     """Passes signals on until the server has ended; then ends and removes what is left of it. Returns a status."""
     signals, asked = _stop_signals(), False
 
@@ -89,7 +89,7 @@ def _keep(server: int, folder: Path) -> int:
     _wait_for(server)
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
-    code = _end_children(server)
+    code = _end_children(server, others)
     if code < 0:
         print(f"shoal: error: the server was ended by {signal.Signals(-code).name}", file=sys.stderr)
     if code != 0 and not asked and (logs := keep_logs(folder)) is not None:
@@ -104,18 +104,16 @@ def _wait_for(server: int) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
-def _end_children(server: int) -> int:
+def _end_children(server: int, others: set[int]) -> int:
     """Ends every process that the server has left. Returns the server's own exit code, negative for a signal."""
     code = 0
-    while True:
-        for child in _children():
+    while left := set(_children()) - others:
+        for child in left:
             os.kill(child, signal.SIGKILL)  # does nothing to one that has ended and waits for us to see it
-        try:
-            pid, status = os.wait()  # what it leaves in turn is a child of this process by now
-        except ChildProcessError:
-            return code
-        if pid == server:
-            code = os.waitstatus_to_exitcode(status)
+        for child in left:  # what it leaves in turn is a child of this process when the wait is over
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            code = status if child == server else code
+    return code
 
 
 def _children() -> Iterator[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.served import processes_of
+from tests.support.served import processes_of, running
 
 # A server that has started a process in a group of its own, as Ray's workers have, and has logs as Ray does.
 SERVER = """
@@ -109,6 +109,14 @@ def test_under_nohup_a_server_outlives_its_terminal() -> None:
     os.kill(kept.server, signal.SIGHUP)
     os.killpg(kept.process.pid, signal.SIGTERM)
     assert kept.end()[:2] == (0, "shoal: stopping\nstopped\n")
+
+
+def test_what_a_script_had_started_before_is_left_alone() -> None:
+    kept = Kept("0", wrapper=("sh", "-c", 'sleep 1000 > /dev/null 2>&1 & exec "$@"', "sh"))
+    assert kept.end()[0] == 0
+    [(sleeps, command)] = running(kept.process.pid)
+    os.kill(sleeps, signal.SIGKILL)
+    assert command.startswith("sleep 1000")
 
 
 def test_it_stops_as_well_where_nobody_reads_any_more() -> None:
