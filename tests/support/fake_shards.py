@@ -93,6 +93,8 @@ class FakeShard:
     def _serve_now(self, address: Address, token: bytes) -> None:
         assert self.rank is not None
         self._client = client = StepChannelClient(address, self.rank, self._world_size, token)
+        if self.killed.is_set():  # after the engine had accepted it, and before the line above
+            client.close()
         while (plan := client.receive()) is not None:
             if self._answers:
                 client.send_result(answer(plan))
