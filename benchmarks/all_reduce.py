@@ -15,7 +15,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,15 +63,22 @@ def run_ranks(world_size: int, body: Callable[..., Any], *arguments: Any, timeou
     for each in ranks:
         each.start()
     try:
-        results = []
-        for rank, (receiver, sender) in enumerate(pipes):
+        for _, sender in pipes:
             sender.close()
-            if not receiver.poll(timeout_s):
-                raise RuntimeError(f"rank {rank} has said nothing for {timeout_s:.0f} s")
-            failed, result = receiver.recv()
-            if failed:
-                raise RuntimeError(f"rank {rank}: {result}")
-            results.append(result)
+        results: list[Any] = [None] * world_size
+        waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+        while waiting:
+            ready = wait(waiting, timeout_s)
+            if not ready:
+                raise RuntimeError(f"ranks {sorted(waiting.values())} have said nothing for {timeout_s:.0f} s")
+            for receiver in [each for each in waiting if each in ready]:
+                rank = waiting.pop(receiver)
+                try:
+                    failed, results[rank] = receiver.recv()
+                except EOFError:
+                    raise RuntimeError(f"rank {rank} ended without a word") from None
+                if failed:
+                    raise RuntimeError(f"rank {rank}: {results[rank]}")
         return results
     finally:
         for each in ranks:
