@@ -39,7 +39,7 @@ from benchmarks.sse import HOST, MODEL_ID, PATH, START_TIMEOUT_S, Way, child, pi
 from shoal.cluster.handshake import new_secret
 from shoal.cluster.membership import ReplicaInfo
 from shoal.cluster.server import ReplicaServer
-from shoal.deploy.environment import prepare_environment
+from shoal.deploy.environment import make_ray_folder, prepare_environment
 from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
 from shoal.replicas.detokenizer import REPLACEMENT
@@ -179,7 +179,7 @@ def serve_application(port: int, host: str, num_streams: int, parent: Connection
             await directory.register(server.info)
             await asyncio.sleep(REGISTER_INTERVAL)
 
-    with ray_cluster(None):
+    with ray_cluster(None, make_ray_folder()):
         serve.start(http_options={"host": host, "port": port})
         settings = IngressSettings(((MODEL_ID, str(TOKENIZER), TOKENIZER),), KeyRing.of([], [], local=True))
         options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}

@@ -37,7 +37,7 @@ from benchmarks.report import ROOT, Report
 from shoal.cluster.handshake import new_secret
 from shoal.cluster.membership import ReplicaInfo, StaticMembership
 from shoal.cluster.router import Router
-from shoal.deploy.environment import prepare_environment
+from shoal.deploy.environment import make_ray_folder, prepare_environment
 from shoal.deploy.http_app import create_http_app
 from shoal.deploy.service import ApiService, ServedModel
 from shoal.replicas.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def serve_application(port: int, host: str, tokenizer: Path, pace: float, num_st
             await directory.register(replica.info)
             await asyncio.sleep(REGISTER_INTERVAL)
 
-    with ray_cluster(None):
+    with ray_cluster(None, make_ray_folder()):
         serve.start(http_options={"host": host, "port": port})
         settings = IngressSettings(((MODEL_ID, str(tokenizer), tokenizer),), KeyRing.of([], [], local=True))
         options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 _ALWAYS = {
@@ -39,6 +40,11 @@ _PUBLIC = {
     # Serve keeps routers for 30 s after their end, for load balancers outside that have to learn of it.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
+
+
+def make_ray_folder() -> Path:
+    """A folder for a Ray that is started here: Ray's default is shared by every Ray on the machine."""
+    return Path(tempfile.mkdtemp(prefix=OWN_RAY_FOLDER, dir="/tmp"))  # its sockets' paths must be short
 
 
 def is_loopback(host: str) -> bool:

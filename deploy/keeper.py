@@ -13,11 +13,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .environment import OWN_RAY_FOLDER
+from .environment import make_ray_folder
 from .start_logs import keep_logs
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
@@ -28,10 +27,9 @@ def under_keeper() -> Path:
 
     In the child KeyboardInterrupt is raised, once, at any signal that asks it to stop, and when the keeper is killed.
     """
-    # A folder of our own: Ray's default is shared by every Ray on the machine. Its sockets' paths must be short.
-    folder = Path(tempfile.mkdtemp(prefix=OWN_RAY_FOLDER, dir="/tmp"))
     signals = _stop_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until both have handlers
+    folder = make_ray_folder()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     keeper, others = os.getpid(), set(_children())  # of a script's that has `exec`ed this program
     server = os.fork()
