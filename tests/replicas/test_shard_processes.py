@@ -139,7 +139,8 @@ def test_an_idle_server_uses_no_cpu(serving):
     time.sleep(2.0)  # the span that is measured
     spent = [cpu_seconds(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
     thread.stop()
-    assert max(spent) <= 0.02, f"CPU seconds of an idle engine and two idle ranks in two seconds: {spent}"
+    # The kernel counts in 10 ms, and rounds what a process does and what is done for it each by itself.
+    assert max(spent) < 0.025, f"CPU seconds of an idle engine and two idle ranks in two seconds: {spent}"
 
 
 @pytest.mark.parametrize(
