@@ -43,7 +43,7 @@ class RankFacts:
     node: str
     host: str  # of that node, for people
     device: str  # a GPU's UUID, or "cpu", which may be shared
-    weights: dict[str, str]  # path of each file that they are read from -> what its header says; {} for random ones
+    weights: dict[str, str]  # of each file that they are read from: its path, and what is in it; {} for random ones
 
     @classmethod
     def of(cls, config: EngineConfig, device: torch.device) -> RankFacts:

@@ -58,7 +58,7 @@ def run_ranks(
     finally:
         for each in ranks:
             each.kill()
-    return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+    return [torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(world_size)]
 
 
 def _run(
