@@ -68,6 +68,7 @@ class Target:
             f"Host: {self.host}:{self.port}",
             "Content-Type: application/json",
             f"Content-Length: {len(payload)}",
+            "Connection: close",  # or an error, which is no stream and has no end mark, would be waited for
         ]
         if self.api_key is not None:
             lines.append(f"Authorization: Bearer {self.api_key}")

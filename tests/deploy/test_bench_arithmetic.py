@@ -108,7 +108,7 @@ WHOLE = HEAD + chunk(EVENT) * 3 + chunk(USAGE) + chunk(DONE) + b"0\r\n\r\n"
 
 
 async def ask(pieces: list[bytes], num: int = 1) -> list[Answer]:
-    """Answers of a server that sends these pieces and hangs up."""
+    """Answers of a server that sends these pieces and, as it is asked to, hangs up then."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -120,13 +120,15 @@ async def ask(pieces: list[bytes], num: int = 1) -> list[Answer]:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0)
+        if b"\r\nConnection: close\r\n" not in head:
+            await reader.read()  # for as long as its client likes, or some 90 s
         writer.close()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     target = Target("127.0.0.1", server.sockets[0].getsockname()[1], "m", "key")
     request = target.completion([1, 2], 3)
     assert b"Authorization: Bearer key\r\n" in request
-    async with server:
+    async with server, asyncio.timeout(20):
         return await closed_loop(lambda one: complete(target, one), [request] * num, 2)
 
 
