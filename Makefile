@@ -44,7 +44,7 @@ test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS)
 
 test-thorough: $(STAMP) ## the state machines of block pool and engine, 3000 runs each (two minutes)
-	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q --timeout=3600 tests/replicas/test_block_pool.py tests/replicas/test_engine_machine.py $(ARGS)
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q --timeout=3600 tests/replicas/engine/test_block_pool.py tests/replicas/engine/test_engine_machine.py $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/kernels tests/replicas

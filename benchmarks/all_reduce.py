@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.cuda import nccl
 
 from benchmarks.report import RESULTS, Report
-from shoal.kernels.all_reduce import (
+from shoal.kernels.comm.all_reduce import (
     NUM_BUFFERS,
     STATE_SIZE,
     Algorithm,
@@ -38,8 +38,8 @@ from shoal.kernels.all_reduce import (
     buffer_bytes,
     choose,
 )
-from shoal.kernels.rms_norm import add_rms_norm
-from shoal.replicas.symmetric_memory import SymmetricMemory, open_symmetric_memory
+from shoal.kernels.linear.rms_norm import add_rms_norm
+from shoal.replicas.parallel.symmetric_memory import SymmetricMemory, open_symmetric_memory
 
 CALLS = 50  # in a graph: what a launch of it costs is a fiftieth of what it costs
 SIZES_KIB = (8, 32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from benchmarks.report import ROOT, Report
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
-from shoal.replicas.engine import Engine
-from shoal.replicas.llm import build_engine
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.offline import build_engine
 from shoal.replicas.protocol import Request, SamplingParams
 
 Prompt = tuple[int, ...]

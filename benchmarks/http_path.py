@@ -36,16 +36,16 @@ from numpy.typing import NDArray
 from benchmarks.load import StreamClient, cpu_seconds, descendants, post
 from benchmarks.report import ROOT, Report
 from benchmarks.sse import HOST, MODEL_ID, PATH, START_TIMEOUT_S, Way, child, pid_of, serve_ingress, way
-from shoal.cluster.handshake import new_secret
-from shoal.cluster.membership import ReplicaInfo
-from shoal.cluster.server import ReplicaServer
+from shoal.cluster.replica.replica_server import ReplicaServer
+from shoal.cluster.wire.handshake import new_secret
+from shoal.cluster.wire.membership import ReplicaInfo
 from shoal.deploy.environment import make_ray_folder, prepare_environment
-from shoal.replicas.async_engine import EngineThread
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
-from shoal.replicas.detokenizer import REPLACEMENT
-from shoal.replicas.engine import Engine
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.engine.engine_thread import EngineThread
 from shoal.replicas.plan import StepPlan, StepResult
-from shoal.replicas.tokenizer import Tokenizer
+from shoal.replicas.text.detokenizer import REPLACEMENT
+from shoal.replicas.text.tokenizer import Tokenizer
 
 TOKENIZER = ROOT / "deploy" / "models" / "tiny"
 VOCAB_SIZE = 4096  # the tokenizer's
@@ -167,10 +167,10 @@ def serve_application(port: int, host: str, num_streams: int, parent: Connection
     # Ray reads its environment while it is imported.
     from ray import serve
 
-    from shoal.cluster.directory import REGISTER_INTERVAL, DirectoryClient
+    from shoal.cluster.wire.directory import REGISTER_INTERVAL, DirectoryClient
     from shoal.deploy.app import INGRESS, Ingress, IngressSettings
-    from shoal.deploy.launcher import ray_cluster
-    from shoal.deploy.openai_auth import KeyRing
+    from shoal.deploy.openai.auth import KeyRing
+    from shoal.deploy.server.launcher import ray_cluster
 
     async def run_replica() -> None:
         directory = DirectoryClient()

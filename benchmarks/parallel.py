@@ -24,7 +24,7 @@ from benchmarks.subjects import Python, Worker, lacking_gpus, say, started_worke
 from benchmarks.vs_vllm import warm_up
 from shoal.deploy.bench.shapes import open_model
 from shoal.deploy.bench.workload import mixed_lengths
-from shoal.replicas.checkpoint import read_model_facts
+from shoal.replicas.models.checkpoint import read_model_facts
 
 ONE = "one GPU"
 

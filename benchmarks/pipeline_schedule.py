@@ -1,9 +1,9 @@
 """What the scheduler leaves of a pipeline's stages: a simulation of its plans, with step times of an 8B model on H200s.
 
 Every plan is the real scheduler's; its time on each stage is looked up, and stages wait for each other as they do
-(replicas/pipeline.py): for the stage before, for the stage after to take what it is sent, for the tokens that the plan
-reads. `ratio` says how many times the output tokens/s of one GPU that would be, with as many sequences a stage; `busy`
-is the share of the time that the busiest stage works. One core, no GPU.
+(replicas/parallel/pipeline.py): for the stage before, for the stage after to take what it is sent, for the tokens that
+the plan reads. `ratio` says how many times the output tokens/s of one GPU that would be, with as many sequences a
+stage; `busy` is the share of the time that the busiest stage works. One core, no GPU.
 
     python -m benchmarks.pipeline_schedule [--json PATH]
 """
@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.report import Report
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
-from shoal.replicas.graphs import decode_rooms, mixed_rooms
+from shoal.replicas.engine.scheduler import Scheduler
 from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
 from shoal.replicas.protocol import Request, SamplingParams
-from shoal.replicas.scheduler import Scheduler
 from shoal.replicas.stages import split_costs
+from shoal.replicas.worker.graphs import decode_rooms, mixed_rooms
 
 FACTS = ModelFacts("Fake", 32, 8, 1, 1, 8, 1000, 8192, (2,), "float32")
 SEQUENCES, NUM_BLOCKS = 256, 40_000  # of a stage; of 64 tokens

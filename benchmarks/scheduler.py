@@ -24,9 +24,9 @@ from time import perf_counter_ns
 import numpy as np
 
 from benchmarks.report import Report
-from shoal.replicas.block_pool import BlockPool, extend_digests
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
-from shoal.replicas.engine import Engine
+from shoal.replicas.engine.block_pool import BlockPool, extend_digests
+from shoal.replicas.engine.engine import Engine
 from shoal.replicas.plan import StepPlan, StepResult
 from shoal.replicas.protocol import Request, SamplingParams
 

@@ -34,13 +34,13 @@ from starlette.types import Receive, Scope, Send
 
 from benchmarks.load import cpu_seconds, descendants, free_port, post, stream, stream_many
 from benchmarks.report import ROOT, Report
-from shoal.cluster.handshake import new_secret
-from shoal.cluster.membership import ReplicaInfo, StaticMembership
-from shoal.cluster.router import Router
+from shoal.cluster.router.router import Router
+from shoal.cluster.wire.handshake import new_secret
+from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
 from shoal.deploy.environment import make_ray_folder, prepare_environment
-from shoal.deploy.http_app import create_http_app
-from shoal.deploy.service import ApiService, ServedModel
-from shoal.replicas.tokenizer import Tokenizer
+from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.http_app import create_http_app
+from shoal.replicas.text.tokenizer import Tokenizer
 from tests.support.fake_replica import FakeReplica
 
 HOST = "127.0.0.1"
@@ -198,10 +198,10 @@ def serve_application(port: int, host: str, tokenizer: Path, pace: float, num_st
     # Ray reads its environment while it is imported.
     from ray import serve
 
-    from shoal.cluster.directory import REGISTER_INTERVAL, DirectoryClient
+    from shoal.cluster.wire.directory import REGISTER_INTERVAL, DirectoryClient
     from shoal.deploy.app import INGRESS, Ingress, IngressSettings
-    from shoal.deploy.launcher import ray_cluster
-    from shoal.deploy.openai_auth import KeyRing
+    from shoal.deploy.openai.auth import KeyRing
+    from shoal.deploy.server.launcher import ray_cluster
 
     async def run_replica() -> None:
         directory = DirectoryClient()

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from benchmarks.report import Report
+from shoal.replicas.channel.step_channel import StepChannelClient, StepChannelServer
+from shoal.replicas.channel.step_frames import decode, encode
+from shoal.replicas.channel.step_sockets import Address
 from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
-from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
-from shoal.replicas.step_frames import decode, encode
-from shoal.replicas.step_sockets import Address
 
 NUM_SEQUENCES = 256
 WORLD_SIZE = 2

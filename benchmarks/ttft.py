@@ -30,14 +30,14 @@ from statistics import median, quantiles
 
 from benchmarks.load import free_port, post, stream
 from benchmarks.report import ROOT, Report
-from shoal.cluster.handshake import new_secret
-from shoal.cluster.membership import ReplicaInfo, StaticMembership
-from shoal.cluster.router import Router
-from shoal.cluster.server import ReplicaServer
-from shoal.replicas.async_engine import EngineThread
+from shoal.cluster.replica.replica_server import ReplicaServer
+from shoal.cluster.router.router import Router
+from shoal.cluster.wire.handshake import new_secret
+from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
 from shoal.replicas.config import EngineConfig, ModelConfig
-from shoal.replicas.engine import Engine
-from shoal.replicas.llm import build_engine
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.engine.engine_thread import EngineThread
+from shoal.replicas.offline import build_engine
 from shoal.replicas.protocol import Request, SamplingParams
 
 NUM_TOKENS = 4

@@ -28,11 +28,11 @@ import torch
 import triton
 
 from benchmarks.report import RESULTS, Report
-from shoal.kernels.gemm import gated_linear_ref, linear_ref
-from shoal.kernels.gemm_triton import gemm_triton
-from shoal.kernels.paged_decode import decode_tables, paged_decode
-from shoal.kernels.rms_norm import rms_norm
-from shoal.kernels.silu_mul import silu_mul
+from shoal.kernels.attention.paged_decode import decode_tables, paged_decode
+from shoal.kernels.linear.gemm import gated_linear_ref, linear_ref
+from shoal.kernels.linear.gemm_triton import gemm_triton
+from shoal.kernels.linear.rms_norm import rms_norm
+from shoal.kernels.linear.silu_mul import silu_mul
 from shoal.kernels.tuning import TABLES, TOKEN_BUCKETS, Launch, format_table, parse_table, shape_key, table_name
 
 ROTATED_BYTES = 240_000_000  # four times the L2 cache of an H200

@@ -47,8 +47,8 @@ from shoal.deploy.bench.latency import NUM_DECODED
 from shoal.deploy.bench.limits import Dense
 from shoal.deploy.bench.shapes import open_model
 from shoal.deploy.bench.workload import Workload, fixed_lengths, mixed_lengths
-from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.device import choose_device
+from shoal.replicas.models.checkpoint import read_model_facts
 
 MODEL_ID = "model"
 DTYPE = "bfloat16"

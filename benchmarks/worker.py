@@ -36,7 +36,7 @@ def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
     from shoal.deploy.bench.rates import measure_rates
     from shoal.deploy.bench.report import device_name
     from shoal.deploy.bench.workload import Workload, engine_run
-    from shoal.replicas.llm import build_engine
+    from shoal.replicas.offline import build_engine
 
     folder = Path(settings.pop("model"))
     engine = build_engine(engine_config(folder, settings, dummy=False))

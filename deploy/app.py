@@ -14,18 +14,18 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application, Deployment
 
-from ..cluster.directory import DirectoryClient
-from ..cluster.logs import log_to_serve
-from ..cluster.replica import Replica, ReplicaOptions
-from ..cluster.router import Router
+from ..cluster.replica.replica import Replica, ReplicaOptions
+from ..cluster.router.router import Router
+from ..cluster.wire.directory import DirectoryClient
+from ..cluster.wire.logs import log_to_serve
 from ..replicas.errors import ConfigError
-from ..replicas.tokenizer import Tokenizer
+from ..replicas.text.tokenizer import Tokenizer
 from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
 from .environment import keep_auth_token_private
-from .http_app import create_http_app
-from .openai_auth import KeyRing
+from .openai.api_state import ApiService, ServedModel
+from .openai.auth import KeyRing
+from .openai.http_app import create_http_app
 from .resources import ReplicaRequest, Room, check_gpus, cpu_share, replica_request, room_here, room_of_nodes
-from .service import ApiService, ServedModel
 
 INGRESS = "Ingress"
 

@@ -18,7 +18,7 @@ from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
 from .doctor.command import doctor
 from .environment import prepare_environment
-from .keeper import interrupt_on_signals, say, under_keeper
+from .server.supervisor import interrupt_on_signals, say, under_keeper
 
 if TYPE_CHECKING:
     from .config import ModelPlan
@@ -162,8 +162,8 @@ def _serve(settings: dict[str, Any], folder: Path) -> None:
     prepare_environment(host, own_ray=address is None)
 
     # Everything that can be wrong with the configuration is known by now: Ray may start.
-    from .banner import banner
-    from .launcher import Endpoint, application, ray_cluster, replicas_of
+    from .server.banner import banner
+    from .server.launcher import Endpoint, application, ray_cluster, replicas_of
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..replicas.checkpoint import list_tensors, read_model_facts, resolve_model_path
 from ..replicas.config import EngineConfig, ModelFacts
 from ..replicas.errors import ConfigError
-from ..replicas.tokenizer import Tokenizer
+from ..replicas.models.checkpoint import list_tensors, read_model_facts, resolve_model_path
+from ..replicas.text.tokenizer import Tokenizer
 from .engine_args import EngineArgs, without_known
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"

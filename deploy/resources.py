@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..cluster.placement import bundles, ray_actor_options, strategy
+from ..cluster.shards.placement import bundles, ray_actor_options, strategy
 from ..replicas.device import usable_cores
 from ..replicas.errors import ConfigError
 from .config import ModelPlan

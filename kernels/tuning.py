@@ -48,7 +48,7 @@ def invariant_launch(itemsize: int, num_tokens: int, *, gated: bool) -> Launch:
     """A launch for any shape, of a family in which a row's bits do not depend on T.
 
     The inputs of an output are summed in one order, by the same instruction, in any of them. BLOCK_T only says how many
-    tokens share that instruction, and on an H200 no bit of a token depends on it (tests/kernels/test_gemm.py).
+    tokens share that instruction, and on an H200 no bit of a token depends on it (tests/kernels/linear/test_gemm.py).
     """
     if itemsize == 4:
         return Launch("mma", 32, 32, 32, num_warps=4, num_stages=3)  # no tensor cores: fp32 is not rounded to tf32

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from .models.spec import DecoderSpec
+from .model_spec import DecoderSpec
 
 
 def stage_layers(spec: DecoderSpec, num_stages: int) -> list[range]:

@@ -86,7 +86,7 @@ def test_the_wheel_installs_and_imports(built: tuple[Path, Path], tmp_path: Path
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
     run(*pip, "--target", target, built[1], cwd=tmp_path)
     code = (
-        "import shoal, shoal.replicas.protocol, shoal.cluster.router, shoal.deploy.cli\n"
+        "import shoal, shoal.replicas.protocol, shoal.cluster.router.router, shoal.deploy.cli\n"
         f"assert shoal.__version__ == {PROJECT['project']['version']!r}, shoal.__version__\n"
         "print(shoal.deploy.cli.__file__)"
     )

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels.paged_decode import paged_decode, paged_decode_cost
-from ...kernels.paged_prefill import paged_prefill, paged_prefill_cost
-from ...replicas.batch import AttentionMetadata
+from ...kernels.attention.paged_decode import paged_decode, paged_decode_cost
+from ...kernels.attention.paged_prefill import paged_prefill, paged_prefill_cost
 from ...replicas.layers.attention import AttentionStep
+from ...replicas.layers.batch import AttentionMetadata
 from .kernel_cases import Built, Case, Sizes
 from .timing import Thunk
 

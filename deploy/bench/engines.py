@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from ...replicas.checkpoint import read_model_facts
 from ...replicas.config import EngineConfig
-from ...replicas.engine import Engine
+from ...replicas.engine.engine import Engine
 from ...replicas.errors import ConfigError
-from ...replicas.llm import build_engine
+from ...replicas.models.checkpoint import read_model_facts
+from ...replicas.offline import build_engine
 from .shapes import open_model
 
 # Prompts of a benchmark are to be computed; and no context is longer than this, which bounds the tables of a step.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ...kernels import gemm, kv_store, rms_norm, rope, silu_mul
+from ...kernels.attention import kv_store, rope
+from ...kernels.linear import gemm, rms_norm, silu_mul
 from ...replicas.config import ModelFacts
 from .timing import Thunk
 

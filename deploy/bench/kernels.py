@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...replicas.checkpoint import read_json, read_model_facts
+from ...replicas.models.checkpoint import read_json, read_model_facts
 from .attention_cases import attention_cases
 from .kernel_cases import Case, Sizes, gemm_cases, row_cases
 from .limits import Rates

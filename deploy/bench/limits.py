@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...replicas.checkpoint import read_json, read_model_facts
 from ...replicas.config import DTYPE_BYTES
 from ...replicas.errors import ConfigError
+from ...replicas.models.checkpoint import read_json, read_model_facts
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...replicas.checkpoint import resolve_model_path
+from ...replicas.models.checkpoint import resolve_model_path
 
 TINY_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...replicas.engine import Engine
+from ...replicas.engine.engine import Engine
 from ...replicas.errors import ConfigError
 from ...replicas.protocol import FinishReason, TokenDelta
 from .workload import Workload, requests_of

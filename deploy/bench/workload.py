@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...replicas.engine import Engine
-from ...replicas.llm import generate
+from ...replicas.engine.engine import Engine
+from ...replicas.offline import generate
 from ...replicas.protocol import FinishReason, Request, SamplingParams
 
 # Ids below this are special or bytes in most vocabularies.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from ...replicas.process_groups import ProcessGroups
-from ...replicas.symmetric_memory import NoSymmetricMemory, open_symmetric_memory
+from ...replicas.parallel.process_groups import ProcessGroups
+from ...replicas.parallel.symmetric_memory import NoSymmetricMemory, open_symmetric_memory
 from .process import begin, say
 
 _REPEATS = 5

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.attention.kv_store import rope_kv_store, store_rows
+from ...kernels.attention.paged_decode import DecodeIndex, DecodeTables, decode_index, decode_tables, paged_decode
+from ...kernels.attention.paged_prefill import PrefillSlice, PrefillTables, paged_prefill, prefill_index
+from ...kernels.attention.rope import RopeRows
 from ...kernels.backend import Backend, backend_of
-from ...kernels.kv_store import rope_kv_store, store_rows
-from ...kernels.paged_decode import DecodeIndex, DecodeTables, decode_index, decode_tables, paged_decode
-from ...kernels.paged_prefill import PrefillSlice, PrefillTables, paged_prefill, prefill_index
-from ...kernels.rms_norm import rms_norm
-from ...kernels.rope import RopeRows
-from ...quant.methods import LinearMethod
-from ..batch import FEW_DECODES, AttentionMetadata
-from ..comm import ParallelContext
+from ...kernels.linear.rms_norm import rms_norm
+from ...quant.methods.unquantized import LinearMethod
 from ..errors import ConfigError
-from ..kv_cache import KVCache
-from ..models.spec import DecoderSpec, LayerSpec, QKNorm
+from ..model_spec import DecoderSpec, LayerSpec, QKNorm
+from ..parallel.comm import ParallelContext
+from .batch import FEW_DECODES, AttentionMetadata
+from .kv_cache import KVCache
 from .linear import QKVLinear, RowParallelLinear
 from .norm import RMSNorm
 from .weights import Layer, WeightSlot

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ...kernels.embedding import embed
-from ...quant.methods import LinearMethod
-from ..comm import ParallelContext
-from ..vocabulary import VocabularySlice
+from ...kernels.linear.embedding import embed
+from ...quant.methods.unquantized import LinearMethod
+from ..parallel.comm import ParallelContext
+from ..parallel.vocabulary import VocabularySlice
 from .weights import Layer, Source, WeightSlot, empty_parameter
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...quant.methods import LinearMethod
-from ..comm import ParallelContext
+from ...quant.methods.unquantized import LinearMethod
 from ..errors import ConfigError
+from ..parallel.comm import ParallelContext
 from .weights import Layer, Source, WeightSlot, empty_parameter
 
 

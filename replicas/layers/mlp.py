@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ...quant.methods import LinearMethod
-from ..comm import ParallelContext
-from ..models.spec import DecoderSpec
+from ...quant.methods.unquantized import LinearMethod
+from ..model_spec import DecoderSpec
+from ..parallel.comm import ParallelContext
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .weights import Layer, WeightSlot
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.gemm import linear
-from ...kernels.moe import moe_mlp, route
-from ..comm import ParallelContext
-from ..models.spec import DecoderSpec, ExpertsSpec
+from ...kernels.linear.gemm import linear
+from ...kernels.moe.moe import moe_mlp, route
+from ..model_spec import DecoderSpec, ExpertsSpec
+from ..parallel.comm import ParallelContext
 from .linear import shard_range
 from .weights import Index, Layer, Source, WeightSlot, empty_parameter
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.rms_norm import add_rms_norm, rms_norm
+from ...kernels.linear.rms_norm import add_rms_norm, rms_norm
 from .weights import Layer, Source, WeightSlot, empty_parameter
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ...kernels.rope import RopeRows, rope_rows
+from ...kernels.attention.rope import RopeRows, rope_rows
 from ..errors import ModelError
 from .weights import Layer
 

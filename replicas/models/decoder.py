@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...quant.methods import LinearMethod, UnquantizedLinear
-from ..batch import AttentionMetadata
-from ..comm import ParallelContext
-from ..kv_cache import KVCache
+from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
 from ..layers.attention import Attention, AttentionStep
+from ..layers.batch import AttentionMetadata
 from ..layers.embedding import OutputHead, VocabParallelEmbedding
+from ..layers.kv_cache import KVCache
 from ..layers.linear import ParallelLinear
 from ..layers.mlp import GatedMLP
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
 from ..layers.rotary import RotaryEmbedding
 from ..layers.weights import Layer, WeightSlot
+from ..model_spec import DecoderSpec, LayerSpec
+from ..parallel.comm import ParallelContext
 from ..stages import stage_layers
-from .spec import DecoderSpec, LayerSpec
 
 
 class DecoderLayer(Layer):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...kernels.silu_mul import ACTIVATIONS
-from ..checkpoint import family_of
+from ...kernels.linear.silu_mul import ACTIVATIONS
 from ..errors import ModelError
-from .spec import DecoderSpec, ExpertsSpec, LayerSpec, QKNorm
+from ..model_spec import DecoderSpec, ExpertsSpec, LayerSpec, QKNorm
+from .checkpoint import family_of
 
 
 def _llama(config: Any) -> DecoderSpec:

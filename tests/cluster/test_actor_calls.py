@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from shoal.replicas.checkpoint import read_model_facts
-from shoal.replicas.engine import Engine
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.executors.shard_rank import ShardRank
+from shoal.replicas.models.checkpoint import read_model_facts
 from shoal.replicas.plan import StepPlan, StepResult
-from shoal.replicas.shard_rank import ShardRank
 from tests.support.checkpoints import FAMILIES
 from tests.support.golden import engine_config, greedy, split_engine
 

@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 
-from shoal.cluster.handshake import new_secret
-from shoal.cluster.membership import ReplicaInfo, StaticMembership
-from shoal.cluster.options import RouterOptions
-from shoal.cluster.router import Router
-from shoal.cluster.server import ReplicaServer
-from shoal.replicas.async_engine import EngineThread
+from shoal.cluster.replica.replica_server import ReplicaServer
+from shoal.cluster.router.options import RouterOptions
+from shoal.cluster.router.router import Router
+from shoal.cluster.wire.handshake import new_secret
+from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
+from shoal.replicas.engine.engine_thread import EngineThread
 from shoal.replicas.protocol import Request, SamplingParams, TokenDelta
 from tests.support.cluster import in_loop
 from tests.support.engines import Transcript, make_engine, naive

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.directory import DirectoryClient
-from shoal.cluster.replica import ReplicaOptions
-from shoal.cluster.router import Router
+from shoal.cluster.replica.replica import ReplicaOptions
+from shoal.cluster.router.router import Router
+from shoal.cluster.wire.directory import DirectoryClient
 from shoal.replicas.protocol import TokenDelta
 from tests.support.cluster import request
 from tests.support.engines import naive

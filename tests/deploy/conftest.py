@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 
-from shoal.deploy.http_app import create_http_app
-from shoal.deploy.service import ApiService, ServedModel
-from shoal.replicas.tokenizer import Tokenizer
+from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.http_app import create_http_app
+from shoal.replicas.text.tokenizer import Tokenizer
 from tests.support.fake_router import FakeRouter
 from tests.support.http_server import HttpServer, serve_app
 from tests.support.text_model import write_tokenizer

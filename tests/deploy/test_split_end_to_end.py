@@ -9,9 +9,9 @@ import pytest
 
 from shoal.deploy.config import TINY_MODEL
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
-from shoal.replicas.llm import build_engine, generate
+from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
-from shoal.replicas.tokenizer import Tokenizer
+from shoal.replicas.text.tokenizer import Tokenizer
 from tests.support.served import processes_of, ray_folder, start, wait_until
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from shoal.kernels import block_copy_triton, kv_store_triton, rms_norm_triton, rope_triton, silu_mul_triton
+from shoal.kernels.attention import block_copy_triton, kv_store_triton, rope_triton
+from shoal.kernels.linear import rms_norm_triton, silu_mul_triton
 from tests.support.aot import Variant, lane_instructions
 from tests.support.kernel_names import kernel_names
+
+ATTENTION, LINEAR = "shoal.kernels.attention", "shoal.kernels.linear"
 
 
 def _options(num_warps: int) -> dict[str, int]:
@@ -25,22 +28,20 @@ def _norm(num_features: int, dtype: str, weight: str | None = None, *, residual:
         "NUM_INNER": num_inner, "NUM_FEATURES": num_features, "HAS_RESIDUAL": residual, "BLOCK_ROWS": block_rows,
         "BLOCK_N": block_n, "PDL": True,
     }  # fmt: skip
-    return Variant("shoal.kernels.rms_norm_triton:_rms_norm_kernel", types, constants, _options(num_warps))
+    return Variant(f"{LINEAR}.rms_norm_triton:_rms_norm_kernel", types, constants, _options(num_warps))
 
 
 def _silu_mul(dtype: str, *, gelu: bool):
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "num_features": "i32/16"}
     constants = {"GELU": gelu, "BLOCK_N": silu_mul_triton.BLOCK_N, "PDL": True}
-    return Variant(
-        "shoal.kernels.silu_mul_triton:_silu_mul_kernel", types, constants, _options(silu_mul_triton.NUM_WARPS)
-    )
+    return Variant(f"{LINEAR}.silu_mul_triton:_silu_mul_kernel", types, constants, _options(silu_mul_triton.NUM_WARPS))
 
 
 def _rope(dtype: str, num_heads: int, half: int):
     block_heads, block_half, num_warps = rope_triton.launch_parameters(1, num_heads, half)
     constants = {"NUM_HEADS": num_heads, "HALF": half, "BLOCK_HEADS": block_heads, "BLOCK_HALF": block_half}
     types = {"x_ptr": f"*{dtype}", "cos_sin_ptr": "*fp32", "position_ptr": "*i64"}
-    return Variant("shoal.kernels.rope_triton:_rope_kernel", types, constants | {"PDL": True}, _options(num_warps))
+    return Variant(f"{ATTENTION}.rope_triton:_rope_kernel", types, constants | {"PDL": True}, _options(num_warps))
 
 
 def _kv_store(dtype: str, num_kv_heads: int, head_dim: int):
@@ -50,7 +51,7 @@ def _kv_store(dtype: str, num_kv_heads: int, head_dim: int):
         "BLOCK_HEADS": block_heads, "BLOCK_DIM": block_dim, "PDL": True,
     }  # fmt: skip
     types = {"kv_ptr": f"*{dtype}", "cache_ptr": f"*{dtype}", "slot_ptr": "*i64"}
-    return Variant("shoal.kernels.kv_store_triton:_kv_store_kernel", types, constants, _options(num_warps))
+    return Variant(f"{ATTENTION}.kv_store_triton:_kv_store_kernel", types, constants, _options(num_warps))
 
 
 def _rope_kv_store(
@@ -68,14 +69,17 @@ def _rope_kv_store(
         "qkv_ptr": f"*{dtype}", "cos_sin_ptr": "*fp32", "position_ptr": "*i64", "cache_ptr": f"*{dtype}",
         "slot_ptr": "*i64", "eps": "fp32", "q_norm_ptr": f"*{norm or dtype}", "k_norm_ptr": f"*{norm or dtype}",
     }  # fmt: skip
-    return Variant("shoal.kernels.kv_store_triton:_rope_kv_store_kernel", types, constants, _options(num_warps))
+    return Variant(f"{ATTENTION}.kv_store_triton:_rope_kv_store_kernel", types, constants, _options(num_warps))
 
 
 def _block_copy(dtype: str):
     types = {"cache_ptr": f"*{dtype}", "source_ptr": "*i64", "target_ptr": "*i64", "block_numel": "i32/16"}
     constants = {"MAX_COPIES": block_copy_triton.MAX_COPIES, "BLOCK_N": block_copy_triton.BLOCK_N, "PDL": True}
     return Variant(
-        "shoal.kernels.block_copy_triton:_block_copy_kernel", types, constants, _options(block_copy_triton.NUM_WARPS)
+        f"{ATTENTION}.block_copy_triton:_block_copy_kernel",
+        types,
+        constants,
+        _options(block_copy_triton.NUM_WARPS),
     )
 
 
@@ -165,5 +169,5 @@ def test_block_copy_waits_between_its_loads_and_its_stores(name, compiled):
 
 
 def test_every_kernel_of_the_project_is_compiled_by_a_test():
-    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_compile*.py"))
+    tests = "".join(file.read_text() for file in Path(__file__).parent.rglob("test_compile*.py"))
     assert not {name for name in kernel_names() if name not in tests}

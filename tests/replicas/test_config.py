@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.kernels.all_reduce import WORLD_SIZES
+from shoal.kernels.comm.all_reduce import WORLD_SIZES
 from shoal.replicas.config import (
     SYMMETRIC_SIZES,
     CacheConfig,
@@ -18,7 +18,7 @@ from shoal.replicas.config import (
     SchedulerConfig,
 )
 from shoal.replicas.errors import ConfigError
-from shoal.replicas.llm import build_engine
+from shoal.replicas.offline import build_engine
 from tests.support.checkpoints import FAMILIES
 from tests.support.processes import children
 

@@ -8,10 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import wraps
 from typing import Any
 
-from shoal.cluster.handshake import new_secret
-from shoal.cluster.membership import StaticMembership
-from shoal.cluster.options import RouterOptions
-from shoal.cluster.router import Router
+from shoal.cluster.router.options import RouterOptions
+from shoal.cluster.router.router import Router
+from shoal.cluster.wire.handshake import new_secret
+from shoal.cluster.wire.membership import StaticMembership
 from shoal.replicas.protocol import Request, SamplingParams, TokenDelta
 from tests.support.fake_replica import FakeReplica
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
-from shoal.replicas.engine import Engine
+from shoal.replicas.engine.engine import Engine
 from shoal.replicas.plan import StepPlan
 from shoal.replicas.protocol import FinishReason, Request, TokenDelta
 from tests.support.fake_executor import FakeExecutor, next_token

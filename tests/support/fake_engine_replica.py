@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.cluster.replica import Replica, ReplicaOptions
+from shoal.cluster.replica.replica import Replica, ReplicaOptions
 from shoal.replicas.config import EngineConfig
-from shoal.replicas.engine import Engine
+from shoal.replicas.engine.engine import Engine
 from tests.support.engines import make_engine
 
 

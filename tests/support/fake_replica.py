@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from shoal.cluster.membership import ReplicaInfo
-from shoal.cluster.server import ReplicaServer, ServerOptions
+from shoal.cluster.replica.replica_server import ReplicaServer, ServerOptions
+from shoal.cluster.wire.membership import ReplicaInfo
 from shoal.replicas.errors import PromptTooLong, RequestError
 from shoal.replicas.protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
 

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from shoal.cluster.errors import NoReplica
-from shoal.cluster.generation import RequestTimes
-from shoal.cluster.membership import ReplicaInfo
-from shoal.cluster.metrics import RouterCollector
+from shoal.cluster.router.metrics import RouterCollector
+from shoal.cluster.router.routed_request import RequestTimes
+from shoal.cluster.wire.errors import NoReplica
+from shoal.cluster.wire.membership import ReplicaInfo
 from shoal.replicas.errors import RequestError
 from shoal.replicas.protocol import FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
-from shoal.replicas.tokenizer import Tokenizer
+from shoal.replicas.text.tokenizer import Tokenizer
 
 STORY = "the quick brown fox — näïve 🐟 fish — jumps over the lazy dog; "
 

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from shoal.cluster.placement import Place
+from shoal.cluster.shards.placement import Place
+from shoal.replicas.channel.step_channel import StepChannelClient
+from shoal.replicas.channel.step_sockets import Address
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from shoal.replicas.errors import ShardGroupError
-from shoal.replicas.group_start import Loaded
-from shoal.replicas.step_channel import StepChannelClient
-from shoal.replicas.step_sockets import Address
+from shoal.replicas.executors.group_start import Loaded
 from tests.support.engines import facts
 from tests.support.step_group import answer
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from shoal.replicas.engine import Engine
-from shoal.replicas.llm import build_engine, generate
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 
 BLOCK_SIZE = 16

@@ -10,7 +10,7 @@ import shoal
 
 def kernel_names() -> set[str]:
     """The kernels of kernels/: decorated functions of its *_triton.py that end in _kernel."""
-    files = (Path(shoal.__file__).parent / "kernels").glob("*_triton.py")
+    files = (Path(shoal.__file__).parent / "kernels").rglob("*_triton.py")
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list)
     return {function.name for function in functions if function.name.endswith("_kernel")}

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.placement import Place
-from shoal.cluster.shard_group import Home, ShardGroup, start_shard_group
-from shoal.replicas.checkpoint import read_model_facts
+from shoal.cluster.shards.placement import Place
+from shoal.cluster.shards.shard_group import Home, ShardGroup, start_shard_group
 from shoal.replicas.config import EngineConfig
-from shoal.replicas.engine import Engine
-from shoal.replicas.shard_processes import RankProcess
+from shoal.replicas.engine.engine import Engine
+from shoal.replicas.executors.shard_processes import RankProcess
+from shoal.replicas.models.checkpoint import read_model_facts
 from tests.support.netns import Namespace
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from shoal.replicas.batch import AttentionMetadata
-from shoal.replicas.checkpoint import read_model_facts
-from shoal.replicas.comm import ParallelContext
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
-from shoal.replicas.kv_cache import KVCache
-from shoal.replicas.loader import DecoderModel, load_model
+from shoal.replicas.layers.batch import AttentionMetadata
+from shoal.replicas.layers.kv_cache import KVCache
+from shoal.replicas.models.checkpoint import read_model_facts
+from shoal.replicas.models.loader import DecoderModel, load_model
+from shoal.replicas.parallel.comm import ParallelContext
 
 BLOCK_SIZE = 8
 BLOCKS_PER_SEQUENCE = 12

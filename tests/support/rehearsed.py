@@ -18,19 +18,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
-from shoal.kernels import compile_triton
 from shoal.kernels.backend import Backend, use_backend
-from shoal.kernels.compile_process import CompileProcess, Specialization
-from shoal.kernels.compile_triton import compile_kernels, rehearsal
-from shoal.kernels.compile_worker_triton import compile_kernel
-from shoal.kernels.gemm_triton import gemm_triton
-from shoal.kernels.sample import SamplingRows, sample_rows
+from shoal.kernels.compiling import compile_triton
+from shoal.kernels.compiling.compile_process import CompileProcess, Specialization
+from shoal.kernels.compiling.compile_triton import compile_kernels, rehearsal
+from shoal.kernels.compiling.compile_worker_triton import compile_kernel
+from shoal.kernels.linear.gemm_triton import gemm_triton
+from shoal.kernels.sampling.sample import SamplingRows, sample_rows
 from shoal.kernels.tuning import Launch
-from shoal.replicas.checkpoint import read_model_facts
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from shoal.replicas.graphs import decode_rooms, mixed_rooms
-from shoal.replicas.loader import load_model
-from shoal.replicas.shard import _make_runner
+from shoal.replicas.models.checkpoint import read_model_facts
+from shoal.replicas.models.loader import load_model
+from shoal.replicas.worker.graphs import decode_rooms, mixed_rooms
+from shoal.replicas.worker.shard import _make_runner
 
 # fp32 products are torch's own: of a 16-bit model every kernel is seen.
 DTYPE = "bfloat16"

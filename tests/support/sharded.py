@@ -16,12 +16,12 @@ import ray
 import ray._private.state
 from ray import serve
 
-from shoal.cluster.directory import DirectoryClient, remove_directory
-from shoal.cluster.membership import ReplicaInfo
-from shoal.cluster.options import RouterOptions
-from shoal.cluster.placement import bundles, ray_actor_options, strategy
-from shoal.cluster.replica import Replica, ReplicaOptions
-from shoal.cluster.router import Router
+from shoal.cluster.replica.replica import Replica, ReplicaOptions
+from shoal.cluster.router.options import RouterOptions
+from shoal.cluster.router.router import Router
+from shoal.cluster.shards.placement import bundles, ray_actor_options, strategy
+from shoal.cluster.wire.directory import DirectoryClient, remove_directory
+from shoal.cluster.wire.membership import ReplicaInfo
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 
 MODEL = "tiny"

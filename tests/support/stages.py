@@ -6,11 +6,11 @@ from collections import deque
 
 from torch import Tensor
 
-from shoal.replicas.comm import ParallelContext
 from shoal.replicas.config import EngineConfig
-from shoal.replicas.pipeline import PipelineLinks
+from shoal.replicas.parallel.comm import ParallelContext
+from shoal.replicas.parallel.pipeline import PipelineLinks
 from shoal.replicas.plan import StepPlan, StepResult
-from shoal.replicas.shard import Shard
+from shoal.replicas.worker.shard import Shard
 
 
 class QueuedLinks(PipelineLinks):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from shoal.replicas.channel.step_channel import StepChannelClient, StepChannelServer
 from shoal.replicas.plan import StepPlan, StepResult
-from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
 
 TOKEN = secrets.token_bytes(32)
 HOSTS = pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["unix", "tcp"])

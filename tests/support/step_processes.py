@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from shoal.replicas.step_channel import StepChannelServer
+from shoal.replicas.channel.step_channel import StepChannelServer
 from tests.support.step_group import TOKEN
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from itertools import count
 
 import numpy as np
 
+from shoal.replicas.channel.step_channel import StepChannelClient, StepChannelServer
 from shoal.replicas.errors import EngineError
 from shoal.replicas.plan import StepResult
-from shoal.replicas.step_channel import StepChannelClient, StepChannelServer
 from tests.support.steps import decode_plan
 
 

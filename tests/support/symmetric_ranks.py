@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from shoal.kernels.all_reduce import NUM_BUFFERS, STATE_SIZE, Exchange
 from shoal.kernels.backend import Backend, use_backend
+from shoal.kernels.comm.all_reduce import NUM_BUFFERS, STATE_SIZE, Exchange
 from tests.support.interpreter import search_once_a_launch
 
 CAPACITY = 1 << 14
@@ -42,7 +42,7 @@ def run_ranks(
     for rank in range(world_size):
         (folder / f"memory_{rank}").write_bytes(b"\xff" * (NUM_BUFFERS * capacity))
     context = multiprocessing.get_context("forkserver")  # one process imports torch and triton, the ranks are its forks
-    context.set_forkserver_preload([__name__, "shoal.kernels.all_reduce_triton", body.__module__])
+    context.set_forkserver_preload([__name__, "shoal.kernels.comm.all_reduce_triton", body.__module__])
     ranks = [
         context.Process(
             target=_run, args=(folder, rank, world_size, capacity, spin_limit, body, arguments), daemon=True

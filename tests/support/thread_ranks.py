@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from shoal.replicas.collectives import TorchCollectives
-from shoal.replicas.comm import ParallelContext
-from shoal.replicas.process_groups import ProcessGroups
+from shoal.replicas.parallel.collectives import TorchCollectives
+from shoal.replicas.parallel.comm import ParallelContext
+from shoal.replicas.parallel.process_groups import ProcessGroups
 
 T = TypeVar("T")
 

@@ -33,13 +33,13 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from shoal.cluster.directory import DirectoryClient
-from shoal.cluster.options import RouterOptions
-from shoal.cluster.placement import ray_actor_options
-from shoal.cluster.replica import Replica, ReplicaOptions
-from shoal.cluster.router import Router
+from shoal.cluster.replica.replica import Replica, ReplicaOptions
+from shoal.cluster.router.options import RouterOptions
+from shoal.cluster.router.router import Router
+from shoal.cluster.shards.placement import ray_actor_options
+from shoal.cluster.wire.directory import DirectoryClient
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
-from shoal.replicas.llm import build_engine, generate
+from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
 
 PATIENCE = 120.0  # seconds; only a failing test waits so long

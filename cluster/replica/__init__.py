@@ -1,0 +1,1 @@
+"""The replica deployment and the TCP server that routers connect to."""

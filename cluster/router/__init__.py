@@ -1,0 +1,1 @@
+"""The router: global queue, placement over replicas, and replay when one is lost."""

@@ -1,0 +1,293 @@
+"""A router's side of the connection to one replica: it keeps it up, keeps the replica's load, and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ...replicas.errors import ServingError
+from ...replicas.protocol import ReplicaLoad
+from ..wire.errors import ReplicaLost, WireError
+from ..wire.frames import (
+    CALL_RESULTS,
+    Abort,
+    AbortItem,
+    Call,
+    CallName,
+    Connection,
+    Draining,
+    Ping,
+    Pong,
+    Rejected,
+    Reply,
+    Step,
+    StreamDelta,
+    Submit,
+    SubmitItem,
+    checked,
+    decode,
+    from_remote_error,
+    replica_message_decoder,
+)
+from ..wire.handshake import prove_as_router
+from ..wire.membership import ReplicaInfo
+from .options import RouterOptions
+from .policies import Candidate, PrefixIndex
+from .routed_request import Flight
+
+logger = logging.getLogger(__name__)
+
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link."""
+
+    def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None: ...
+
+    def on_rejected(self, link: ReplicaLink, flight: Flight, error: ServingError) -> None: ...
+
+    def on_room(self, link: ReplicaLink) -> None:
+        """The replica may have room that it did not have before."""
+        ...
+
+    def on_lost(self, link: ReplicaLink, flights: Sequence[Flight]) -> None: ...
+
+
+class ReplicaLink:
+    """Connects to `info`'s replica, again and again until `stop`."""
+
+    def __init__(
+        self, info: ReplicaInfo, secret: bytes, router_id: str, options: RouterOptions, owner: LinkOwner
+    ) -> None:
+        self.info = info
+        self.load = ReplicaLoad(num_blocks=info.num_blocks, block_size=info.block_size)
+        self.prefixes = PrefixIndex(options.prefix_index_blocks)
+        self.draining = info.draining
+        self.listed = True  # in the membership; a link that is not is given up when its connection ends
+        self.attempted = asyncio.Event()  # the first connection stands or has failed
+        self._secret = secret
+        self._router_id = router_id
+        self._options = options
+        self._owner = owner
+        self._connection: Connection | None = None
+        self._lost = asyncio.Event()
+        self._flights: dict[int, Flight] = {}  # by stream
+        self._next_stream = 0
+        self._calls: dict[int, tuple[CallName, asyncio.Future[Any]]] = {}
+        self._next_call = 0
+        self._heard_at = 0.0
+        self._stopping = False
+        self._forget_recent()
+        self._loop = asyncio.get_running_loop()
+        self.task = asyncio.create_task(self._run())
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests may be sent."""
+        return self._connection is not None and not self.draining
+
+    async def stop(self) -> None:
+        self._stopping = True
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    # What the pool asks
+
+    def candidate(self, hashes: Sequence[bytes]) -> Candidate:
+        """The replica as the policy sees it: its last report, and what this router sent and saw end since."""
+        load = self.load
+        running = load.num_running - self._recent_ends
+        return Candidate(
+            num_running=max(running, 0),
+            # What was sent since the report may have ended since, too.
+            num_waiting=max(load.num_waiting + self._recent_sequences + min(running, 0), 0),
+            num_blocks=load.num_blocks,
+            num_free_blocks=load.num_free_blocks - self._recent_blocks,
+            block_size=load.block_size,
+            max_num_seqs=self.info.max_num_seqs,
+            num_cached_tokens=self.prefixes.num_blocks(hashes) * load.block_size,
+        )
+
+    def reserve(self, num_sequences: int, num_blocks: int) -> None:
+        """Counts a request that is about to be sent; the replica's next report replaces the count."""
+        self._recent_sequences += num_sequences
+        self._recent_blocks += num_blocks
+
+    def _forget_recent(self) -> None:
+        self._recent_sequences = 0
+        self._recent_blocks = 0
+        self._recent_ends = 0
+
+    def submit(self, flights: Sequence[Flight]) -> None:
+        """Sends the flights in one frame."""
+        assert self._connection is not None, "a link that is not connected is not a candidate"
+        items = []
+        for flight in flights:
+            self._next_stream += 1
+            flight.stream = self._next_stream
+            self._flights[flight.stream] = flight
+            items.append(SubmitItem(self._next_stream, flight.request))
+        self._connection.send(Submit(items))
+
+    def abort(self, flights: Sequence[Flight]) -> None:
+        """Forgets the flights and tells the replica to end them."""
+        known = [flight for flight in flights if self._flights.pop(flight.stream, None) is not None]
+        if known and self._connection is not None:
+            self._connection.send(Abort([AbortItem(flight.stream) for flight in known]))
+
+    def abort_sample(self, flight: Flight, sample: int) -> None:
+        """Tells the replica to end one sample; its terminal delta comes as any other does."""
+        if flight.stream in self._flights and self._connection is not None:
+            self._connection.send(Abort([AbortItem(flight.stream, sample)]))
+
+    async def call(self, name: CallName) -> Any:
+        """The replica's answer, of the type CALL_RESULTS gives; raises its ServingError, or ReplicaLost."""
+        if self._connection is None:
+            raise ReplicaLost(f"replica {self.info.replica_id} is not connected")
+        self._next_call += 1
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._calls[self._next_call] = name, future
+        self._connection.send(Call(self._next_call, name))
+        return await future
+
+    # The connection
+
+    async def _run(self) -> None:
+        try:
+            await self._keep_connected()
+        finally:
+            self.attempted.set()
+
+    async def _keep_connected(self) -> None:
+        delay = self._options.reconnect_delay
+        while self.listed:
+            began = self._loop.time()
+            try:
+                connection = await self._connect()
+            except (OSError, TimeoutError, WireError) as error:
+                level = logging.DEBUG if self.attempted.is_set() else logging.WARNING  # once, not at every attempt
+                logger.log(level, "no connection to replica %s: %s", self.info.replica_id, error or "timeout")
+                self.attempted.set()
+            else:
+                self.attempted.set()
+                self._owner.on_room(self)
+                try:
+                    await self._heartbeat(connection)
+                finally:
+                    connection.cut()
+                    self._drop(connection)
+            # Also after a connection that stood: a replica that drops us at once must not get every replay first.
+            if self._loop.time() - began > self._options.max_reconnect_delay:
+                delay = self._options.reconnect_delay
+            if self.listed:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, self._options.max_reconnect_delay)
+
+    async def _connect(self) -> Connection:
+        async with asyncio.timeout(self._options.connect_timeout):
+            connection = Connection(send_limit=self._options.send_limit)
+            await self._loop.create_connection(lambda: connection, self.info.host, self.info.port)
+            try:
+                welcome = await prove_as_router(connection, self._secret, self._router_id, self.info)
+            except BaseException:
+                connection.cut()
+                raise
+        if connection.closed:
+            raise connection.error or WireError("the replica hung up after the handshake")
+        self.load = welcome.load
+        self.draining = welcome.draining
+        self._forget_recent()
+        self._lost.clear()
+        self._heard_at = self._loop.time()
+        self._connection = connection
+        connection.start(self._receive, lambda error: self._closed(connection, error))
+        return connection
+
+    async def _heartbeat(self, connection: Connection) -> None:
+        """Returns when the connection has ended, by itself or because nothing was heard for too long."""
+        number = 0
+        while not self._lost.is_set():
+            silence = self._loop.time() - self._heard_at
+            if silence > self._options.heartbeat_timeout:
+                connection.cut(WireError(f"nothing was heard for {silence:.1f} s"))
+                return
+            number += 1
+            connection.send(Ping(number))
+            try:
+                async with asyncio.timeout(self._options.heartbeat_interval):
+                    await self._lost.wait()
+            except TimeoutError:
+                continue
+
+    def _closed(self, connection: Connection, error: Exception | None) -> None:
+        if not self._stopping:
+            logger.warning("lost replica %s: %s", self.info.replica_id, error or "connection closed")
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        """Tells everyone who waits on the connection that it is gone; once."""
+        if self._connection is not connection:
+            return
+        self._connection = None
+        self._lost.set()
+        self.prefixes.clear()
+        calls, self._calls = self._calls, {}
+        for _, future in calls.values():
+            if not future.done():
+                future.set_exception(ReplicaLost(f"replica {self.info.replica_id} is gone"))
+        flights, self._flights = list(self._flights.values()), {}
+        self._owner.on_lost(self, flights)
+
+    # Messages
+
+    def _receive(self, payload: bytes) -> None:
+        message = checked(replica_message_decoder, payload)
+        self._heard_at = self._loop.time()
+        match message:
+            case Step(deltas, load):
+                self._step(deltas, load)
+            case Rejected(rejections):
+                for rejection in rejections:
+                    flight = self._flights.pop(rejection.stream, None)
+                    if flight is not None:
+                        self._owner.on_rejected(self, flight, from_remote_error(rejection.error))
+            case Reply() as reply:
+                self._reply(reply)
+            case Draining():
+                self.draining = True
+            case Pong():
+                pass
+
+    def _step(self, deltas: list[StreamDelta], load: ReplicaLoad | None) -> None:
+        num_ended = 0
+        for delta in deltas:
+            flight = self._flights.get(delta.stream)
+            if flight is None:  # aborted in between
+                continue
+            if delta.finish_reason is not None:
+                num_ended += 1
+                flight.num_open -= 1
+                if not flight.num_open:
+                    del self._flights[delta.stream]
+            self._owner.on_delta(self, flight, delta, self._heard_at)
+        if load is not None:
+            self.load = load
+            self._forget_recent()
+        else:
+            self._recent_ends += num_ended
+        if num_ended or load is not None:
+            self._owner.on_room(self)
+
+    def _reply(self, reply: Reply) -> None:
+        name, future = self._calls.get(reply.call_id, (None, None))
+        if name is not None and future is not None and not future.done():
+            if reply.error is not None:
+                future.set_exception(from_remote_error(reply.error))
+            else:  # what cannot be read ends the connection, and the call with it: it is still among those that wait
+                future.set_result(decode(bytes(reply.result), CALL_RESULTS[name]))
+        self._calls.pop(reply.call_id, None)

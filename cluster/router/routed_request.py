@@ -1,0 +1,137 @@
+"""One request inside a router: its log, its reader, and the pieces of it that are queued or run on replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...replicas.errors import CapacityError, RequestError, ServingError
+from ...replicas.protocol import FinishReason, Request, TokenDelta
+from .replay import ReplayLog
+
+if TYPE_CHECKING:
+    from .replica_client import ReplicaLink
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When things happened to a request, in the event loop's seconds; None: not yet."""
+
+    arrived: float = 0.0
+    dispatched: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+class Generation:
+    """A request's output on its way from replicas to one reader."""
+
+    __slots__ = (
+        "_delivered",
+        "_error",
+        "_max_pending",
+        "_pending",
+        "_waiter",
+        "flights",
+        "log",
+        "tickets",
+        "times",
+    )
+
+    def __init__(self, request: Request, times: RequestTimes, max_pending: int) -> None:
+        self.log = ReplayLog(request)
+        self.times = times
+        self.tickets: set[Ticket] = set()
+        self.flights: dict[Flight, ReplicaLink] = {}
+        self._pending: list[TokenDelta] = []
+        self._max_pending = max_pending
+        self._delivered = False
+        self._error: ServingError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: TokenDelta) -> None:
+        self._delivered = True
+        self._pending.append(delta)
+        self.wake()
+
+    @property
+    def overflown(self) -> bool:
+        """Whether the reader has fallen too far behind."""
+        return len(self._pending) > self._max_pending
+
+    def fail(self, samples: range, error: ServingError) -> list[TokenDelta]:
+        """Ends `samples` for `error`; returns the terminal deltas that say so.
+
+        An error that the client can act on is raised to the reader while it has seen nothing; later, and for all
+        other errors, terminal deltas carry the message.
+        """
+        if not self._delivered and isinstance(error, RequestError | CapacityError):
+            self._error = error
+            self.log.finish(samples, FinishReason.ERROR)
+            self.wake()
+            return []
+        deltas = self.log.finish(samples, FinishReason.ERROR, error.message)
+        for delta in deltas:
+            self.push(delta)
+        return deltas
+
+    async def next(self) -> list[TokenDelta]:
+        """Every delta since the last call, at least one; empty when all samples have ended and all was read."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if not self.log.num_open:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        pending, self._pending = self._pending, []
+        return pending
+
+    def wake(self) -> None:
+        """Lets the reader look again."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request, or what is left of one, that waits in the admission queue."""
+
+    generation: Generation
+    request: Request
+    arrival: int
+    num_replays: int = 0  # replicas that were lost under it
+    deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.request.emitted_token_ids)
+
+    @property
+    def samples(self) -> range:
+        return _samples(self.request)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A ticket's request on a replica."""
+
+    generation: Generation
+    request: Request
+    arrival: int
+    num_replays: int
+    num_open: int  # samples without a terminal delta
+    stream: int = 0  # its number on the replica's connection
+
+    @property
+    def samples(self) -> range:
+        return _samples(self.request)
+
+
+def _samples(request: Request) -> range:
+    return range(request.first_sample, request.first_sample + request.num_samples)

@@ -1,0 +1,175 @@
+"""The router: it knows the replicas of every model, gives each request to one of them, and streams what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ...replicas.errors import ServingError, UnknownModel
+from ...replicas.protocol import ReplicaLoad, Request, TokenDelta
+from ..wire.errors import ReplicaLost
+from ..wire.frames import CallName
+from ..wire.membership import Membership, MembershipSource, ReplicaInfo
+from .metrics import PoolView, RouterCollector
+from .model_router import ModelPool
+from .options import RouterOptions
+from .replica_client import ReplicaLink
+from .routed_request import Generation, RequestTimes
+
+logger = logging.getLogger(__name__)
+
+_RETRY_WATCH = 0.5  # seconds before the source of the membership is asked again after it failed
+
+
+class Router:
+    """Streams requests through the replicas that `source` names.
+
+    Lives in one event loop: `start` and every other method are called there. `secret` is the cluster's. `collector`
+    gives the router's own metrics to a Prometheus registry.
+    """
+
+    def __init__(self, source: MembershipSource, secret: bytes, options: RouterOptions | None = None) -> None:
+        self.options = options or RouterOptions()
+        self.router_id = secrets.token_hex(8)
+        self.collector = RouterCollector(self._views)
+        self._source = source
+        self._secret = secret
+        self._pools: dict[str, ModelPool] = {}
+        self._running: dict[str, tuple[ModelPool, Generation]] = {}  # by request id
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when every replica of the first membership was tried; more are found as they come."""
+        membership = await self._source.watch(None)
+        self._update(membership)
+        self._watcher = asyncio.create_task(self._watch(membership.version))
+        await asyncio.gather(*(link.attempted.wait() for pool in self._pools.values() for link in pool.links.values()))
+
+    async def close(self) -> None:
+        """Drops every connection; replicas abort what this router asked of them."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+
+    def models(self) -> list[str]:
+        """The models that are or were served, in order of name."""
+        return sorted(self._pools)
+
+    def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
+        """The connected replicas of a model, with their last reports. Raises UnknownModel."""
+        return [(link.info, link.load) for link in self._connected(model)]
+
+    async def generate(
+        self, model: str, request: Request, *, times: RequestTimes | None = None
+    ) -> AsyncGenerator[list[TokenDelta], None]:
+        """Yields new deltas as engine steps bring them, until every sample has had its terminal one.
+
+        Raises RequestError or CapacityError, but only before the first item; later errors are terminal deltas with
+        FinishReason.ERROR. A reader that leaves early must `aclose()` the generator: that aborts the request. The
+        request's seed is part of what a replay needs, so it must be drawn before. `times`, when given, is filled in.
+        The request's id is unique among those that run here.
+        """
+        pool = self._pool(model)
+        times = times if times is not None else RequestTimes()
+        times.arrived = asyncio.get_running_loop().time()
+        generation = Generation(request, times, self.options.max_pending_deltas)
+        pool.admit(generation)
+        self._running[request.request_id] = pool, generation
+        try:
+            while deltas := await generation.next():
+                yield deltas
+        finally:
+            self._running.pop(request.request_id, None)
+            pool.release(generation)
+
+    def end_sample(self, request_id: str, sample: int) -> None:
+        """The reader of a request has had tokens of a sample and wants no more: it stops to cost, and no delta comes.
+
+        Nothing happens where the sample or the request has ended.
+        """
+        if request_id in self._running:
+            pool, generation = self._running[request_id]
+            pool.end_sample(generation, sample)
+
+    async def block_reports(self, model: str) -> list[dict[str, Any]]:
+        """For every replica: its id, its whole pool's report, and one per running request. Raises UnknownModel."""
+        links = self._connected(model)
+        answers = await self._call_all(links, "block_reports")
+        return [
+            {
+                "replica_id": link.info.replica_id,
+                "num_blocks": link.load.num_blocks,
+                "num_free_blocks": link.load.num_free_blocks,
+                "blocks": asdict(link.load.blocks),
+                "requests": {request_id: asdict(report) for request_id, report in answer.items()},
+            }
+            for link, answer in zip(links, answers, strict=True)
+            if answer is not None
+        ]
+
+    async def reset_prefix_cache(self, model: str) -> bool:
+        """Empties the prefix caches; False where a replica could not, for requests are running. Raises UnknownModel."""
+        links = self._connected(model)
+        for link in links:
+            link.prefixes.clear()
+        return all(await self._call_all(links, "reset_prefix_cache"))
+
+    async def drain(self, model: str, replica_id: str) -> bool:
+        """Tells a replica to take no more requests; False when it is not connected. Raises UnknownModel."""
+        links = [link for link in self._connected(model) if link.info.replica_id == replica_id]
+        await self._call_all(links, "drain")
+        return bool(links)
+
+    # Inside
+
+    def _pool(self, model: str) -> ModelPool:
+        pool = self._pools.get(model)
+        if pool is None:
+            raise UnknownModel(
+                f"model {model!r} is not served; the models are: {', '.join(self.models()) or 'none yet'}"
+            )
+        return pool
+
+    def _connected(self, model: str) -> list[ReplicaLink]:
+        return [link for link in self._pool(model).links.values() if link.connected]
+
+    async def _call_all(self, links: Sequence[ReplicaLink], name: CallName) -> list[Any]:
+        """Every replica's answer, None for one that was lost meanwhile."""
+        answers = await asyncio.gather(*(link.call(name) for link in links), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLost):
+                raise answer
+        return [None if isinstance(answer, ReplicaLost) else answer for answer in answers]
+
+    def _update(self, membership: Membership) -> None:
+        by_model: dict[str, list[ReplicaInfo]] = {model: [] for model in self._pools}
+        for info in membership.replicas:
+            by_model.setdefault(info.model_id, []).append(info)
+        for model, infos in by_model.items():
+            if model not in self._pools:
+                self._pools[model] = ModelPool(model, self._secret, self.router_id, self.options)
+            self._pools[model].update(infos, stopping=model in membership.stopping)
+
+    async def _watch(self, version: int) -> None:
+        while True:
+            try:
+                membership = await self._source.watch(version)
+            except ServingError as error:
+                # Known replicas stay: their connections tell more than a directory that is away for a moment.
+                logger.warning("the membership could not be read, trying again: %s", error)
+                await asyncio.sleep(_RETRY_WATCH)
+                continue
+            if membership.version != version:
+                version = membership.version
+                self._update(membership)
+
+    def _views(self) -> list[PoolView]:
+        return [
+            PoolView(model, pool.metrics, pool.num_queued, len(self._connected(model)))
+            for model, pool in self._pools.items()
+        ]

@@ -1,0 +1,205 @@
+"""A rank of a shard group as a Ray actor, and the handle by which its group drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ...replicas.config import EngineConfig
+from ...replicas.engine.engine import Engine
+from ...replicas.errors import ConfigError, ShardGroupError
+from ...replicas.executors.step_watchdog import is_stopped
+from ...replicas.offline import build_engine
+from ..wire.logs import RankLog
+from .placement import Place, ray_actor_options
+from .shard_group import Home, ShardGroup, start_shard_group
+
+if TYPE_CHECKING:
+    from ...replicas.channel.step_sockets import Address
+    from ...replicas.executors.group_start import Loaded
+    from ...replicas.executors.shard_rank import ShardRank
+
+
+_ASKED_MS = 500  # milliseconds for a process to end that Ray asked to; 11 on an idle machine
+
+
+class ShardActor:
+    """The actor's class: a `ShardRank` in a process of its own, one call at a time.
+
+    The last call, `serve`, lasts as long as the rank: its reference tells the group when the rank is gone.
+    """
+
+    _rank: ShardRank
+
+    def __init__(self, log: RankLog | None = None) -> None:
+        self._log = log
+
+    def place(self) -> Place:
+        context = ray.get_runtime_context()
+        gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+
+    def take_seat(self, config: EngineConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
+        """Becomes a rank. config: resolved. visible_gpus: those that cuda:0, cuda:1, ... are from now on."""
+        if visible_gpus:
+            # In place of Ray's own choice, and before CUDA reads it. A runtime_env would have to name the GPUs before
+            # they are known, and Ray cannot start workers that have one where the interpreter's path has a space.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
+        if self._log is not None:
+            self._log.start(rank)
+        from ...replicas.executors.shard_rank import (
+            ShardRank,  # here, since it loads torch, which reads the environment
+        )
+
+        self._rank = ShardRank(config, rank, local_rank)
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        return self._rank.open_store(host)
+
+    def join(self, store: tuple[str, int], timeout_s: float) -> None:
+        self._rank.join(store, timeout_s)
+
+    def load(self) -> Loaded:
+        return self._rank.load()
+
+    def serve(self, address: Address, token: bytes) -> None:
+        self._rank.serve(address, token)
+
+
+class ShardActorHandle:
+    """A shard actor in a bundle of a placement group; see `ShardHandle`.
+
+    It is never restarted: a rank's state is of no use to a group that went on without it.
+    """
+
+    def __init__(self, group: PlacementGroup, bundle: int, log: RankLog | None = None) -> None:
+        options = {
+            **ray_actor_options(group.bundle_specs[bundle]),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote(log)
+        self._name = f"the actor of bundle {bundle}"
+        self._title = "shard"  # what Ray and lists of processes call it
+        self._place: Place | None = None
+        self._process: int | None = None  # a descriptor of its process, where that is on this node
+        self._ending = threading.Lock()  # two threads may end the group at once
+
+    def call(self, method: str, *args: object) -> Future[Any]:
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def pass_on(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                answer.set_result(done.result())
+            else:
+                answer.set_exception(_plain(error))
+
+        remote = getattr(self._actor, method).options(name=f"{self._title}.{method}")
+        remote.remote(*args).future().add_done_callback(pass_on)
+        return answer
+
+    def __str__(self) -> str:
+        return self._name
+
+    def seated(self, rank: int, world_size: int, place: Place) -> None:
+        self._name = f"rank {rank} of {world_size} ({place})"
+        self._title = f"shard {rank} of replica {os.getpid()}"
+        self._place = place
+        if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
+            with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
+                self._process = os.pidfd_open(place.pid)
+
+    def is_stopped(self) -> bool:
+        return self._process is not None and self._place is not None and is_stopped(self._place.pid)
+
+    def kill(self) -> None:
+        with self._ending:
+            process, self._process = self._process, None
+        try:
+            ray.kill(self._actor)
+        finally:
+            if process is not None:
+                _end(process)
+                os.close(process)
+
+
+def _end(process: int) -> None:
+    """Waits for the end of a process that has been asked for it, and insists; the process is a descriptor.
+
+    A stopped one does not hear, and Ray insists after 5 s: a new rank on its GPU would meanwhile find the memory taken.
+    """
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    if not poll.poll(_ASKED_MS):
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+
+
+def _plain(error: BaseException) -> BaseException:
+    """What the actor's method raised, or a ShardGroupError for an actor that has ended, in one line."""
+    if isinstance(error, RayTaskError):
+        return error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if "because" in line] or lines[-1:]
+    # Ray goes on with a list of what may have happened in general.
+    reason = " ".join(reasons).partition(" Some common causes")[0]
+    return ShardGroupError(f"its process has ended ({reason})")
+
+
+def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Engine, ShardGroup]:
+    """An engine over shard actors in the placement group of the calling replica.
+
+    Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
+    """
+    group = _own_placement_group(config.parallel.world_size)
+    home = Home(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    log = RankLog.of_this_replica()
+    made: list[ShardGroup] = []
+
+    def start(resolved: EngineConfig) -> ShardGroup:
+        made.append(
+            start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1, log), home, timeout_s=timeout_s)
+        )
+        return made[0]
+
+    try:
+        return build_engine(config, device=_device(config.device, group), start=start), made[0]
+    except BaseException:
+        for shards in made:
+            shards.kill()
+        raise
+
+
+def _own_placement_group(world_size: int) -> PlacementGroup:
+    group = ray.util.get_current_placement_group()
+    found = "has none" if group is None else f"has {group.bundle_count} bundles"
+    if group is None or group.bundle_count != world_size + 1:
+        raise ConfigError(
+            f"a replica of {world_size} ranks needs a placement group of {world_size + 1} bundles, and this one "
+            f"{found}; give the deployment placement_group_bundles: the replica's, then one for every rank"
+        )
+    return group
+
+
+def _device(asked: str, group: PlacementGroup) -> str:
+    """The ranks' device: what was asked for or, for "auto", a GPU where their bundles have one.
+
+    The replica's own process may see no GPU, and needs no torch to say so.
+    """
+    with_gpu = any(bundle.get("GPU") for bundle in group.bundle_specs[1:])
+    if asked == "cuda" and not with_gpu:
+        raise ConfigError("device is cuda, but the ranks' bundles have no GPU; put GPU: 1 into each, or use device cpu")
+    return "cuda" if with_gpu and asked != "cpu" else "cpu"

@@ -1,0 +1,133 @@
+"""A model copy over several shard actors: how it is made and taken down."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ...replicas.channel.step_channel import StepChannelServer
+from ...replicas.config import EngineConfig
+from ...replicas.errors import ShardGroupError
+from ...replicas.executors.group_executor import GroupExecutor
+from ...replicas.executors.group_start import GroupStart, Loaded, RankHandle
+from .placement import Place, seat, spread_stages
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more plans
+
+
+class ShardHandle(RankHandle, Protocol):
+    """One shard actor, as its group drives it: `call` is of ShardActor's methods. `shard_actor.py` has Ray's."""
+
+    def seated(self, rank: int, world_size: int, place: Place) -> None:
+        """Is told which rank the actor will be, and where it is."""
+        ...
+
+    def kill(self) -> None:
+        """Ends the actor's process, whatever it does. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The node of the engine's process."""
+
+    node_id: str
+    host: str
+
+
+class ShardGroup(GroupExecutor):
+    """The ranks of one model copy as actors; implements `Executor`."""
+
+    def __init__(
+        self, loaded: Loaded, server: StepChannelServer, shards: Sequence[ShardHandle], runs: Sequence[Future[Any]]
+    ) -> None:
+        super().__init__(loaded, server, shards, runs)
+        self._shards = tuple(shards)
+
+    def shutdown(self) -> None:
+        """Tells the ranks that no more plans come, and ends those that do not leave by themselves."""
+        super().shutdown()
+        wait(self.runs, 0.0 if self.failed else _LEAVE_SECONDS)
+        _kill(self._shards)
+
+    def kill(self) -> None:
+        """Ends every rank at once, also one that is stopped or hangs."""
+        self.failed = True
+        self.shutdown()
+
+
+def start_shard_group(
+    config: EngineConfig, launch: Callable[[int], ShardHandle], home: Home, *, timeout_s: float
+) -> ShardGroup:
+    """Makes a group of as many shard actors as the configuration has ranks.
+
+    config: resolved. launch: starts the n-th actor. timeout_s: for all of it, from the actors' start to their first
+    wait for a plan; the weights are loaded in it. Raises what a rank says of the configuration or the model
+    (ConfigError, ModelError), else ShardGroupError, with the rank, its node and the reason. Whatever was made by then
+    has been taken down.
+    """
+    begin = time.monotonic()
+    start = GroupStart(config, timeout_s)
+    actors: list[ShardHandle] = []
+    try:
+        for index in range(config.parallel.world_size):
+            actors.append(launch(index))
+        places: list[Place] = start.together("start", actors, "place")
+        ranks = _take_seats(start, config, actors, places, home)
+        nodes = [rank.place.node_id for rank in ranks]
+        # The store is reached from no further than the ranks are.
+        meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].place.host
+        shards = [rank.shard for rank in ranks]
+        loaded = start.load(shards, meeting_host)
+        server, runs = start.connect(shards, [node != home.node_id for node in nodes], home.host)
+    except BaseException:
+        _kill(actors)
+        raise
+    names = ", ".join(map(str, shards))
+    logger.info("a group of %d ranks is ready after %.1f s: %s", len(shards), time.monotonic() - begin, names)
+    return ShardGroup(loaded, server, shards, runs)
+
+
+class _Rank(NamedTuple):
+    shard: ShardHandle
+    place: Place
+
+
+def _take_seats(
+    start: GroupStart, config: EngineConfig, actors: Sequence[ShardHandle], places: list[Place], home: Home
+) -> list[_Rank]:
+    """Makes ranks of the actors; in their order."""
+    parallel = config.parallel
+    seats = seat(places, parallel, home.node_id)
+    ranks = [_Rank(actors[taken.actor], taken.place) for taken in seats]
+    for rank, (shard, place) in enumerate(ranks):
+        shard.seated(rank, parallel.world_size, place)
+        if config.device == "cuda" and len(place.gpus) != 1:
+            raise ShardGroupError(
+                f"{shard} has been given {len(place.gpus)} GPUs ({', '.join(place.gpus) or 'none'}); every rank needs "
+                "exactly one: put GPU: 1 into each bundle but the first"
+            )
+    for stage in spread_stages(seats, parallel):
+        logger.warning(
+            "the %d tensor-parallel ranks of stage %d lie on several nodes, which makes every layer wait for the "
+            "network; use the placement strategy STRICT_PACK, or a smaller tensor_parallel_size with more stages",
+            parallel.tensor_parallel_size,
+            stage,
+        )
+    arguments = [(config, rank, taken.local_rank, taken.visible_gpus) for rank, taken in enumerate(seats)]
+    start.each("prepare", [rank.shard for rank in ranks], "take_seat", arguments)
+    return ranks
+
+
+def _kill(shards: Sequence[ShardHandle]) -> None:
+    for shard in shards:
+        try:
+            shard.kill()
+        except Exception as error:  # the others must go all the same
+            logger.warning("%s could not be ended: %s", shard, error)

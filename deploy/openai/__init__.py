@@ -1,0 +1,1 @@
+"""The OpenAI protocol over HTTP: bodies, answers, streams, keys and errors."""

@@ -1,0 +1,1 @@
+"""`shoal serve`: the launcher, its supervisor process, start-up logs and the banner."""

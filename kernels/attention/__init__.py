@@ -1,0 +1,1 @@
+"""Paged attention and what prepares it: RoPE, the KV store and block copies."""

@@ -1,0 +1,55 @@
+"""Triton kernel of block_copy.py: sources and targets of one step may overlap, and every source is read first.
+
+Blocks are split into columns of BLOCK_N elements, a program for each. A program alone reads and writes its columns, of
+all copies: it holds all sources in registers, waits until all its warps do, and only then writes. So neither another
+buffer nor an order among programs is needed, as long as the copies of a call fit one tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
+MAX_COPIES = 16
+BLOCK_N, NUM_WARPS = 256, 4  # 32 elements a thread where every copy is used
+
+
+@triton.jit(do_not_specialize=["num_copies"])
+def _block_copy_kernel(
+    cache_ptr,
+    source_ptr,
+    target_ptr,
+    num_copies,
+    block_numel,
+    MAX_COPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release_dependents(PDL)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    copies = tl.arange(0, MAX_COPIES)
+    used = copies < num_copies
+    mask = used[:, None] & (columns < block_numel)[None, :]
+    wait_for_inputs(PDL)
+    sources = tl.load(source_ptr + copies, mask=used, other=0)
+    targets = tl.load(target_ptr + copies, mask=used, other=0)
+    values = tl.load(cache_ptr + sources[:, None] * block_numel + columns[None, :], mask=mask, other=0.0)
+    tl.debug_barrier()  # no warp writes a target before every warp has read its sources
+    tl.store(cache_ptr + targets[:, None] * block_numel + columns[None, :], values, mask=mask)
+
+
+def block_copy_triton(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """cache[target] = cache[source] for at most MAX_COPIES blocks of a cache without gaps."""
+    assert source.numel() <= MAX_COPIES
+    if not cache.is_contiguous():
+        raise ValueError(f"the cache has strides {cache.stride()}; it must be without gaps")
+    block_numel = cache[0].numel()
+    if block_numel == 0 or source.numel() == 0:
+        return
+    _block_copy_kernel[(triton.cdiv(block_numel, BLOCK_N),)](
+        cache, source, target, source.numel(), block_numel,
+        MAX_COPIES=MAX_COPIES, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **pdl_launch(cache),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip

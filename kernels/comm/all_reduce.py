@@ -1,0 +1,215 @@
+"""The sum over ranks of a tensor that each of them has, alone or with the residual addition and norm that follow it.
+
+    all_reduce(x)                     : x[rank] <- sum over r of x[r], on every rank
+    all_reduce_add_rms_norm(x, y, w)  : y <- y + sum over r of x[r], then rms_norm(y, w)
+
+Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. The sum is taken in
+fp32 in the order of ranks, x[0] + x[1] + ..., and rounded once to x's dtype: every rank has the same bits, whatever the
+algorithm, and a row's bits do not depend on the rows beside it.
+
+Two algorithms over symmetric memory, memory of every rank that the others can write (all_reduce_triton.py):
+one-shot      every rank sends x to all others and sums what it receives: one way over the link, (W - 1) n bytes;
+two-shot      rank r sums slice r of all and sends it to the others: two ways, 2 (W - 1) / W n bytes.
+Whatever is larger than `choose` allows is NCCL's. Called by replicas/parallel/symmetric.py, which owns the memory.
+Paper: Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter, all-gather).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ..backend import Backend, backend_of
+from ..linear.rms_norm import add_rms_norm_ref
+
+NUM_BUFFERS = 3
+STATE_SIZE = 2 + NUM_BUFFERS  # tickets drawn, bytes written in each buffer, failed
+WORLD_SIZES = (2, 4, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ALIGNMENT = 16  # elements: a slot begins where a wide store may
+INT8_GROUP = 128  # elements that share a scale
+INT8_PIECE = 4096  # elements that travel together
+INT8_LEAST_SCALE = 1e-37  # its inverse is finite; what is smaller is sent as zero
+_PIECES = (1024, 2048)  # elements of what is a row where a message is not normed: of small messages, of large ones
+_SMALL = 1 << 18  # elements
+
+
+class Algorithm(Enum):
+    ONE_SHOT = "one_shot"
+    TWO_SHOT = "two_shot"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What one rank's kernels know of the ranks' memory.
+
+    Every rank has NUM_BUFFERS buffers of `capacity` bytes one after the other, all bits set at the start: `memory` is
+    its own. `peers` [W] int64: where they begin for each rank, as addresses valid on this device. `state` [STATE_SIZE]
+    int64, zeros at the start. `alarm` [1] int32, where the host reads it without a copy: not 0 once a wait ended after
+    `spin_limit` turns. `multiprocessors`: of this device.
+    """
+
+    rank: int
+    world_size: int
+    capacity: int
+    memory: torch.Tensor
+    peers: torch.Tensor
+    state: torch.Tensor
+    alarm: torch.Tensor
+    spin_limit: int
+    multiprocessors: int
+
+
+# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond. Measured on two H200s over NVLink: both send
+# as much there, and NCCL takes 1.2 times as long at 16 MiB. Of 4 and 8 ranks: where what one-shot sends more takes as
+# long as the way that it saves, 2 us.
+LIMITS_KIB = {2: (2048, 16384), 4: (512, 4096), 8: (128, 4096)}
+# What is larger travels in 8 bits where that is asked for. Two H200s: 2 MiB take as long as in bf16, 4 MiB take 0.75.
+INT8_ABOVE_KIB = 2048
+
+
+def choose(num_bytes: int, world_size: int) -> Algorithm | None:
+    """The fastest way to sum messages of `num_bytes`; None is NCCL's."""
+    one_shot, two_shot = LIMITS_KIB.get(world_size, (0, 0))
+    if num_bytes <= one_shot << 10:
+        return Algorithm.ONE_SHOT
+    return Algorithm.TWO_SHOT if num_bytes <= two_shot << 10 else None
+
+
+def as_rows(numel: int) -> tuple[int, int]:
+    """(rows, elements of each) of a message that is not normed; the last row may be short."""
+    piece = min(_PIECES[numel > _SMALL], max(_ALIGNMENT, 1 << (numel - 1).bit_length()))
+    return math.ceil(numel / piece), piece
+
+
+def slot_size(algorithm: Algorithm, num_rows: int, num_features: int, world_size: int) -> int:
+    """Elements of one slot of a buffer: a message of [num_rows, num_features], or a rank's slice of it."""
+    rows = num_rows if algorithm is Algorithm.ONE_SHOT else math.ceil(num_rows / world_size)
+    return math.ceil(rows * num_features / _ALIGNMENT) * _ALIGNMENT
+
+
+def buffer_bytes(algorithm: Algorithm, num_rows: int, num_features: int, itemsize: int, world_size: int) -> int:
+    """Bytes of a buffer that a message of [num_rows, num_features] takes."""
+    slots = world_size if algorithm is Algorithm.ONE_SHOT else 2 * world_size
+    return slots * slot_size(algorithm, num_rows, num_features, world_size) * itemsize
+
+
+def int8_slot_bytes(numel: int, world_size: int) -> int:
+    """Bytes of one slot of a buffer, a rank's slice of a message of `numel` elements in 8 bits with its scales."""
+    pieces = math.ceil(numel / INT8_PIECE)
+    return math.ceil(pieces / world_size) * (INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))
+
+
+def int8_part_size(capacity: int, world_size: int) -> int:
+    """Elements of the largest message that buffers of `capacity` bytes hold in 8 bits."""
+    return capacity // (2 * int8_slot_bytes(INT8_PIECE, world_size) * world_size) * world_size * INT8_PIECE
+
+
+def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' tensors, in their order in fp32."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum as `all_reduce_int8` takes it: what is sent is rounded to 255 steps of its group of 128 elements.
+
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. An element of a group whose largest
+    magnitudes are a[r] in the ranks' parts and s in the sum is off by at most (sum of the others' a[r] + s) / 254.
+    """
+    flat = [part.float().flatten() for part in parts]
+    numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE
+    sums = []
+    for owner, start in enumerate(range(0, numel, share)):
+        total = torch.zeros_like(flat[0][start : start + share])
+        for rank, part in enumerate(flat):
+            piece = part[start : start + share]
+            total = total + (piece if rank == owner else _rounded_to_int8(piece))
+        sums.append(_rounded_to_int8(total))
+    return torch.cat(sums).view(parts[0].shape).to(parts[0].dtype)
+
+
+def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    groups = torch.nn.functional.pad(x, (0, -len(x) % INT8_GROUP)).view(-1, INT8_GROUP)
+    largest = groups.abs().amax(1, keepdim=True)
+    scale = torch.where(largest < math.inf, largest * (1 / 127), math.nan)
+    inverse = torch.where(scale > INT8_LEAST_SCALE, 1 / scale, 0.0)
+    return (((groups * inverse + 127.5).floor() - 127) * scale).flatten()[: len(x)]
+
+
+def all_reduce_add_rms_norm_ref(
+    parts: Sequence[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normalised, new residual), no input changed."""
+    return add_rms_norm_ref(all_reduce_ref(parts), residual, weight, eps)
+
+
+def all_reduce(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
+    """The sum over the ranks of x, in place; every rank calls it with the same shape, dtype and algorithm.
+
+    Raises ValueError for an x that is not contiguous, of none of DTYPES, not on a GPU, or too large for a buffer.
+    """
+    _check(x, exchange)
+    from .all_reduce_triton import all_reduce_triton
+
+    return all_reduce_triton(x, exchange, algorithm)
+
+
+def all_reduce_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    exchange: Exchange,
+    algorithm: Algorithm,
+) -> torch.Tensor:
+    """Adds the ranks' sum of x [..., N] to `residual` [..., N] in place and returns it normalised, weight [N] applied.
+
+    x stays as it is. Raises ValueError as `all_reduce` does, and for shapes that do not go together.
+    """
+    _check(x, exchange)
+    if x.shape != residual.shape or not residual.is_contiguous():
+        raise ValueError(
+            f"the residual has shape {tuple(residual.shape)} and strides {residual.stride()}, x {tuple(x.shape)}; "
+            "they must have one shape, without gaps"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, x has {x.shape[-1]} features")
+    from .all_reduce_triton import all_reduce_add_rms_norm_triton
+
+    return all_reduce_add_rms_norm_triton(x, residual, weight, eps, exchange, algorithm)
+
+
+def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """The sum over the ranks, in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
+
+    Half the bytes of a 16-bit sum: for messages that the link's speed limits. Raises ValueError as `all_reduce` does.
+    """
+    _check(x, exchange)
+    from .all_reduce_int8_triton import all_reduce_int8_triton
+
+    return all_reduce_int8_triton(x, exchange)
+
+
+def _check(x: torch.Tensor, exchange: Exchange) -> None:
+    if backend_of(x) is Backend.TORCH:
+        raise ValueError("all-reduce over symmetric memory runs on a CUDA device; elsewhere use torch.distributed")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; the kernels sum {', '.join(map(str, DTYPES))}")
+    if exchange.world_size not in WORLD_SIZES:
+        raise ValueError(f"{exchange.world_size} ranks; the kernels know {WORLD_SIZES}")
+    if not x.is_contiguous():
+        raise ValueError(f"x has strides {x.stride()}; it must be contiguous")
+
+
+def all_reduce_cost(num_bytes: int, world_size: int, algorithm: Algorithm) -> int:
+    """Bytes that a rank sends over its link, as many as it receives."""
+    if algorithm is Algorithm.ONE_SHOT:
+        return (world_size - 1) * num_bytes
+    return 2 * (world_size - 1) * num_bytes // world_size

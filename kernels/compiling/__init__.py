@@ -1,0 +1,1 @@
+"""Compilation of Triton kernels ahead of the first request, in processes of its own."""

@@ -1,0 +1,105 @@
+"""The process that compiles kernels; compile_process.py starts it with `python -m`.
+
+What to compile comes on its standard input, as a line; what goes wrong is said on its standard error, and the status is
+then 1. When the input ends this process does too, with those that it has forked: it leads a process group of its own.
+All that a compilation needs is imported before the first one is known, once, and processes that share it are forked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.cache import triton_key
+
+from .compile_process import Specialization
+
+_INDEX_BYTES = 2
+
+
+def compile_kernel(kernel: Specialization, target: GPUTarget) -> None:
+    """As Triton itself does it for a launch, on no device: the cache then has the launch's own key."""
+    data = json.loads(kernel.data)
+    function = getattr(importlib.import_module(kernel.module), kernel.name)
+    constants = {
+        tuple(path): _constant(value) for path, value in zip(data["constant_keys"], data["constant_vals"], strict=True)
+    }
+    attributes = {tuple(path): value for path, value in zip(data["attrs_keys"], data["attrs_vals"], strict=True)}
+    signature = {name: _tuples(kind) for name, kind in data["signature"].items()}
+    options = make_backend(target).parse_options({name: _tuples(value) for name, value in data["options"].items()})
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    if hasattr(nvidia, "make_launcher"):
+        # Before 3.7 Triton has the system's C compiler make a launcher for each signature, at the first launch.
+        nvidia.CudaLauncher(source, compiled.metadata)
+
+
+def _constant(value: Any) -> Any:
+    if tl.dtype.is_dtype(value):
+        return tl.dtype(value)
+    return tl.constexpr(value["constexpr"]) if isinstance(value, dict) and "constexpr" in value else value
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where Triton has tuples."""
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def _get_ready() -> None:
+    kernels = Path(__file__).parents[1]
+    for path in sorted(kernels.rglob("*_triton.py")):
+        inside = path.relative_to(kernels).with_suffix("").parts
+        importlib.import_module(".." + ".".join(inside), __package__)
+    triton_key()  # a hash over all of Triton, part of every kernel's key: most of a second, and kept
+
+
+def _compile_all(kernels: Sequence[Specialization], target: GPUTarget, num_processes: int) -> bool:
+    """Whether all compile. Each process takes the next kernel once it has done one: some take ten times as long."""
+    taken, given = os.pipe()
+    os.write(given, b"".join(index.to_bytes(_INDEX_BYTES) for index in range(len(kernels))))
+    os.close(given)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_compile_next, args=(taken, kernels, target)) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    owner, running = sys.stdin.fileno(), {process.sentinel for process in processes}
+    while running:
+        ended = set(wait([owner, *running]))
+        if owner in ended:  # nobody wants the rest
+            os.killpg(os.getpid(), signal.SIGKILL)
+        running -= ended
+    for process in processes:
+        process.join()
+    return not any(process.exitcode for process in processes)
+
+
+def _compile_next(taken: int, kernels: Sequence[Specialization], target: GPUTarget) -> None:
+    while index := os.read(taken, _INDEX_BYTES):
+        compile_kernel(kernels[int.from_bytes(index)], target)
+
+
+def main() -> None:
+    _get_ready()
+    said = sys.stdin.readline()
+    if said.endswith("\n"):  # else whoever started this process is gone
+        target, num_processes, kernels = json.loads(said)
+        all_compile = _compile_all([Specialization(*kernel) for kernel in kernels], GPUTarget(*target), num_processes)
+        sys.exit(0 if all_compile else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""GEMMs, embedding lookup, RMSNorm and the gated activation."""

@@ -1,0 +1,52 @@
+"""Triton kernel of silu_mul.py. A program takes BLOCK_N features of one token.
+
+tanh is written by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2u), which every backend of Triton has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+
+# 8 values a thread: one 16-byte load of bf16 for the gate, one for up. Half of it takes 4.8 instead of 3.9 us for 256
+# tokens of 14,336 features on an H200, which starts a program on a multiprocessor every 160 ns.
+BLOCK_N, NUM_WARPS = 2048, 8
+
+
+@triton.jit
+def _silu_mul_kernel(
+    x_ptr, y_ptr, stride_x, num_features, GELU: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
+    release_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < num_features
+    gate_ptrs = x_ptr + row * stride_x + columns
+    wait_for_inputs(PDL)
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + num_features, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
+    else:
+        inner = gate
+    y = gate * tl.sigmoid(inner) * up
+    tl.store(y_ptr + row * num_features + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_mul_triton(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """x [..., 2I] -> [..., I]."""
+    num_features = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], num_features, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = x.reshape(-1, 2 * num_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    _silu_mul_kernel[(rows.shape[0], triton.cdiv(num_features, BLOCK_N))](
+        rows, y, rows.stride(0), num_features,
+        GELU=activation != "silu", BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return y

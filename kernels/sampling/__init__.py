@@ -1,0 +1,1 @@
+"""Sampling, penalties and log-probabilities."""

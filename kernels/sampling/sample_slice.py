@@ -1,0 +1,95 @@
+"""Choosing tokens where each rank has the logits of one slice of the vocabulary, for rows that nothing filters.
+
+    key[k]   = the best of a slice: its score, as sample.py takes the argmax of it, and its token
+    token[k] = that of the highest key over all ranks
+
+A key is an int64 that orders as sample.py chooses: by the score, among equal ones the lowest token first. So what ranks
+exchange is eight bytes a row, and the token is that of the whole vocabulary, bit for bit: noise belongs to a token, not
+to its place in a slice.
+
+Letters: K rows, V tokens of a slice, R ranks. On a CUDA device: sample_slice_triton.py. Called by the sampler of shards
+with tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..backend import Backend, backend_of
+from .sample import SamplingRows, check_logits, gumbel_noise
+
+LAST_TOKEN = 2**31 - 1
+UNUSABLE = LAST_TOKEN << 32  # above the key of any score: a row of NaN or +inf, or padding
+NOTHING = -(2**31 - 2**23 + 1)  # the high half of a key whose score is -inf: no token can be chosen
+SHARED_NOISE = 4  # tokens that share a counter of the noise
+
+
+def best_keys(
+    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor, first_token: int
+) -> torch.Tensor:
+    """The key of each row's best token of a slice, int64 [K]; arguments as those of `sample.sample_rows`.
+
+    logits [K, V] are of the tokens from `first_token`, a multiple of SHARED_NOISE, on; V may be 0. What `params` says
+    of top-k, top-p and min-p is not looked at. Raises ValueError for arguments of other shapes or dtypes.
+    """
+    check_logits(logits, rows, positions)
+    if first_token % SHARED_NOISE:
+        raise ValueError(f"a slice must begin at a multiple of {SHARED_NOISE} tokens, not at {first_token}")
+    if backend_of(logits) is Backend.TORCH:
+        return best_keys_ref(logits, rows, params, positions, first_token)
+    from .sample_slice_triton import best_keys_triton
+
+    return best_keys_triton(logits, rows, params, positions, first_token)
+
+
+def best_keys_ref(
+    logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor, first_token: int
+) -> torch.Tensor:
+    """`best_keys` in plain torch."""
+    wide = logits.float() if logits.shape[1] else logits.new_full((len(logits), 1), float("-inf"), dtype=torch.float32)
+    usable = (wide < float("inf")).all(dim=1) & (rows >= 0)
+    known = rows.clamp(min=0)
+    temperature = params.temperature[known]
+    greedy = (temperature == 0.0).unsqueeze(1)
+    scores = wide
+    if temperature.any():
+        scaled = wide * torch.where(greedy, 1.0, temperature.unsqueeze(1)).reciprocal()
+        noise = gumbel_noise(params.seed[known], positions, wide.shape[1], first_token)
+        scores = torch.where(greedy, wide, scaled + noise)
+    tokens = scores.argmax(dim=1, keepdim=True)
+    keys = make_keys(scores.gather(1, tokens), first_token + tokens).squeeze(1)
+    return torch.where(usable, keys, UNUSABLE)
+
+
+def make_keys(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Keys int64 of scores float32 and tokens int64 of one shape."""
+    bits = (scores + 0.0).view(torch.int32).long()  # of equal zeros there is one: +0
+    return (torch.where(bits < 0, bits ^ LAST_TOKEN, bits) << 32) + (LAST_TOKEN - tokens)
+
+
+def read_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores and tokens that keys were made of."""
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ LAST_TOKEN, ordered).int()
+    return bits.view(torch.float32), LAST_TOKEN - (keys & LAST_TOKEN)
+
+
+def winners(keys: torch.Tensor) -> torch.Tensor:
+    """The tokens int64 [K] of keys int64 [R, K], one slice's in each row; -1 as `sample.sample_rows` says.
+
+    Raises ValueError for keys of another form.
+    """
+    if keys.dim() != 2 or keys.dtype != torch.int64 or not keys.is_contiguous():
+        raise ValueError(f"keys must be contiguous int64 [R, K], got {keys.dtype} {list(keys.shape)}")
+    if backend_of(keys) is Backend.TORCH:
+        return winners_ref(keys)
+    from .sample_slice_triton import winners_triton
+
+    return winners_triton(keys)
+
+
+def winners_ref(keys: torch.Tensor) -> torch.Tensor:
+    """`winners` in plain torch."""
+    key = keys.amax(dim=0)
+    score = key >> 32
+    return torch.where((score == LAST_TOKEN) | (score == NOTHING), -1, LAST_TOKEN - (key & LAST_TOKEN))

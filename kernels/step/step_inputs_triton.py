@@ -1,0 +1,258 @@
+"""Triton kernels of step_inputs.py. Every count is read on the device: grids follow from the room there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from .step_inputs import ROW_START, Place, RowState, StepTensors
+
+# A kernel reads globals only as constexpr.
+_TURN = tl.constexpr(Place.TURN.value)
+_NUM_SLICES = tl.constexpr(Place.NUM_SLICES.value)
+_NUM_DECODES = tl.constexpr(Place.NUM_DECODES.value)
+_NUM_TOKENS = tl.constexpr(Place.NUM_TOKENS.value)
+_NUM_SAMPLES = tl.constexpr(Place.NUM_SAMPLES.value)
+_NUM_UPDATES = tl.constexpr(Place.NUM_UPDATES.value)
+_NUM_STARTS = tl.constexpr(Place.NUM_STARTS.value)
+_ROWS = tl.constexpr(Place.ROWS.value)
+_STARTS = tl.constexpr(Place.STARTS.value)
+_CU_SEQLENS = tl.constexpr(Place.CU_SEQLENS.value)
+_TOKEN_IDS = tl.constexpr(Place.TOKEN_IDS.value)
+_SAMPLE_SLICES = tl.constexpr(Place.SAMPLE_SLICES.value)
+_SAMPLE_ROWS = tl.constexpr(Place.SAMPLE_ROWS.value)
+_UPDATES = tl.constexpr(Place.UPDATES.value)
+_ROW_STARTS = tl.constexpr(Place.ROW_STARTS.value)
+_ROW_START = tl.constexpr(ROW_START)
+
+_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # of one program, or one turn of its loop
+
+
+@triton.jit
+def _section(packed_ptr, place):
+    """Where a section of the packed plan begins."""
+    return packed_ptr + tl.load(packed_ptr + place)
+
+
+@triton.jit
+def _apply_plan_kernel(
+    packed_ptr,
+    block_tables_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    num_columns,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: a step rarely changes more than a few dozen entries."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    num_updates, num_starts = tl.load(packed_ptr + _NUM_UPDATES), tl.load(packed_ptr + _NUM_STARTS)
+    updates = _section(packed_ptr, _UPDATES)
+    for begin in range(0, num_updates, BLOCK):
+        u = begin + tl.arange(0, BLOCK)
+        mask = u < num_updates
+        row = tl.load(updates + u, mask=mask, other=0).to(tl.int64)
+        column = tl.load(updates + num_updates + u, mask=mask, other=0)
+        block = tl.load(updates + 2 * num_updates + u, mask=mask, other=0)
+        tl.store(block_tables_ptr + row * num_columns + column, block, mask=mask)
+    starts = _section(packed_ptr, _ROW_STARTS)
+    for begin in range(0, num_starts, BLOCK):
+        n = begin + tl.arange(0, BLOCK)
+        mask = n < num_starts
+        start = starts + n * _ROW_START
+        row = tl.load(start, mask=mask, other=0)
+        temperature = tl.load(start + 1, mask=mask, other=0).to(tl.float32, bitcast=True)
+        top_k = tl.load(start + 2, mask=mask, other=0)
+        top_p = tl.load(start + 3, mask=mask, other=0).to(tl.float32, bitcast=True)
+        min_p = tl.load(start + 4, mask=mask, other=0).to(tl.float32, bitcast=True)
+        low = tl.load(start + 5, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
+        high = tl.load(start + 6, mask=mask, other=0).to(tl.int64) << 32
+        tl.store(temperature_ptr + row, temperature, mask=mask)
+        tl.store(top_k_ptr + row, top_k, mask=mask)
+        tl.store(top_p_ptr + row, top_p, mask=mask)
+        tl.store(min_p_ptr + row, min_p, mask=mask)
+        tl.store(seed_ptr + row, low | high, mask=mask)
+
+
+@triton.jit
+def _expand_tokens(
+    packed_ptr, block_tables_ptr, last_tokens_ptr, input_ids_ptr, positions_ptr, slots_ptr,
+    sample_indices_ptr, sample_rows_ptr, sample_positions_ptr,
+    tile, num_rows, num_columns, room_tokens, room_samples, search_steps,
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens, and the samples of the same numbers."""
+    num_slices, num_tokens = tl.load(packed_ptr + _NUM_SLICES), tl.load(packed_ptr + _NUM_TOKENS)
+    rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
+    t = tile * TOKENS + tl.arange(0, TOKENS)
+    live = t < num_tokens
+    # The slice of a token: the last whose first token is not after it. Binary search, all tokens at once.
+    low, high = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32) + num_slices
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        before = tl.load(cu + middle, mask=live, other=0) <= t
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    row = tl.load(rows + low, mask=live, other=0).to(tl.int64)
+    position = tl.load(starts + low, mask=live, other=0) + t - tl.load(cu + low, mask=live, other=0)
+    token = tl.load(_section(packed_ptr, _TOKEN_IDS) + t, mask=live, other=0).to(tl.int64)
+    token = tl.where(token < 0, tl.load(last_tokens_ptr + row, mask=live, other=0), token)
+    block = tl.load(block_tables_ptr + row * num_columns + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    in_room = t < room_tokens
+    tl.store(input_ids_ptr + t, tl.where(live, token, 0), mask=in_room)
+    tl.store(positions_ptr + t, tl.where(live, position, 0).to(tl.int64), mask=in_room)
+    tl.store(slots_ptr + t, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=in_room)
+
+    sampled = t < tl.load(packed_ptr + _NUM_SAMPLES)
+    sliced = tl.load(_section(packed_ptr, _SAMPLE_SLICES) + t, mask=sampled, other=0)
+    sample_row = tl.load(_section(packed_ptr, _SAMPLE_ROWS) + t, mask=sampled, other=0)
+    begin, end = tl.load(cu + sliced, mask=sampled, other=0), tl.load(cu + sliced + 1, mask=sampled, other=1)
+    length = tl.load(starts + sliced, mask=sampled, other=0) + end - begin
+    in_room = t < room_samples
+    tl.store(sample_indices_ptr + t, tl.where(sampled, end - 1, 0).to(tl.int64), mask=in_room)
+    tl.store(sample_rows_ptr + t, tl.where(sampled, sample_row, num_rows - 1).to(tl.int64), mask=in_room)
+    tl.store(sample_positions_ptr + t, tl.where(sampled, length, 0).to(tl.int64), mask=in_room)
+
+
+@triton.jit
+def _copy_table(
+    target_ptr, block_tables_ptr, row, length, num_columns, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The blocks of a context; columns beyond them are left as they are."""
+    num_used = tl.cdiv(length, BLOCK_SIZE)
+    for begin in range(0, num_used, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        mask = column < num_used
+        tl.store(target_ptr + column, tl.load(block_tables_ptr + row * num_columns + column, mask=mask), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["room_tokens", "room_decodes", "room_prefills", "room_samples", "num_tiles", "search_steps"]
+)
+def _expand_plan_kernel(
+    packed_ptr,
+    block_tables_ptr,
+    last_tokens_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    decode_lens_ptr,
+    decode_tables_ptr,
+    prefill_starts_ptr,
+    prefill_lens_ptr,
+    prefill_tables_ptr,
+    sample_indices_ptr,
+    sample_rows_ptr,
+    sample_positions_ptr,
+    num_rows,
+    num_columns,
+    room_tokens,
+    room_decodes,
+    room_prefills,
+    room_samples,
+    num_tiles,
+    search_steps,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs 0 .. num_tiles - 1 take tokens and samples, the next ones a decode slice each, the last prefills."""
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    program = tl.program_id(0)
+    if program < num_tiles:
+        _expand_tokens(
+            packed_ptr, block_tables_ptr, last_tokens_ptr, input_ids_ptr, positions_ptr, slots_ptr,
+            sample_indices_ptr, sample_rows_ptr, sample_positions_ptr,
+            program, num_rows, num_columns, room_tokens, room_samples, search_steps, BLOCK_SIZE, TOKENS,
+        )  # fmt: skip
+    else:
+        num_slices, num_decodes = tl.load(packed_ptr + _NUM_SLICES), tl.load(packed_ptr + _NUM_DECODES)
+        rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
+        decode, prefill = program - num_tiles, program - num_tiles - room_decodes
+        if prefill < 0:
+            length = 0
+            if decode < num_decodes:
+                length = tl.load(starts + decode) + 1
+                row = tl.load(rows + decode).to(tl.int64)
+                target = decode_tables_ptr + decode.to(tl.int64) * num_columns
+                _copy_table(target, block_tables_ptr, row, length, num_columns, BLOCK_SIZE, COLUMNS)
+            tl.store(decode_lens_ptr + decode, length)
+        else:
+            begin, length = tl.load(packed_ptr + _NUM_TOKENS), 0
+            index = num_decodes + prefill
+            if index < num_slices:
+                begin = tl.load(cu + index)
+                length = tl.load(starts + index) + tl.load(cu + index + 1) - begin
+                row = tl.load(rows + index).to(tl.int64)
+                target = prefill_tables_ptr + prefill.to(tl.int64) * num_columns
+                _copy_table(target, block_tables_ptr, row, length, num_columns, BLOCK_SIZE, COLUMNS)
+            tl.store(prefill_starts_ptr + prefill, begin)  # the last program, one beyond the room, stores the end
+            if prefill < room_prefills:
+                tl.store(prefill_lens_ptr + prefill, length)
+
+
+@triton.jit(do_not_specialize=["num_samples"])
+def _keep_tokens_kernel(
+    tokens_ptr,
+    rows_ptr,
+    packed_ptr,
+    last_tokens_ptr,
+    ring_ptr,
+    stride_turn,
+    num_samples,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = k < num_samples
+    token, row = tl.load(tokens_ptr + k, mask=mask, other=0), tl.load(rows_ptr + k, mask=mask, other=0)
+    tl.store(last_tokens_ptr + row, tl.maximum(token, 0), mask=mask)
+    tl.store(ring_ptr + tl.load(packed_ptr + _TURN) * stride_turn + k, token, mask=mask)
+
+
+def apply_plan_triton(packed: torch.Tensor, state: RowState) -> None:
+    """As `apply_plan_ref`."""
+    tables, sampling = state.block_tables, state.sampling
+    _apply_plan_kernel[(1,)](
+        packed, tables, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed,
+        tables.stride(0), BLOCK=_CHANGES, num_warps=8, **pdl_launch(packed),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+
+
+def expand_plan_triton(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
+    """As `expand_plan_ref`."""
+    num_tokens, num_samples = len(out.input_ids), len(out.sample_rows)
+    num_decodes, num_prefills = len(out.decode_lens), len(out.prefill_lens)
+    num_tiles = triton.cdiv(max(num_tokens, num_samples), _TOKENS)
+    num_rows, num_columns = state.block_tables.shape
+    for name in ("decode_tables", "prefill_tables"):
+        if getattr(out, name).stride(0) != state.block_tables.stride(0):
+            raise ValueError(f"{name} has row stride {getattr(out, name).stride(0)}, the block tables {num_columns}")
+    constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS}
+    _expand_plan_kernel[(num_tiles + num_decodes + num_prefills + 1,)](
+        packed, state.block_tables, state.last_tokens, *out,
+        num_rows, num_columns, num_tokens, num_decodes, num_prefills, num_samples, num_tiles,
+        (num_decodes + num_prefills).bit_length(),
+        **constants, **pdl_launch(packed),
+    )  # fmt: skip
+
+
+def keep_tokens_triton(
+    tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
+) -> None:
+    """As `keep_tokens_ref`. Padding may write the last row more than once: nobody reads it."""
+    launch: dict[str, Any] = {"BLOCK": 256, **pdl_launch(packed)}
+    _keep_tokens_kernel[(triton.cdiv(len(tokens), 256),)](
+        tokens, rows, packed, last_tokens, ring, ring.stride(0), len(tokens), **launch
+    )

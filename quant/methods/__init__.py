@@ -1,0 +1,1 @@
+"""Linear methods: how a layer's weight is stored, loaded and multiplied."""

@@ -1,0 +1,1 @@
+"""The step channel: sockets, their handshake and the frames that carry plans and results."""

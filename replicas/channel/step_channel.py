@@ -1,0 +1,351 @@
+"""Step plans from an engine to the ranks of its shard group, and results back, over sockets.
+
+    engine:  server = StepChannelServer(world_size, token)     rank:  client = StepChannelClient(server.path, rank, ...)
+             server.accept(timeout_s)                                 while (plan := client.receive()) is not None:
+             server.submit(plan); server.result()                         client.send_result(...)
+
+Every plan goes to every rank one way: the ranks' own collectives keep them in step, and only the rank that samples
+answers. Ranks on the engine's node come by UNIX socket, those of other nodes by TCP. A rank that dies is seen as
+end-of-file by whatever the engine does next, also while it waits; a failed channel stays failed, since the ranks
+have then lost each other. Whoever waits sleeps in the kernel and costs no CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import EngineError
+from ..plan import StepPlan, StepResult
+from .step_frames import HEADER_BYTES, EndOfSteps, Frame, FrameError, StepFailure, decode, encode, frame_length
+from .step_handshake import introduce
+from .step_sockets import SEND_FLAGS, Address, ChannelClosed, Listener, connect
+
+_STAGING_BYTES = 1 << 16  # a decode plan of 2,700 sequences
+_SILENCE_MS = 1000
+
+
+class PeerLost(EngineError):
+    """The connection to a rank, or to the engine, ended in the middle of work."""
+
+
+class _FrameReader:
+    """Cuts what a socket receives into frames. Each frame is a buffer of its own, so that views on it may live on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._staging = memoryview(bytearray(_STAGING_BYTES))
+        self._begin = self._end = 0  # of what has been received and not yet returned
+        self._large: memoryview | None = None  # a frame that the staging buffer cannot hold; `_end` bytes are here
+
+    def fill(self, flags: int = 0) -> None:
+        """Receive once. Raises EOFError at the end of the stream."""
+        into = self._staging if self._large is None else self._large
+        count = self._sock.recv_into(into[self._end :], 0, flags)
+        if not count:
+            raise EOFError
+        self._end += count
+
+    def next(self) -> Frame | None:
+        """The next frame, or None when it has not all come yet. Raises FrameError if what came is not one."""
+        if self._large is not None:
+            if self._end < len(self._large):
+                return None
+            frame, self._large, self._end = self._large, None, 0
+            return frame
+        held = self._end - self._begin
+        if held < HEADER_BYTES:
+            self._move_to_front()
+            return None
+        length = frame_length(self._staging[self._begin : self._end])
+        if held >= length:
+            frame = bytearray(self._staging[self._begin : self._begin + length])
+            self._begin += length
+            if self._begin == self._end:
+                self._begin = self._end = 0
+            return frame
+        self._move_to_front()
+        if length > len(self._staging):
+            self._large = memoryview(np.empty(length, np.uint8).data)  # pages are taken as bytes come, not as claimed
+            self._large[:held] = self._staging[:held]
+        return None
+
+    def _move_to_front(self) -> None:
+        held = self._end - self._begin
+        if self._begin:
+            self._staging[:held] = bytes(self._staging[self._begin : self._end])
+            self._begin, self._end = 0, held
+
+
+class _Rank:
+    """The engine's end of one rank's connection."""
+
+    def __init__(self, rank: int, sock: socket.socket) -> None:
+        self.rank, self.sock = rank, sock
+        self.reader = _FrameReader(sock)
+        self.unsent = memoryview(b"")  # what the socket has not taken yet of the last frame
+
+    def send(self, frame: memoryview) -> bool:
+        """Send what the socket takes at once; whether that was all."""
+        try:
+            self.unsent = frame[self.sock.send(frame, SEND_FLAGS) :]
+        except BlockingIOError:
+            self.unsent = frame
+        return not self.unsent
+
+
+class StepChannelServer:
+    """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
+
+    One thread submits and asks for results; any thread may close. Where `host` is given, ranks may also come by TCP,
+    on a port that the system chooses. path: of the UNIX socket. on_silence: called in each second in which a call that
+    waits for the ranks has heard nothing of them; an EngineError that it raises ends the call, and the channel's use.
+    """
+
+    def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
+        if not 0 <= result_rank < world_size:
+            raise ValueError(f"result_rank {result_rank} is not one of the {world_size} ranks 0 to {world_size - 1}")
+        if not token:
+            raise ValueError("the token is empty; give the group a random one")
+        self._world_size, self._token, self._result_rank = world_size, token, result_rank
+        self._listener = Listener(host)
+        self.path, self.address = self._listener.path, self._listener.address
+        self._lock = threading.Lock()  # held by whoever uses the sockets
+        self._closing = threading.Lock()  # taken by the first close, for good
+        self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
+        self._broken: EngineError | None = None
+        self._ranks: list[_Rank] = []
+        self._by_fd: dict[int, _Rank] = {}
+        self._poll = select.poll()
+        self._in_flight: deque[int] = deque()  # steps whose result has not come
+        self._results: deque[StepResult] = deque()
+
+    def accept(self, timeout_s: float) -> None:
+        """Wait until every rank has come and has proved that it belongs here; others are told why not.
+
+        Raises EngineError after `timeout_s`, naming the ranks that are missing and who was refused.
+        """
+        with self._lock:
+            self._check_usable()
+            if self._ranks:
+                raise EngineError(f"all {self._world_size} ranks have been accepted already")
+            socks = self._listener.accept(self._world_size, self._token, timeout_s, self._wake)
+            self._listener.close()
+            self._ranks = [_Rank(rank, sock) for rank, sock in enumerate(socks)]
+            self._by_fd = {peer.sock.fileno(): peer for peer in self._ranks}
+            for sock in (self._wake, *socks):
+                self._poll.register(sock, select.POLLIN)
+
+    def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
+        """Send a plan to every rank; returns when the sockets have taken it, which for most plans is at once.
+
+        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
+        """
+        with self._lock:
+            self._check_usable()
+            if not self._ranks:
+                raise EngineError(f"no rank of {self._world_size} is connected; accept() them before the first plan")
+            frame = memoryview(encode(plan))
+            self._in_flight.append(plan.step)
+            waiting = False
+            for peer in self._ranks:
+                try:
+                    sent = peer.send(frame)
+                except OSError as error:
+                    raise self._lost(peer, error) from error
+                if not sent:
+                    waiting = True
+                    self._poll.modify(peer.sock, select.POLLIN | select.POLLOUT)
+            # Results are read meanwhile: a rank that waits for us to read a large one would take no plan.
+            while waiting:
+                self._wait(on_silence)
+                waiting = any(peer.unsent for peer in self._ranks)
+
+    def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
+        """The result of the oldest plan not yet answered; waits for it.
+
+        Raises EngineError when a rank says that it failed, PeerLost when one is gone, ChannelClosed.
+        """
+        with self._lock:
+            self._check_usable()
+            if not self._results and not self._in_flight:
+                raise EngineError("no plan is in flight, so no result can come; submit one first")
+            while not self._results:
+                self._wait(on_silence)
+            return self._results.popleft()
+
+    def close(self) -> None:
+        """Tell the ranks that no more plans come, and hang up. A thread that waits here gets ChannelClosed."""
+        if not self._closing.acquire(blocking=False):
+            return
+        self._waker.send(b"\0")
+        with self._lock:
+            end = memoryview(encode(EndOfSteps()))
+            for peer in self._ranks:
+                if not peer.unsent:  # else this would be read as the rest of a plan
+                    with contextlib.suppress(OSError):
+                        peer.send(end)
+                peer.sock.close()
+            self._listener.close()
+            self._wake.close()
+            self._waker.close()
+
+    def _check_usable(self) -> None:
+        if self._closing.locked():
+            raise ChannelClosed("the step channel is closed")
+        if self._broken is not None:
+            raise self._broken
+
+    def _wait(self, on_silence: Callable[[], None] | None) -> None:
+        """Wait until a socket has something or takes something, and do that; or for a second."""
+        ready = self._poll.poll(_SILENCE_MS)
+        try:
+            if not ready and on_silence is not None:
+                on_silence()
+            for fd, events in ready:
+                peer = self._by_fd.get(fd)
+                if peer is None:
+                    raise ChannelClosed("the step channel was closed while the engine waited for its shards")
+                self._exchange(peer, events)
+        except EngineError as error:
+            self._broken = error
+            raise
+
+    def _exchange(self, peer: _Rank, events: int) -> None:
+        try:
+            if events & select.POLLOUT and peer.send(peer.unsent):
+                self._poll.modify(peer.sock, select.POLLIN)
+            if events & ~select.POLLOUT:
+                self._read(peer)
+        except BlockingIOError:  # nothing there after all
+            return
+        except (EOFError, OSError) as error:
+            raise self._lost(peer, error) from error
+
+    def _read(self, peer: _Rank) -> None:
+        peer.reader.fill(socket.MSG_DONTWAIT)
+        while (frame := peer.reader.next()) is not None:
+            message = decode(frame)
+            if isinstance(message, StepFailure):
+                raise EngineError(f"step {message.step} failed on rank {peer.rank}: {message.message}")
+            what = f"rank {peer.rank} sent a {type(message).__name__}"
+            if not isinstance(message, StepResult) or peer.rank != self._result_rank:
+                raise FrameError(f"{what}; only rank {self._result_rank} answers, and with results")
+            if not self._in_flight or message.step != self._in_flight[0]:
+                raise FrameError(f"{what} of step {message.step}; steps in flight: {list(self._in_flight)}")
+            self._in_flight.popleft()
+            self._results.append(message)
+
+    def _lost(self, peer: _Rank, error: Exception) -> EngineError:
+        """What to raise for a rank that is gone: its last words where it had any, since they say why."""
+        try:
+            while True:
+                self._read(peer)
+        except (EOFError, OSError):
+            steps = f"steps in flight: {list(self._in_flight)}"
+            self._broken = PeerLost(f"rank {peer.rank} of {self._world_size} is gone ({_reason(error)}); {steps}")
+        except EngineError as last_words:
+            self._broken = last_words
+        return self._broken
+
+
+class StepChannelClient:
+    """A rank's side. One thread receives, and the same or another one sends; any thread may close.
+
+    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or EngineError when the
+    engine cannot be reached or says nothing for `timeout_s`.
+    """
+
+    def __init__(self, address: Address, rank: int, world_size: int, token: bytes, *, timeout_s: float = 30.0) -> None:
+        self._rank = rank
+        self._closing = threading.Lock()  # taken by the first close, for good
+        self._receiving, self._sending = threading.Lock(), threading.Lock()
+        self._step: int | None = None  # the last one received
+        self._ended = False
+        try:
+            self._sock = connect(address, timeout_s)
+        except OSError as error:
+            raise EngineError(
+                f"rank {rank} cannot reach its engine at {address}: {error}; look at the engine's log and, between "
+                "nodes, at routes and firewalls"
+            ) from error
+        try:
+            introduce(self._sock, rank, world_size, token)
+            self._sock.settimeout(None)
+        except OSError as error:
+            self._sock.close()
+            raise EngineError(f"rank {rank} got no answer from its engine at {address}: {error}") from error
+        except BaseException:
+            self._sock.close()
+            raise
+        self._reader = _FrameReader(self._sock)
+
+    def receive(self) -> StepPlan | None:
+        """The next plan; None when the engine has ended its work. Waits without a limit.
+
+        Raises PeerLost when the engine is gone, FrameError for what is not the plan of the next step, ChannelClosed.
+        """
+        with self._receiving:
+            if self._ended:
+                return None
+            try:
+                while (frame := self._reader.next()) is None:
+                    self._reader.fill()
+            except (EOFError, OSError) as error:
+                raise self._lost(error) from error
+            message = decode(frame)
+            if isinstance(message, EndOfSteps):
+                self._ended = True
+                return None
+            if not isinstance(message, StepPlan):
+                raise FrameError(f"the engine sent rank {self._rank} a {type(message).__name__}, not a plan")
+            if self._step is not None and message.step != self._step + 1:
+                raise FrameError(f"rank {self._rank} was sent step {message.step} after step {self._step}")
+            self._step = message.step
+            return message
+
+    def wait_for_hang_up(self) -> None:
+        """Wait until either end has hung up, whatever came before that; nothing is read."""
+        poll = select.poll()
+        with contextlib.suppress(ValueError):  # closed before it could be waited for
+            poll.register(self._sock, select.POLLRDHUP)
+            poll.poll()
+
+    def send_result(self, result: StepResult) -> None:
+        """Answer the oldest plan not yet answered. Raises FrameError, PeerLost, ChannelClosed."""
+        self._send(result)
+
+    def send_failure(self, step: int, message: str) -> None:
+        """Say that a step failed here; any rank may. The engine's next call raises it. Raises as `send_result`."""
+        self._send(StepFailure(step, message))
+
+    def close(self) -> None:
+        """Hang up. A thread that waits here gets ChannelClosed."""
+        if not self._closing.acquire(blocking=False):
+            return
+        with contextlib.suppress(OSError):  # the engine may have hung up first
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._receiving, self._sending:
+            self._sock.close()
+
+    def _send(self, message: StepResult | StepFailure) -> None:
+        with self._sending:
+            try:
+                self._sock.sendall(encode(message), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> EngineError:
+        if self._closing.locked():
+            return ChannelClosed(f"the step channel of rank {self._rank} is closed")
+        return PeerLost(f"the engine of rank {self._rank} is gone ({_reason(error)}); last step received: {self._step}")
+
+
+def _reason(error: Exception) -> str:
+    return "it hung up" if isinstance(error, EOFError) else str(error)

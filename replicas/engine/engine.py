@@ -1,0 +1,197 @@
+"""The engine: requests in, token deltas out, step plans in between. No thread, no clock and no Ray in it."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import repeat
+
+from ..config import EngineConfig, ModelFacts
+from ..errors import EngineError, RequestError
+from ..executor import Executor
+from ..plan import LogprobArrays, StepResult
+from ..protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
+from .request_limits import RequestLimits
+from .scheduler import Scheduler
+from .sequence import Ending, Sequence
+from .step_outcome import StepOutcome
+
+_NEW_DELTA = partial(tuple.__new__, TokenDelta)  # of all fields; it has no defaults
+
+
+class Engine:
+    """One copy of a model, served step by step. Not thread-safe; see EngineThread.
+
+    Every accepted sequence gets exactly one terminal delta from `step`, also when it is aborted, when its own
+    sampling fails, or when the executor does (`failure` is set then, and nothing more is accepted). Whoever has work
+    of his own to do beside the device calls the halves of a step, `submit` and `collect`.
+    """
+
+    def __init__(self, config: EngineConfig, facts: ModelFacts, executor: Executor) -> None:
+        block_size, max_model_len = config.cache.block_size, config.model.max_model_len
+        assert block_size is not None, "the configuration is not resolved"
+        assert max_model_len is not None, "the configuration is not resolved"
+        assert config.scheduler.max_steps_in_flight is not None, "the configuration is not resolved"
+        self.config = config
+        self.facts = facts
+        self.failure: BaseException | None = None
+        self.limits = RequestLimits(
+            vocab_size=facts.vocab_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            num_blocks=executor.num_blocks,
+            block_size=block_size,
+        )
+        self.scheduler = Scheduler(config, facts, executor.num_blocks)
+        self._executor = executor
+        self._max_in_flight = config.scheduler.max_steps_in_flight
+        self._num_in_flight = 0
+        # Terminal deltas of aborted sequences, or of all when the engine failed.
+        self._undelivered: list[TokenDelta] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to deliver."""
+        return bool(self.scheduler.requests or self._undelivered or self._num_in_flight)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a plan has been submitted whose result has not been collected."""
+        return self._num_in_flight > 0
+
+    def add_request(self, request: Request) -> None:
+        """Accept a request. Raises RequestError before anything is allocated, EngineError after a failure."""
+        self.limits.check(request)
+        self.add_checked(request)
+
+    def add_checked(self, request: Request) -> None:
+        """Accept a request that `limits` has checked, perhaps in another thread. Raises as `add_request` does."""
+        if self.failure is not None:
+            raise EngineError(f"the engine has failed and takes no requests: {self.failure}")
+        if request.request_id in self.scheduler.requests:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        """Free the request's blocks at once, or those of one sample that has had a token; the others go on.
+
+        The terminal deltas come with the next step. Idempotent.
+        """
+        self._undelivered += [_terminal(ending) for ending in self.scheduler.abort(request_id, sample)]
+
+    def step(self) -> list[TokenDelta]:
+        """Keep the shards supplied with plans, take in the oldest result, and return what it brought."""
+        self.submit()
+        return self.collect()
+
+    def submit(self) -> None:
+        """Keep the shards supplied with plans: the first half of a step. Returns at once."""
+        if self.failure is not None:
+            return
+        try:
+            while self._num_in_flight < self._max_in_flight and (plan := self.scheduler.plan()) is not None:
+                self._executor.submit(plan)
+                self._num_in_flight += 1
+            assert self._num_in_flight or not self.scheduler.requests, "requests wait and nothing can run"
+        except Exception as failure:
+            self._fail(failure)
+
+    def collect(self) -> list[TokenDelta]:
+        """Wait for the oldest result, if any is due, and return what it brought: the second half of a step."""
+        deltas: list[TokenDelta] = []
+        if self._num_in_flight:
+            try:
+                result = self._executor.result()
+                self._num_in_flight -= 1
+                deltas = self._deltas(self.scheduler.update(result), result)
+            except Exception as failure:
+                self._fail(failure)
+        undelivered, self._undelivered = self._undelivered, []
+        return undelivered + deltas
+
+    def load(self) -> ReplicaLoad:
+        """Counts for placement and metrics."""
+        return self.scheduler.load()
+
+    def block_reports(self) -> dict[str, BlockReport]:
+        """How each unfinished request holds its blocks, by request id."""
+        return {key: self.scheduler.block_report(state) for key, state in self.scheduler.requests.items()}
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Refused (False) while a sequence holds a block."""
+        return self.scheduler.pool.reset_prefix_cache()
+
+    def end_all(self) -> list[TokenDelta]:
+        """Abort every request and return all terminal deltas that are due."""
+        deltas, self._undelivered = self._undelivered, []
+        return deltas + [_terminal(ending) for ending in self.scheduler.end_all(FinishReason.ABORT)]
+
+    def shutdown(self) -> None:
+        """Stop the executor. Unfinished requests are dropped: call `end_all` first."""
+        self._executor.shutdown()
+
+    def _fail(self, failure: Exception) -> None:
+        """Whatever it was, no sequence may be left without its terminal delta."""
+        self.failure = failure
+        self._num_in_flight = 0
+        endings = self.scheduler.abandon(f"the engine failed: {failure}")
+        self._undelivered += [_terminal(ending) for ending in endings]
+
+    def _deltas(self, outcome: StepOutcome, result: StepResult) -> list[TokenDelta]:
+        for arrays, owner in zip(result.prompt_logprobs, outcome.scored, strict=True):
+            if owner is not None:
+                _keep_prompt_logprobs(owner[0], owner[1], arrays)
+        deltas = _plain_deltas(outcome)
+        endings, logprobs, firsts = outcome.endings, result.logprobs, set(outcome.firsts.tolist())
+        for i in range(len(deltas)) if logprobs is not None else firsts.union(endings):
+            sequence, token, sample = outcome.sequences.item(i), int(outcome.token_ids[i]), int(outcome.samples[i])
+            deltas[i] = _delta(sequence, token, i in firsts, logprobs, sample, endings.get(i))
+        return [_terminal(ending) for ending in outcome.failures] + deltas
+
+
+def _plain_deltas(outcome: StepOutcome) -> list[TokenDelta]:
+    """What nearly all deltas are: one token and nothing else. Made without a Python call for each of them.
+
+    At 256 sequences that is 20 us of a step, against 58 us by TokenDelta(...).
+    """
+    request_ids, sample_numbers = outcome.request_ids.tolist(), outcome.sample_numbers.tolist()
+    tokens, none = zip(outcome.token_ids.tolist(), strict=False), repeat(None)
+    fields = zip(request_ids, sample_numbers, tokens, none, none, none, repeat(0), none, none, strict=False)
+    return list(map(_NEW_DELTA, fields))
+
+
+def _delta(
+    sequence: Sequence, token: int, first: bool, logprobs: LogprobArrays | None, sample: int, ending: Ending | None
+) -> TokenDelta:
+    """The delta of one token; the first one of a sequence says what the prefix cache gave."""
+    state = sequence.state
+    wanted = state.request.sampling.logprobs
+    prompt_logprobs = state.prompt_logprobs if first and sequence is state.leader else None
+    return TokenDelta(
+        sequence.request_id,
+        sequence.sample,
+        (token,),
+        logprobs=(_logprob(logprobs, sample, wanted),) if logprobs is not None and wanted is not None else None,
+        finish_reason=ending.reason if ending else None,
+        stop_reason=ending.stop_reason if ending else None,
+        num_cached_tokens=state.num_cached_tokens if first else 0,
+        prompt_logprobs=tuple(prompt_logprobs) if prompt_logprobs is not None else None,
+    )
+
+
+def _terminal(ending: Ending) -> TokenDelta:
+    sequence = ending.sequence
+    return TokenDelta(sequence.request_id, sequence.sample, finish_reason=ending.reason, error=ending.error)
+
+
+def _logprob(arrays: LogprobArrays, index: int, num_top: int) -> Logprob:
+    top = zip(arrays.top_ids[index, :num_top].tolist(), arrays.top_logprobs[index, :num_top].tolist(), strict=True)
+    return Logprob(int(arrays.token_ids[index]), float(arrays.logprobs[index]), int(arrays.ranks[index]), tuple(top))
+
+
+def _keep_prompt_logprobs(sequence: Sequence, start: int, arrays: LogprobArrays) -> None:
+    """Entry i of the arrays is of the prompt token at position start + 1 + i."""
+    kept, num_top = sequence.state.prompt_logprobs, sequence.state.request.sampling.prompt_logprobs
+    if kept is None or num_top is None:
+        return
+    for i in range(len(arrays.token_ids)):
+        kept[start + 1 + i] = _logprob(arrays, i, num_top)

@@ -1,0 +1,119 @@
+"""Which requests an engine can ever serve. Everything is checked before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import PromptTooLong, RequestError
+from ..protocol import SEED_BITS, Request, SamplingParams
+
+# What shards hold of a sequence's sampling parameters: float32 and int32.
+_MAX_FLOAT = 3.4e38
+_MAX_INT = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The sizes that bound a request; `check` is pure and may be called from any thread."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, with the numbers, if the request could never be served here."""
+        self._check_tokens(request)
+        self._check_sampling(request.sampling)
+        self._check_context(request)
+        self._check_samples(request)
+
+    def _check_tokens(self, request: Request) -> None:
+        if not request.prompt_token_ids:
+            raise RequestError("the prompt is empty; send at least one token", param="prompt", code="empty_prompt")
+        sampling = request.sampling
+        self._check_ids(request.prompt_token_ids, "prompt")
+        self._check_ids(request.emitted_token_ids, "emitted_token_ids")
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+        self._check_ids(sampling.allowed_token_ids, "allowed_token_ids")
+        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
+        self._check_ids([token for word in sampling.bad_words for token in word], "bad_words")
+
+    def _check_ids(self, token_ids: Collection[int], param: str) -> None:
+        if not token_ids:
+            return
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"{param} has token id {token}, outside the vocabulary 0..{self.vocab_size - 1}",
+                    param=param,
+                    code="invalid_token_id",
+                )
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        ranges = (
+            ("max_tokens", sampling.max_tokens, 1, math.inf),
+            ("min_tokens", sampling.min_tokens, 0, sampling.max_tokens),
+            ("temperature", sampling.temperature, 0.0, _MAX_FLOAT),
+            ("top_p", sampling.top_p, 0.0, 1.0),
+            ("top_k", sampling.top_k, 0, _MAX_INT),
+            ("min_p", sampling.min_p, 0.0, 1.0),
+            ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+            ("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0),  # beyond, logits overflow in float32
+            ("seed", sampling.seed, 0, (1 << SEED_BITS) - 1),
+            ("logprobs", sampling.logprobs or 0, 0, self.vocab_size),
+            ("prompt_logprobs", sampling.prompt_logprobs or 0, 0, self.vocab_size),
+        )
+        for param, value, low, high in ranges:
+            if not low <= value <= high:  # also refuses NaN
+                raise RequestError(f"{param} is {value}; it must be from {low} to {high}", param=param)
+        if sampling.top_p == 0.0:
+            raise RequestError("top_p is 0.0; it must be above 0", param="top_p")
+        if not all(sampling.bad_words):
+            raise RequestError("bad_words has a word without tokens; leave it out", param="bad_words")
+        if any(not math.isfinite(bias) for _, bias in sampling.logit_bias):
+            raise RequestError("logit_bias has a value that is not finite", param="logit_bias")
+
+    def _check_context(self, request: Request) -> None:
+        prompt_len, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+        if prompt_len >= self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {prompt_len} tokens and the model's context is {self.max_model_len}, which leaves no "
+                f"room for an answer; shorten the prompt to at most {self.max_model_len - 1} tokens"
+            )
+        if prompt_len + max_tokens > self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}: {prompt_len + max_tokens} "
+                f"together, but the model's context is {self.max_model_len}; shorten the prompt or lower max_tokens "
+                f"to {self.max_model_len - prompt_len}",
+                param="max_tokens",
+            )
+        num_emitted = len(request.emitted_token_ids)
+        if num_emitted >= max_tokens:
+            raise RequestError(
+                f"{num_emitted} tokens were emitted already and max_tokens is {max_tokens}: nothing is left to do",
+                param="emitted_token_ids",
+            )
+
+    def _check_samples(self, request: Request) -> None:
+        n = request.num_samples
+        if not 1 <= n <= self.max_num_seqs:
+            raise RequestError(
+                f"n is {n}; this engine runs from 1 to {self.max_num_seqs} sequences at once (max_num_seqs)", param="n"
+            )
+        if request.emitted_token_ids and n != 1:
+            raise RequestError(f"a resumed request has one sample, not {n}", param="n")
+        prompt_len, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+        shared = prompt_len // self.block_size
+        own = -(-(prompt_len + max_tokens - 1) // self.block_size) - shared  # the last token is never run
+        if shared + n * own > self.num_blocks:
+            raise RequestError(
+                f"a prompt of {prompt_len} tokens with n = {n} and max_tokens = {max_tokens} needs {shared + n * own} "
+                f"KV blocks of {self.block_size} tokens, and the engine has {self.num_blocks}; lower n or max_tokens",
+                param="max_tokens",
+                code="kv_capacity_exceeded",
+            )

@@ -1,0 +1,22 @@
+"""How long an engine's steps take, counted for a histogram."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from ..protocol import STEP_SECONDS, StepTimes
+
+
+class StepTimesCounter:
+    """Counts of one engine's life. One thread adds, others read: what they read may lack the step that just ended."""
+
+    def __init__(self) -> None:
+        self._counts = list(StepTimes().counts)
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(STEP_SECONDS, seconds)] += 1
+        self._seconds += seconds
+
+    def told(self) -> StepTimes:
+        return StepTimes(tuple(self._counts), self._seconds)

@@ -1,0 +1,125 @@
+"""What the ranks of a model copy must have in common, and what they must not, checked before they work together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.cuda import nccl
+
+from ... import __version__
+from ..config import EngineConfig, ModelConfig
+from ..device import this_machine
+from ..errors import ShardGroupError
+from ..models.checkpoint import list_tensors
+
+_SAMPLED_BYTES = 4096  # of a file's data: two trainings of one architecture differ there
+_EQUAL = {
+    "world_size": "the size of the group",
+    "config": "the configuration",
+    "shoal": "the version of Shoal",
+    "torch": "the version of torch",
+    "nccl": "the version of NCCL",
+    "python": "the version of Python",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """One rank's; it goes to the others as JSON."""
+
+    world_size: int
+    config: str  # a hash of it
+    shoal: str
+    torch: str
+    nccl: str
+    python: str
+    node: str
+    host: str  # of that node, for people
+    device: str  # a GPU's UUID, or "cpu", which may be shared
+    weights: dict[str, str]  # of each file that they are read from: its path, and what is in it; {} for random ones
+
+    @classmethod
+    def of(cls, config: EngineConfig, device: torch.device) -> RankFacts:
+        """Raises ModelError where the files of the weights are missing or damaged."""
+        on_gpu = device.type == "cuda"
+        host, boot = this_machine()
+        return cls(
+            world_size=config.parallel.world_size,
+            config=hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16],
+            shoal=__version__,
+            torch=torch.__version__,
+            nccl=".".join(map(str, nccl.version())) if on_gpu else "",
+            python=".".join(platform.python_version_tuple()[:2]),
+            node=f"{host} {boot}",
+            host=host,
+            device=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else "cpu",
+            weights=_weights(config.model),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RankFacts:
+        try:
+            return cls(**json.loads(text))
+        except TypeError as error:  # of another version, with other fields
+            raise ShardGroupError(f"a rank of another version of Shoal is in the group ({error}); run one") from None
+
+
+def check_facts(facts: Sequence[RankFacts]) -> None:
+    """Raises ShardGroupError, naming the ranks, where those of a group cannot work together. facts: by rank."""
+    for field, what in _EQUAL.items():
+        values = [getattr(own, field) for own in facts]
+        if len(set(values)) > 1:
+            said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
+            raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them alike")
+    _check_weights(facts)
+    owners: dict[str, int] = {}  # by device alone: containers, which have names of their own, may share a GPU
+    for rank, own in enumerate(facts):
+        first = owners.setdefault(own.device, rank)
+        if first != rank and own.device != "cpu":
+            raise ShardGroupError(
+                f"ranks {first} and {rank} are on one GPU, {own.device} of {own.host}; every rank needs its own: check "
+                "their local ranks and CUDA_VISIBLE_DEVICES"
+            )
+
+
+def _weights(model: ModelConfig) -> dict[str, str]:
+    """The files by path, with hardly a look at their data: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
+    if model.load_format != "safetensors":
+        return {}
+    tensors: dict[Path, list[str]] = {}
+    for name, info in list_tensors(Path(model.path)).items():
+        tensors.setdefault(info.file, []).append(f"{name} {info.dtype} {info.shape}")
+    return {str(file): _described(file, sorted(own)) for file, own in tensors.items()}
+
+
+def _described(file: Path, tensors: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(tensors).encode())
+    with file.open("rb") as stream:
+        stream.seek(int.from_bytes(stream.read(8), "little"), os.SEEK_CUR)  # the header's length, then the header
+        digest.update(stream.read(_SAMPLED_BYTES))
+    return f"{file.stat().st_size} bytes and tensors {digest.hexdigest()[:16]}"
+
+
+def _check_weights(facts: Sequence[RankFacts]) -> None:
+    """Nodes may hold different models, or a half of one, at one path."""
+    files = sorted({file for own in facts for file in own.weights})
+    differ = [file for file in files if len({own.weights.get(file) for own in facts}) > 1]
+    if not differ:
+        return
+    said = ", ".join(
+        f"rank {rank} on {own.host} has {own.weights.get(differ[0], 'no such file')}" for rank, own in enumerate(facts)
+    )
+    raise ShardGroupError(
+        f"the ranks differ in {len(differ)} of {len(files)} files of weights, the first being {differ[0]}: {said} (a "
+        "hash of names, dtypes, shapes and the first values); give every node the same files at that path"
+    )

@@ -1,0 +1,65 @@
+"""Tells a step that hangs from one that is slow."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+from ..config import EngineConfig
+from ..errors import EngineError
+
+_FLOOR = {"cuda": 5.0, "cpu": 60.0}  # seconds; on CPU a chunk of prompt may take long
+_STOPPED = 5.0  # seconds that a step may wait for a rank whose process can be seen to be stopped
+_TIMES_P99 = 20.0
+_MEMORY = 1000  # steps
+_WARM_UP_STEPS = 20
+_WARM_UP_FLOOR = 120.0  # seconds: first steps load kernels and fill caches
+
+
+class StepWatchdog:
+    """A step is stuck when it takes longer than `floor` seconds and 20 times the 99th percentile of those before it.
+
+    The first steps are given more time, and steps that wait for a stopped process less.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self._floor = floor
+        self._durations: deque[float] = deque(maxlen=_MEMORY)
+        self._lock = Lock()  # steps may end in one thread and be judged in another
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> StepWatchdog:
+        """The one that a resolved configuration asks for."""
+        return cls(config.step_limit_s or _FLOOR[config.device])
+
+    def step_ended(self, seconds: float) -> None:
+        with self._lock:
+            self._durations.append(seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a step counts as stuck."""
+        with self._lock:
+            durations = sorted(self._durations)
+        if len(durations) < _WARM_UP_STEPS:
+            return max(self._floor, _WARM_UP_FLOOR)
+        return max(self._floor, _TIMES_P99 * durations[int(0.99 * (len(durations) - 1))])
+
+    def check(self, seconds: float, stopped: Callable[[], list[str]]) -> None:
+        """Raises EngineError if a step that has taken so long is stuck. stopped: names the ranks that are stopped."""
+        limit = self.limit
+        if seconds > limit:
+            raise EngineError(f"a step has taken {seconds:.1f} s, above the limit of {limit:.1f} s (step_limit_s)")
+        if seconds > _STOPPED and (names := stopped()):
+            raise EngineError(f"a step has taken {seconds:.1f} s and waits for stopped processes: {', '.join(names)}")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped, as by SIGSTOP; a mere look at it."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"

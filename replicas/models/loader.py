@@ -1,0 +1,192 @@
+"""Build a model and fill it from safetensors files, reading of each tensor only the rank's part.
+
+The layers say what they need (layers/weights.py); the checkpoint's headers say what there is (checkpoint.py). A
+difference between the two, in either direction, is an error that names file and tensor.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
+from ..config import EngineConfig
+from ..errors import ModelError, ServingError
+from ..layers.weights import Source, WeightSlot
+from ..parallel.comm import ParallelContext
+from .checkpoint import TensorInfo, list_tensors
+from .decoder import DecoderModel
+from .families import decoder_spec
+
+__all__ = ["DecoderModel", "load_model"]
+
+# The decoder's name in checkpoints: of a causal model, of the two spellings of a multimodal one, of a bare decoder.
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+# Derived at load time in every model; old checkpoints carry them.
+_DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext | None = None) -> DecoderModel:
+    """The rank's part of the model of a resolved `config`, its weights in `config.model.dtype` on `device`.
+
+    With load_format "dummy" the weights are random and the folder needs only config.json. Raises ModelError for
+    anything in the checkpoint that is missing, damaged, misshapen, not a number or not understood.
+    """
+    folder = Path(config.model.path)
+    assert config.model.max_model_len is not None, "the configuration must be resolved"
+    if config.model.load_format not in ("safetensors", "dummy"):
+        raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
+    # The headers first: they cost nothing, and a damaged file is found before memory is taken.
+    tensors = list_tensors(folder) if config.model.load_format == "safetensors" else None
+    model = _build(config, folder, comm or ParallelContext(), device)
+    if tensors is None:
+        _fill_randomly(model, config.model.seed)
+    else:
+        _fill(model, tensors, folder)
+    model.prepare()
+    return model.eval()
+
+
+def _build(config: EngineConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
+    """The model that config.json describes, its weights not yet set."""
+    text_config = _text_config(folder)
+    method = _linear_method(folder, text_config, config.batch_invariant)
+    assert config.model.max_model_len is not None
+    try:
+        return DecoderModel(
+            decoder_spec(text_config),
+            text_config,
+            comm,
+            method,
+            max_model_len=config.model.max_model_len,
+            dtype=getattr(torch, config.model.dtype),
+            device=device,
+            batch_invariant=config.batch_invariant,
+        )
+    except ServingError:
+        raise
+    except (
+        Exception
+    ) as error:  # a value that means nothing fails wherever it is first used, transformers' ropes included
+        raise ModelError(
+            f"the model that {folder / 'config.json'} describes cannot be built: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _text_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its strict dataclasses do
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} is not understood: {reason}") from error
+    text = config.get_text_config()
+    if text is not config:
+        # Quantization and tying are said once, at the top.
+        text.tie_word_embeddings = config.tie_word_embeddings
+        text.quantization_config = getattr(config, "quantization_config", None)
+    return text
+
+
+def _linear_method(folder: Path, config: Any, batch_invariant: bool) -> LinearMethod:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{folder / 'config.json'} asks for quantization {method!r}, which is not supported")
+    return UnquantizedLinear(batch_invariant)
+
+
+def _fill(model: DecoderModel, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Fills every weight and accounts for every tensor."""
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in tensors or f"{p}norm.weight" in tensors), None)
+    if prefix is None:
+        raise ModelError(f"{folder} has no tensor model.embed_tokens.weight; its files are not of a language model")
+    head = "language_model.lm_head" if "language_model.lm_head.weight" in tensors else "lm_head"
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for slot in model.weight_slots(prefix, head):
+            source = next((source for source in slot.sources if source.name in tensors), None)
+            if source is None:
+                names = " or ".join(source.name for source in slot.sources)
+                raise ModelError(f"{folder} lacks tensor {names}, which the model needs")
+            info = tensors[source.name]
+            if info.file not in files:
+                files[info.file] = stack.enter_context(_open(info.file))
+            _read(files[info.file], info, source, slot)
+    _refuse_unknown(model, tensors, prefix, head)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be opened: {' '.join(str(error).split())}") from error
+
+
+def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None:
+    """Copies a part of one tensor into its slot, cast to the slot's dtype."""
+    where = f"{info.file}: tensor {source.name}"
+    if info.shape != source.shape:
+        raise ModelError(f"{where} has shape {list(info.shape)}; config.json makes it {list(source.shape)}")
+    if info.dtype not in ("F32", "F16", "BF16", "F64"):
+        raise ModelError(f"{where} has dtype {info.dtype}; expected F32, F16 or BF16")
+    if not slot.target.numel():
+        return
+    try:
+        part = file.get_slice(source.name)[source.index or ...]
+    except SafetensorError as error:
+        raise ModelError(f"{where} cannot be read: {error}") from error
+    target = slot.target
+    if slot.offset:
+        part = part.to(target.dtype) + slot.offset
+    target.copy_(part.view(target.shape))
+    low, high = target.aminmax()  # NaN comes through both; one pass, no temporary
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ModelError(f"{where} holds NaN or infinite values (as {str(target.dtype).removeprefix('torch.')})")
+
+
+def _refuse_unknown(model: DecoderModel, tensors: Mapping[str, TensorInfo], prefix: str, head: str) -> None:
+    """Every tensor belongs to the whole model, to another stage of it, or is one of the known superfluous ones."""
+    known = {source.name for slot in model.weight_slots(prefix, head) for source in slot.sources}
+    foreign_layers = set(range(len(model.spec.layers))) - set(model.layer_range)
+    other_stage = {f"{prefix}layers.{index}." for index in foreign_layers}
+    if model.comm.pp_size > 1:
+        other_stage |= {f"{prefix}embed_tokens.", f"{prefix}norm.", f"{head}."}
+    if model.spec.tie_word_embeddings:
+        known.add(f"{head}.weight")  # a copy of the embedding, written by some tools
+    multimodal = "language_model" in prefix
+    for name, info in tensors.items():
+        superfluous = _DERIVED.search(name) or (multimodal and _NOT_TEXT.match(name))
+        if name not in known and not superfluous and not name.startswith(tuple(other_stage)):
+            raise ModelError(
+                f"{info.file}: tensor {name} is not understood; config.json describes {len(model.spec.layers)} layers "
+                "that have no such weight"
+            )
+
+
+def _fill_randomly(model: DecoderModel, seed: int) -> None:
+    """Small normal weights and norms of one: each rank's part of one model, the same for equal seeds.
+
+    A tensor's values follow from its name, and of a tensor that is split each rank makes all of it and keeps its part.
+    """
+    generator = torch.Generator(next(model.parameters()).device)
+    for slot in model.weight_slots("model.", "lm_head"):
+        source, target = slot.sources[0], slot.target
+        if target.dim() == 1 and "norm" in source.name:
+            target.fill_(1.0)
+            continue
+        generator.manual_seed(zlib.crc32(f"{seed} {source.name}".encode()))
+        if target.shape == source.shape:
+            target.normal_(0.0, 0.02, generator=generator)
+        else:
+            whole = torch.empty(source.shape, dtype=target.dtype, device=target.device)
+            target.copy_(whole.normal_(0.0, 0.02, generator=generator)[source.index])

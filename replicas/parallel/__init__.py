@@ -1,0 +1,1 @@
+"""Collectives, process groups, symmetric memory, pipeline links and vocabulary slices."""

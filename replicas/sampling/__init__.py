@@ -1,0 +1,1 @@
+"""From logits to tokens: the sampler, penalties and sampling over a split vocabulary."""

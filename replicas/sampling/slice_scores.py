@@ -1,0 +1,46 @@
+"""Log-probabilities where each rank has the logits of a slice of the vocabulary.
+
+What a slice adds travels, not its logits: its log-sum-exp, how many of its tokens are likelier than the one that is
+scored, and its own likeliest. All ranks get the same scores.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.sampling.sample_slice import make_keys, read_keys
+from ...kernels.sampling.score import Scores, score_slice
+from ..parallel.vocabulary import VocabularySlice
+
+_LOWEST = -(2**63)  # below the key of any score
+
+
+def score_slices(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, own: VocabularySlice) -> Scores:
+    """`kernels.score.score` of token_ids int64 [P] for logits [P, size] of this rank's slice and those of the others.
+
+    num_top: at most the vocabulary's size. Of likeliest tokens that tie the lower ids come first.
+    """
+    ranks, num_rows = own.comm.tp_size, len(logits)
+    chosen = _chosen_logits(logits, token_ids.clamp(min=0), own)
+    part = score_slice(logits, chosen, min(num_top, own.size))
+    top = make_keys(part.top_logits, part.top_ids + own.first)
+    totals = part.totals.view(torch.int32).long().unsqueeze(1)
+    top = F.pad(top, (0, min(num_top, own.width) - top.shape[1]), value=_LOWEST)
+    sent = torch.cat((totals, part.above.unsqueeze(1), top), dim=1)
+    found = own.comm.all_gather(sent).view(num_rows, ranks, sent.shape[1])
+    total = found[:, :, 0].int().view(torch.float32).logsumexp(dim=1)
+    above = found[:, :, 1].sum(dim=1)
+    top_logits, top_ids = read_keys(found[:, :, 2:].flatten(1).topk(num_top, dim=1).values)
+    return Scores(chosen - total, above + 1, top_ids, top_logits - total.unsqueeze(1))
+
+
+def _chosen_logits(logits: torch.Tensor, token_ids: torch.Tensor, own: VocabularySlice) -> torch.Tensor:
+    """The logits float32 [P] of tokens that may be of any rank's slice."""
+    places = (token_ids - own.first).unsqueeze(1)
+    chosen = torch.full_like(places, float("-inf"), dtype=torch.float32)
+    if own.size:
+        here = (places >= 0) & (places < own.size)
+        found = logits.gather(1, places.clamp(0, own.size - 1)).float()
+        chosen = torch.where(here, found, chosen)
+    return own.comm.all_gather(chosen.flatten()).view(own.comm.tp_size, -1).amax(dim=0)

@@ -1,0 +1,105 @@
+"""CUDA graphs of whole steps, one for each size of a step, replayed for any step that fits.
+
+A step of a graph's size or a little smaller is one launch for the host instead of some three hundred. Its inputs lie
+in buffers that stay (device_inputs.py); what a step does not fill is padding. A decode graph runs slices of one token
+alone; a mixed one both kinds, how many of each being read on the device.
+
+Memory is one pool: graphs run one after the other, so that each may use again what the one before it used.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..layers.batch import FEW_DECODES, Room
+
+if TYPE_CHECKING:
+    from .runner import StepOutputs
+
+
+_SAMPLED_PREFILLS = 16  # prompts that may end in one step, where there is no room for all decodes
+
+
+def decode_rooms(max_rows: int) -> list[Room]:
+    """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
+    sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
+    return [Room(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
+
+
+def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
+    """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
+
+    Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
+    decodes there is room for, and one long context among room for 256 would have little of it. Room for prefills
+    is one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
+    """
+    sizes, size = [], 64
+    while size < max_tokens:
+        sizes.append(size)
+        size += max(64, size // 8 // 64 * 64)
+    sizes.append(max_tokens)
+    rooms = []
+    for size in sizes:
+        for decodes in sorted({0, min(FEW_DECODES, size, max_rows), min(size, max_rows)}):
+            samples = min(decodes + _SAMPLED_PREFILLS, size, max_rows)
+            rooms.append(Room(size, decodes, min(max_rows, max(8, size // 8)), samples))
+    return rooms
+
+
+def with_filtered(rooms: list[Room]) -> list[Room]:
+    """Each size for steps without filters and for those with them, which are two programs where logits are split."""
+    return [replace(room, filtered=filtered) for room in rooms for filtered in (False, True)]
+
+
+class StepGraphs:
+    """Graphs of `run`, which executes the step whose inputs are on the device, with a given room.
+
+    warm_up: launches whatever `run` does, on the same shapes, if less often: a run of some hundred kernels takes its
+    host as long as a capture.
+    """
+
+    def __init__(
+        self, run: Callable[[Room], StepOutputs], warm_up: Callable[[Room], object], device: torch.device
+    ) -> None:
+        self._run, self._warm_up, self._device = run, warm_up, device
+        self._graphs: dict[Room, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
+        self._decode: list[Room] = []
+        self._mixed: list[Room] = []
+
+    def capture(self, decode: list[Room], mixed: list[Room]) -> None:
+        """Capture every size, the largest first. The inputs must be those of an empty plan: all padding.
+
+        decode, mixed: sizes of steps without and with prefills, by their number of tokens.
+
+        Each size is warmed up before, for what its kernels and libraries do when they are first used.
+        """
+        stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for room in sorted((*decode, *mixed), key=lambda room: room.tokens, reverse=True):
+                self._warm_up(room)
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                outputs = self._run(room)
+                graph.capture_end()
+                self._graphs[room] = graph, replace(outputs, hidden=None, logits=None)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._decode, self._mixed = decode, mixed
+
+    def replay(self, room: Room) -> StepOutputs | None:
+        """Run the step in the smallest graph that holds it; None where none does."""
+        rooms = self._mixed if room.prefills else self._decode
+        first = bisect_left(rooms, room.tokens, key=lambda candidate: candidate.tokens)
+        fitting = next((candidate for candidate in rooms[first:] if candidate.holds(room)), None)
+        if fitting is None:
+            return None
+        graph, outputs = self._graphs[fitting]
+        graph.replay()
+        return outputs

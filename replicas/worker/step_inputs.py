@@ -1,0 +1,144 @@
+"""From a plan to a step's tensors: the seam, and the way of a CPU.
+
+On a CPU numpy makes the tensors, exactly as large as the step. On a CUDA device the plan travels and kernels make them
+(device_inputs.py).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.sampling.sample import SamplingRows
+from ...kernels.step.step_inputs import RowState
+from ..host_copy import HostCopy
+from ..layers.batch import AttentionMetadata, InputBatch, Room
+from ..plan import DEVICE_TOKEN, StepPlan
+
+
+def make_row_state(num_rows: int, num_columns: int, device: torch.device) -> RowState:
+    """State of `num_rows` rows whose block tables have `num_columns` entries: all zero, greedy."""
+    return RowState(
+        block_tables=torch.zeros(num_rows, num_columns, dtype=torch.int32, device=device),
+        last_tokens=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        sampling=SamplingRows(
+            temperature=torch.zeros(num_rows, device=device),
+            top_k=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            top_p=torch.ones(num_rows, device=device),
+            min_p=torch.zeros(num_rows, device=device),
+            seed=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        ),
+    )
+
+
+def count_decodes(plan: StepPlan) -> int:
+    """Slices of one token, which stand first."""
+    if len(plan.token_ids) == plan.num_slices:
+        return plan.num_slices
+    return int(np.count_nonzero(plan.num_tokens == 1))
+
+
+def room_of(plan: StepPlan) -> Room:
+    """Just what the plan needs."""
+    num_decodes = count_decodes(plan)
+    return Room(len(plan.token_ids), num_decodes, plan.num_slices - num_decodes, len(plan.sample_rows))
+
+
+class StepInputs(Protocol):
+    """Keeps the row state up to date and makes the tensors of each step."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Take the plan in. Exactly one `batch` follows."""
+        ...
+
+    def batch(self, room: Room) -> InputBatch:
+        """The tensors of the plan sent last."""
+        ...
+
+    def keep(self, tokens: Tensor, rows: Tensor) -> None:
+        """Note tokens int64 [K] (-1: none could be chosen) as the last ones of rows int64 [K]."""
+        ...
+
+    def kept(self, count: int) -> HostCopy:
+        """The tokens of the plan sent last: one array int64 [count], good while its step counts as under way.
+
+        To be asked once all of the step has been queued.
+        """
+        ...
+
+
+class HostInputs:
+    """`StepInputs` on a CPU. A few numpy operations, each a fifth of what torch takes for so few integers."""
+
+    def __init__(self, state: RowState, block_size: int) -> None:
+        self._state, self._block_size = state, block_size
+        self._block_tables = state.block_tables.numpy()
+        self._plan: StepPlan | None = None
+        self._kept = torch.empty(0, dtype=torch.int64)
+
+    def send(self, plan: StepPlan) -> None:
+        self._plan = plan
+        self._block_tables[plan.table_rows, plan.table_indices] = plan.table_blocks
+        sampling = self._state.sampling
+        for start in plan.row_starts:
+            row, params = start.row, start.sampling
+            sampling.temperature[row] = params.temperature
+            sampling.top_k[row] = params.top_k
+            sampling.top_p[row] = params.top_p
+            sampling.min_p[row] = params.min_p
+            sampling.seed[row] = int(np.uint64(start.seed).astype(np.int64))
+
+    def batch(self, room: Room) -> InputBatch:
+        plan, num_decodes = self._plan, room.decodes
+        assert plan is not None, "no plan was sent"
+        num_tokens = plan.num_tokens
+        ends = np.cumsum(num_tokens)
+        context_lens = plan.starts + num_tokens
+        if room.prefills == 0:
+            token_rows, positions = plan.rows, plan.starts
+        else:
+            assert (num_tokens[:num_decodes] == 1).all(), "slices of one token come first"
+            token_rows = np.repeat(plan.rows, num_tokens)
+            offsets = np.arange(ends[-1]) - np.repeat(ends - num_tokens, num_tokens)
+            positions = np.repeat(plan.starts, num_tokens) + offsets
+        blocks = self._block_tables[token_rows, positions // self._block_size]
+        slots = blocks.astype(np.int64) * self._block_size + positions % self._block_size
+        tables = self._block_tables[plan.rows, : -(-int(context_lens.max()) // self._block_size)]
+        lens = context_lens.astype(np.int32)
+        prefill_starts = np.concatenate(([num_decodes], ends[num_decodes:])).astype(np.int32)
+        attention = AttentionMetadata(
+            slot_mapping=torch.from_numpy(slots),
+            decode_lens=torch.from_numpy(lens[:num_decodes]),
+            decode_tables=torch.from_numpy(tables[:num_decodes]),
+            prefill_starts=torch.from_numpy(prefill_starts),
+            prefill_lens=torch.from_numpy(lens[num_decodes:]),
+            prefill_tables=torch.from_numpy(tables[num_decodes:]),
+        )
+        return InputBatch(
+            input_ids=self._input_ids(plan, token_rows),
+            positions=torch.from_numpy(positions.astype(np.int64)),
+            attention=attention,
+            sample_indices=torch.from_numpy((ends - 1)[plan.sample_slices]),
+            sample_rows=torch.from_numpy(plan.sample_rows.astype(np.int64)),
+            sample_positions=torch.from_numpy(context_lens[plan.sample_slices].astype(np.int64)),
+        )
+
+    def keep(self, tokens: Tensor, rows: Tensor) -> None:
+        self._state.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
+        self._kept = tokens
+
+    def kept(self, count: int) -> HostCopy:
+        return HostCopy([self._kept[:count].numpy()], None)  # those of an earlier plan where this one samples nothing
+
+    def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
+        last_tokens = self._state.last_tokens
+        unknown = np.flatnonzero(plan.token_ids == DEVICE_TOKEN)
+        if len(unknown) == len(plan.token_ids):
+            return last_tokens.index_select(0, torch.from_numpy(token_rows))
+        input_ids = torch.from_numpy(plan.token_ids.astype(np.int64))
+        if len(unknown):
+            input_ids[torch.from_numpy(unknown)] = last_tokens[torch.from_numpy(token_rows[unknown])]
+        return input_ids
