@@ -25,7 +25,15 @@ from .environment import keep_auth_token_private
 from .openai.api_state import ApiService, ServedModel
 from .openai.auth import KeyRing
 from .openai.http_app import create_http_app
-from .resources import ReplicaRequest, Room, check_gpus, cpu_share, replica_request, room_here, room_of_nodes
+from .resources import (
+    ClusterResources,
+    ReplicaRequest,
+    check_gpus,
+    cpu_share,
+    replica_request,
+    room_here,
+    room_of_nodes,
+)
 
 INGRESS = "Ingress"
 
@@ -147,6 +155,6 @@ def _one_node() -> bool:
     return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
-def cluster_room() -> Room:
+def cluster_room() -> ClusterResources:
     """The room of the running Ray; of this machine, where Ray does not run yet."""
     return room_of_nodes(ray.nodes()) if ray.is_initialized() else room_here()

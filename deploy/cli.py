@@ -18,7 +18,7 @@ from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
 from .doctor.command import doctor
 from .environment import prepare_environment
-from .server.supervisor import interrupt_on_signals, say, under_keeper
+from .server.supervisor import interrupt_on_signals, say, under_supervisor
 
 if TYPE_CHECKING:
     from .config import ModelPlan
@@ -116,7 +116,7 @@ def serve(
     """Serve MODEL with the OpenAI API until Ctrl-C or SIGTERM."""
     given = {name: value for name, value in locals().items() if name not in ("context", "config") and value is not None}
     defaults = {name for name in given if _is_default(context, name)}
-    folder = under_keeper()
+    folder = under_supervisor()
     try:
         _serve(_merge(given, defaults, config), folder)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from .config import ModelPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ClusterResources:
     """What there is to place processes on. `node_cpus` are those of the largest node; `gpus` of all nodes."""
 
     num_nodes: int
@@ -48,24 +48,26 @@ def visible_gpus() -> int:
     return len(names) if any(name.startswith("MIG") for name in names) else min(present, len(names))
 
 
-def room_here() -> Room:
+def room_here() -> ClusterResources:
     """This machine, as a Ray that is started on it finds it."""
-    return Room(1, float(usable_cores()), float(visible_gpus()))
+    return ClusterResources(1, float(usable_cores()), float(visible_gpus()))
 
 
-def room_of_nodes(nodes: Iterable[dict[str, Any]]) -> Room:
+def room_of_nodes(nodes: Iterable[dict[str, Any]]) -> ClusterResources:
     """The room of a running Ray, from what `ray.nodes()` says."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [resources.get("CPU", 0.0) for resources in alive]
     working = sum(amount > 0.0 for amount in cpus)  # a head with num-cpus 0 takes no replica
-    return Room(max(1, working), max(cpus, default=0.0), sum(resources.get("GPU", 0.0) for resources in alive))
+    return ClusterResources(
+        max(1, working), max(cpus, default=0.0), sum(resources.get("GPU", 0.0) for resources in alive)
+    )
 
 
-def wants_gpu(plan: ModelPlan, room: Room) -> bool:
+def wants_gpu(plan: ModelPlan, room: ClusterResources) -> bool:
     return plan.engine.device == "cuda" or (plan.engine.device == "auto" and room.gpus > 0)
 
 
-def check_gpus(plans: Sequence[ModelPlan], room: Room, where: str) -> None:
+def check_gpus(plans: Sequence[ModelPlan], room: ClusterResources, where: str) -> None:
     """Raises ConfigError where the ranks of all replicas need more GPUs than there are. where: "this machine"."""
     asking = [plan for plan in plans if wants_gpu(plan, room)]
     needed = sum(num_replicas(plan) * plan.engine.parallel.world_size for plan in asking)
@@ -85,7 +87,7 @@ def num_replicas(plan: ModelPlan) -> int:
     return settings.num_replicas or scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
 
 
-def cpu_share(plans: Sequence[ModelPlan], room: Room) -> float:
+def cpu_share(plans: Sequence[ModelPlan], room: ClusterResources) -> float:
     """The CPUs of every bundle: one, or less where a node has fewer cores than it will hold processes.
 
     A share places processes and holds nothing back: what a process computes with is `num_threads`.
@@ -96,7 +98,7 @@ def cpu_share(plans: Sequence[ModelPlan], room: Room) -> float:
     return max(0.01, math.floor(100 * room.node_cpus / processes) / 100)
 
 
-def replica_request(plan: ModelPlan, room: Room, num_cpus: float) -> ReplicaRequest:
+def replica_request(plan: ModelPlan, room: ClusterResources, num_cpus: float) -> ReplicaRequest:
     """The bundles and the actor's options of one replica. num_cpus: of each bundle where its user says nothing."""
     parallel, wanted = plan.engine.parallel, plan.llm.placement_group_config
     device = "cuda" if wants_gpu(plan, room) else "cpu"

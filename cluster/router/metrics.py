@@ -49,7 +49,7 @@ def add_counts(
 
 
 @dataclass(slots=True)
-class PoolMetrics:
+class ModelRouterMetrics:
     """What a router counts for one model. Times in seconds."""
 
     queue_time: Histogram = field(default_factory=lambda: Histogram(_WAIT_SECONDS))
@@ -65,12 +65,12 @@ class PoolView(NamedTuple):
     """One model at the moment of a scrape."""
 
     model_id: str
-    metrics: PoolMetrics
+    metrics: ModelRouterMetrics
     num_queued: int
     num_replicas: int
 
 
-_HISTOGRAMS: tuple[tuple[str, str, Callable[[PoolMetrics], Histogram]], ...] = (
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelRouterMetrics], Histogram]], ...] = (
     ("vllm:request_queue_time_seconds", "From arrival to dispatch to a replica", lambda m: m.queue_time),
     ("shoal_request_queue_time_seconds", "From arrival to dispatch to a replica", lambda m: m.queue_time),
     ("vllm:request_prefill_time_seconds", "From dispatch to the first token", lambda m: m.prefill_time),

@@ -12,28 +12,30 @@ from ...replicas.protocol import FinishReason, Request
 from ..wire.errors import NoReplica, ReplicaLost
 from ..wire.frames import StreamDelta
 from ..wire.membership import ReplicaInfo
-from .metrics import PoolMetrics
+from .metrics import ModelRouterMetrics
 from .options import RouterOptions
 from .policies import RequestFacts, chain_hashes, least_cost, num_blocks_needed
 from .queue import AdmissionQueue, BatchWindow, DepartureRate
-from .replica_client import ReplicaLink
-from .routed_request import Flight, Generation, Ticket
+from .replica_client import ReplicaClient
+from .routed_request import InFlight, QueuedSample, RoutedRequest
 
 logger = logging.getLogger(__name__)
 
 
-class ModelPool:
+class ModelRouter:
     """Places the requests of one model. Everything here runs in the router's event loop."""
 
     def __init__(self, model_id: str, secret: bytes, router_id: str, options: RouterOptions) -> None:
         self.model_id = model_id
-        self.metrics = PoolMetrics()
-        self.links: dict[tuple[str, int], ReplicaLink] = {}
+        self.metrics = ModelRouterMetrics()
+        self.links: dict[tuple[str, int], ReplicaClient] = {}
         self._secret = secret
         self._router_id = router_id
         self._options = options
         self._policy = least_cost(options.max_waiting_per_replica)
-        self._queue: AdmissionQueue[Ticket] = AdmissionQueue(options.max_queued_requests, options.max_queued_tokens)
+        self._queue: AdmissionQueue[QueuedSample] = AdmissionQueue(
+            options.max_queued_requests, options.max_queued_tokens
+        )
         self._window = BatchWindow(options.batching_window)
         self._rate = DepartureRate()
         self._dispatching: asyncio.Handle | None = None
@@ -65,7 +67,7 @@ class ModelPool:
             if key in self.links:
                 self.links[key].draining |= info.draining
             else:
-                self.links[key] = ReplicaLink(info, self._secret, self._router_id, self._options, self)
+                self.links[key] = ReplicaClient(info, self._secret, self._router_id, self._options, self)
 
     async def close(self) -> None:
         links, self.links = list(self.links.values()), {}
@@ -81,13 +83,13 @@ class ModelPool:
 
     # Requests
 
-    def admit(self, generation: Generation) -> None:
+    def admit(self, generation: RoutedRequest) -> None:
         """Queues a new request; raises QueueFull, and NoReplica where the model is being stopped."""
         if self._stopping:
             self.metrics.rejected[NoReplica.__name__] += 1
             raise _closing()
         self._arrivals += 1
-        ticket = Ticket(generation, generation.log.request, self._arrivals)
+        ticket = QueuedSample(generation, generation.log.request, self._arrivals)
         try:
             self._queue.push(ticket, retry_after=self._rate.retry_after(len(self._queue)))
         except CapacityError as error:
@@ -97,18 +99,18 @@ class ModelPool:
         self._set_deadline(ticket, self._options.queue_timeout)
         self._dispatch_soon()
 
-    def release(self, generation: Generation) -> None:
+    def release(self, generation: RoutedRequest) -> None:
         """The reader is gone: what is unfinished is aborted. Nothing happens for a finished request."""
         for ticket in list(generation.tickets):
             self._leave_queue(ticket)
-        by_link: dict[ReplicaLink, list[Flight]] = {}
+        by_link: dict[ReplicaClient, list[InFlight]] = {}
         for flight, link in generation.flights.items():
             by_link.setdefault(link, []).append(flight)
         generation.flights.clear()
         for link, flights in by_link.items():
             link.abort(flights)
 
-    def end_sample(self, generation: Generation, sample: int) -> None:
+    def end_sample(self, generation: RoutedRequest, sample: int) -> None:
         """The reader wants no more of one sample, of which it has had tokens; the others go on."""
         generation.log.finish([sample], FinishReason.ABORT)
         if not generation.log.num_open:
@@ -123,10 +125,10 @@ class ModelPool:
             if sample in flight.samples:
                 link.abort_sample(flight, sample)
 
-    def _set_deadline(self, ticket: Ticket, seconds: float) -> None:
+    def _set_deadline(self, ticket: QueuedSample, seconds: float) -> None:
         ticket.deadline = self._loop.call_later(seconds, self._expire, ticket, seconds)
 
-    def _expire(self, ticket: Ticket, seconds: float) -> None:
+    def _expire(self, ticket: QueuedSample, seconds: float) -> None:
         self._leave_queue(ticket)
         num_ready = sum(link.ready for link in self.links.values())
         error = NoReplica(
@@ -136,13 +138,13 @@ class ModelPool:
         )
         self._fail(ticket.generation, ticket.samples, error)
 
-    def _leave_queue(self, ticket: Ticket) -> None:
+    def _leave_queue(self, ticket: QueuedSample) -> None:
         self._queue.remove(ticket)
         ticket.generation.tickets.discard(ticket)
         if ticket.deadline is not None:
             ticket.deadline.cancel()
 
-    def _fail(self, generation: Generation, samples: range, error: ServingError) -> None:
+    def _fail(self, generation: RoutedRequest, samples: range, error: ServingError) -> None:
         self.metrics.rejected[type(error).__name__] += 1
         generation.fail(samples, error)
 
@@ -161,7 +163,7 @@ class ModelPool:
         """Sends every queued request that a replica has room for, in order, in one frame per replica."""
         self._dispatching = None
         ready = [link for link in self.links.values() if link.ready]
-        by_link: dict[ReplicaLink, list[Flight]] = {}
+        by_link: dict[ReplicaClient, list[InFlight]] = {}
         now = self._loop.time()
         count = 0
         while ready and (ticket := self._queue.peek()) is not None:
@@ -170,7 +172,7 @@ class ModelPool:
                 break
             self._leave_queue(ticket)
             num_samples = ticket.request.num_samples
-            flight = Flight(ticket.generation, ticket.request, ticket.arrival, ticket.num_replays, num_samples)
+            flight = InFlight(ticket.generation, ticket.request, ticket.arrival, ticket.num_replays, num_samples)
             ticket.generation.flights[flight] = link
             if ticket.generation.times.dispatched is None:
                 ticket.generation.times.dispatched = now
@@ -183,7 +185,7 @@ class ModelPool:
         for link, flights in by_link.items():
             link.submit(flights)
 
-    def _place(self, ready: Sequence[ReplicaLink], request: Request) -> ReplicaLink | None:
+    def _place(self, ready: Sequence[ReplicaClient], request: Request) -> ReplicaClient | None:
         """The replica for a request, with room reserved for it; None when it must wait."""
         began = perf_counter()
         context = (*request.prompt_token_ids, *request.emitted_token_ids)
@@ -203,11 +205,11 @@ class ModelPool:
 
     # What links tell
 
-    def on_room(self, link: ReplicaLink) -> None:
+    def on_room(self, link: ReplicaClient) -> None:
         if len(self._queue):
             self._dispatch_soon()
 
-    def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None:
+    def on_delta(self, link: ReplicaClient, flight: InFlight, delta: StreamDelta, now: float) -> None:
         generation = flight.generation
         if not flight.num_open:
             generation.flights.pop(flight, None)
@@ -225,7 +227,7 @@ class ModelPool:
         if generation.overflown:
             self._cut_slow_reader(generation)
 
-    def _cut_slow_reader(self, generation: Generation) -> None:
+    def _cut_slow_reader(self, generation: RoutedRequest) -> None:
         self.release(generation)
         error = EngineError(
             f"{self._options.max_pending_deltas} parts of the response were not read, and the request was aborted; "
@@ -233,14 +235,14 @@ class ModelPool:
         )
         generation.fail(generation.log.samples, error)
 
-    def on_rejected(self, link: ReplicaLink, flight: Flight, error: ServingError) -> None:
+    def on_rejected(self, link: ReplicaClient, flight: InFlight, error: ServingError) -> None:
         flight.generation.flights.pop(flight, None)
         if isinstance(error, CapacityError) and link.draining and not self._stopping:
             self._requeue(flight, flight.request, self._options.queue_timeout)
         else:
             self._fail(flight.generation, flight.samples, error)
 
-    def on_lost(self, link: ReplicaLink, flights: Sequence[Flight]) -> None:
+    def on_lost(self, link: ReplicaClient, flights: Sequence[InFlight]) -> None:
         if not link.listed:
             self.links.pop(link.info.key, None)
         if not link.draining:
@@ -251,7 +253,7 @@ class ModelPool:
 
     # Replay
 
-    def _replay(self, link: ReplicaLink, flight: Flight) -> None:
+    def _replay(self, link: ReplicaClient, flight: InFlight) -> None:
         """Goes on with what is unfinished of a flight whose replica is lost."""
         generation, log = flight.generation, flight.generation.log
         flight.num_replays += 1
@@ -272,9 +274,9 @@ class ModelPool:
             self.metrics.tokens_recomputed += len(request.prompt_token_ids) + len(request.emitted_token_ids)
             self._requeue(flight, request, self._options.replay_timeout)
 
-    def _requeue(self, flight: Flight, request: Request, timeout: float) -> None:
+    def _requeue(self, flight: InFlight, request: Request, timeout: float) -> None:
         """Puts an accepted request back, in the place that its arrival gives it."""
-        ticket = Ticket(flight.generation, request, flight.arrival, flight.num_replays)
+        ticket = QueuedSample(flight.generation, request, flight.arrival, flight.num_replays)
         flight.generation.tickets.add(ticket)
         self._queue.push_accepted(ticket)
         self._set_deadline(ticket, timeout)

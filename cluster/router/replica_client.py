@@ -35,7 +35,7 @@ from ..wire.handshake import prove_as_router
 from ..wire.membership import ReplicaInfo
 from .options import RouterOptions
 from .policies import Candidate, PrefixIndex
-from .routed_request import Flight
+from .routed_request import InFlight
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +43,18 @@ logger = logging.getLogger(__name__)
 class LinkOwner(Protocol):
     """Who is told what happens on a link."""
 
-    def on_delta(self, link: ReplicaLink, flight: Flight, delta: StreamDelta, now: float) -> None: ...
+    def on_delta(self, link: ReplicaClient, flight: InFlight, delta: StreamDelta, now: float) -> None: ...
 
-    def on_rejected(self, link: ReplicaLink, flight: Flight, error: ServingError) -> None: ...
+    def on_rejected(self, link: ReplicaClient, flight: InFlight, error: ServingError) -> None: ...
 
-    def on_room(self, link: ReplicaLink) -> None:
+    def on_room(self, link: ReplicaClient) -> None:
         """The replica may have room that it did not have before."""
         ...
 
-    def on_lost(self, link: ReplicaLink, flights: Sequence[Flight]) -> None: ...
+    def on_lost(self, link: ReplicaClient, flights: Sequence[InFlight]) -> None: ...
 
 
-class ReplicaLink:
+class ReplicaClient:
     """Connects to `info`'s replica, again and again until `stop`."""
 
     def __init__(
@@ -72,7 +72,7 @@ class ReplicaLink:
         self._owner = owner
         self._connection: Connection | None = None
         self._lost = asyncio.Event()
-        self._flights: dict[int, Flight] = {}  # by stream
+        self._flights: dict[int, InFlight] = {}  # by stream
         self._next_stream = 0
         self._calls: dict[int, tuple[CallName, asyncio.Future[Any]]] = {}
         self._next_call = 0
@@ -123,7 +123,7 @@ class ReplicaLink:
         self._recent_blocks = 0
         self._recent_ends = 0
 
-    def submit(self, flights: Sequence[Flight]) -> None:
+    def submit(self, flights: Sequence[InFlight]) -> None:
         """Sends the flights in one frame."""
         assert self._connection is not None, "a link that is not connected is not a candidate"
         items = []
@@ -134,13 +134,13 @@ class ReplicaLink:
             items.append(SubmitItem(self._next_stream, flight.request))
         self._connection.send(Submit(items))
 
-    def abort(self, flights: Sequence[Flight]) -> None:
+    def abort(self, flights: Sequence[InFlight]) -> None:
         """Forgets the flights and tells the replica to end them."""
         known = [flight for flight in flights if self._flights.pop(flight.stream, None) is not None]
         if known and self._connection is not None:
             self._connection.send(Abort([AbortItem(flight.stream) for flight in known]))
 
-    def abort_sample(self, flight: Flight, sample: int) -> None:
+    def abort_sample(self, flight: InFlight, sample: int) -> None:
         """Tells the replica to end one sample; its terminal delta comes as any other does."""
         if flight.stream in self._flights and self._connection is not None:
             self._connection.send(Abort([AbortItem(flight.stream, sample)]))

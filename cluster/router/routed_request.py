@@ -11,7 +11,7 @@ from ...replicas.protocol import FinishReason, Request, TokenDelta
 from .replay import ReplayLog
 
 if TYPE_CHECKING:
-    from .replica_client import ReplicaLink
+    from .replica_client import ReplicaClient
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class RequestTimes:
     finished: float | None = None
 
 
-class Generation:
+class RoutedRequest:
     """A request's output on its way from replicas to one reader."""
 
     __slots__ = (
@@ -42,8 +42,8 @@ class Generation:
     def __init__(self, request: Request, times: RequestTimes, max_pending: int) -> None:
         self.log = ReplayLog(request)
         self.times = times
-        self.tickets: set[Ticket] = set()
-        self.flights: dict[Flight, ReplicaLink] = {}
+        self.tickets: set[QueuedSample] = set()
+        self.flights: dict[InFlight, ReplicaClient] = {}
         self._pending: list[TokenDelta] = []
         self._max_pending = max_pending
         self._delivered = False
@@ -95,10 +95,10 @@ class Generation:
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class QueuedSample:
     """A request, or what is left of one, that waits in the admission queue."""
 
-    generation: Generation
+    generation: RoutedRequest
     request: Request
     arrival: int
     num_replays: int = 0  # replicas that were lost under it
@@ -118,10 +118,10 @@ class Ticket:
 
 
 @dataclass(eq=False, slots=True)
-class Flight:
+class InFlight:
     """A ticket's request on a replica."""
 
-    generation: Generation
+    generation: RoutedRequest
     request: Request
     arrival: int
     num_replays: int

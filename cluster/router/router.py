@@ -15,10 +15,10 @@ from ..wire.errors import ReplicaLost
 from ..wire.frames import CallName
 from ..wire.membership import Membership, MembershipSource, ReplicaInfo
 from .metrics import PoolView, RouterCollector
-from .model_router import ModelPool
+from .model_router import ModelRouter
 from .options import RouterOptions
-from .replica_client import ReplicaLink
-from .routed_request import Generation, RequestTimes
+from .replica_client import ReplicaClient
+from .routed_request import RequestTimes, RoutedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Router:
         self.collector = RouterCollector(self._views)
         self._source = source
         self._secret = secret
-        self._pools: dict[str, ModelPool] = {}
-        self._running: dict[str, tuple[ModelPool, Generation]] = {}  # by request id
+        self._pools: dict[str, ModelRouter] = {}
+        self._running: dict[str, tuple[ModelRouter, RoutedRequest]] = {}  # by request id
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -77,7 +77,7 @@ class Router:
         pool = self._pool(model)
         times = times if times is not None else RequestTimes()
         times.arrived = asyncio.get_running_loop().time()
-        generation = Generation(request, times, self.options.max_pending_deltas)
+        generation = RoutedRequest(request, times, self.options.max_pending_deltas)
         pool.admit(generation)
         self._running[request.request_id] = pool, generation
         try:
@@ -127,7 +127,7 @@ class Router:
 
     # Inside
 
-    def _pool(self, model: str) -> ModelPool:
+    def _pool(self, model: str) -> ModelRouter:
         pool = self._pools.get(model)
         if pool is None:
             raise UnknownModel(
@@ -135,10 +135,10 @@ class Router:
             )
         return pool
 
-    def _connected(self, model: str) -> list[ReplicaLink]:
+    def _connected(self, model: str) -> list[ReplicaClient]:
         return [link for link in self._pool(model).links.values() if link.connected]
 
-    async def _call_all(self, links: Sequence[ReplicaLink], name: CallName) -> list[Any]:
+    async def _call_all(self, links: Sequence[ReplicaClient], name: CallName) -> list[Any]:
         """Every replica's answer, None for one that was lost meanwhile."""
         answers = await asyncio.gather(*(link.call(name) for link in links), return_exceptions=True)
         for answer in answers:
@@ -152,7 +152,7 @@ class Router:
             by_model.setdefault(info.model_id, []).append(info)
         for model, infos in by_model.items():
             if model not in self._pools:
-                self._pools[model] = ModelPool(model, self._secret, self.router_id, self.options)
+                self._pools[model] = ModelRouter(model, self._secret, self.router_id, self.options)
             self._pools[model].update(infos, stopping=model in membership.stopping)
 
     async def _watch(self, version: int) -> None:

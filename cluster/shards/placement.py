@@ -49,7 +49,7 @@ def ray_actor_options(bundle: dict[str, float]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ActorPlacement:
     """Where Ray has put an actor."""
 
     node_id: str
@@ -63,7 +63,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankAssignment:
     """A rank of a group: the actor that is it, and the devices that it sees.
 
     Ray shows each actor its own GPU alone, so that every rank would compute on a `cuda:0`; symmetric memory refuses
@@ -71,12 +71,12 @@ class Seat:
     """
 
     actor: int
-    place: Place
+    place: ActorPlacement
     local_rank: int  # among the group's ranks on this node; with GPUs, the index of this rank's among visible_gpus
     visible_gpus: tuple[str, ...]
 
 
-def seat(places: list[Place], parallel: ParallelConfig, home: str) -> list[Seat]:
+def seat(places: list[ActorPlacement], parallel: ParallelConfig, home: str) -> list[RankAssignment]:
     """The seats by world rank (stage x tensor_parallel_size + tensor-parallel rank).
 
     A node takes as many whole stages as it has actors for, the replica's node `home` first; only what remains of the
@@ -99,11 +99,11 @@ def seat(places: list[Place], parallel: ParallelConfig, home: str) -> list[Seat]
         place = places[actor]
         neighbours = nodes[place.node_id]
         visible = tuple(gpu for neighbour in neighbours for gpu in places[neighbour].gpus)
-        seats.append(Seat(actor, place, neighbours.index(actor), visible))
+        seats.append(RankAssignment(actor, place, neighbours.index(actor), visible))
     return seats
 
 
-def spread_stages(seats: list[Seat], parallel: ParallelConfig) -> list[int]:
+def spread_stages(seats: list[RankAssignment], parallel: ParallelConfig) -> list[int]:
     """The pipeline stages whose ranks lie on more than one node."""
     tp = parallel.tensor_parallel_size
     stages = [seats[first : first + tp] for first in range(0, len(seats), tp)]

@@ -21,8 +21,8 @@ from ...replicas.errors import ConfigError, ShardGroupError
 from ...replicas.executors.step_watchdog import is_stopped
 from ...replicas.offline import build_engine
 from ..wire.logs import RankLog
-from .placement import Place, ray_actor_options
-from .shard_group import Home, ShardGroup, start_shard_group
+from .placement import ActorPlacement, ray_actor_options
+from .shard_group import DriverNode, ShardGroup, start_shard_group
 
 if TYPE_CHECKING:
     from ...replicas.channel.step_sockets import Address
@@ -44,12 +44,12 @@ class ShardActor:
     def __init__(self, log: RankLog | None = None) -> None:
         self._log = log
 
-    def place(self) -> Place:
+    def place(self) -> ActorPlacement:
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+        return ActorPlacement(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
 
-    def take_seat(self, config: EngineConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
+    def assign(self, config: EngineConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
         """Becomes a rank. config: resolved. visible_gpus: those that cuda:0, cuda:1, ... are from now on."""
         if visible_gpus:
             # In place of Ray's own choice, and before CUDA reads it. A runtime_env would have to name the GPUs before
@@ -92,7 +92,7 @@ class ShardActorHandle:
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote(log)
         self._name = f"the actor of bundle {bundle}"
         self._title = "shard"  # what Ray and lists of processes call it
-        self._place: Place | None = None
+        self._place: ActorPlacement | None = None
         self._process: int | None = None  # a descriptor of its process, where that is on this node
         self._ending = threading.Lock()  # two threads may end the group at once
 
@@ -114,7 +114,7 @@ class ShardActorHandle:
     def __str__(self) -> str:
         return self._name
 
-    def seated(self, rank: int, world_size: int, place: Place) -> None:
+    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         self._name = f"rank {rank} of {world_size} ({place})"
         self._title = f"shard {rank} of replica {os.getpid()}"
         self._place = place
@@ -165,7 +165,7 @@ def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Eng
     Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
     """
     group = _own_placement_group(config.parallel.world_size)
-    home = Home(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    home = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
     log = RankLog.of_this_replica()
     made: list[ShardGroup] = []
 

@@ -14,7 +14,7 @@ from ...replicas.config import EngineConfig
 from ...replicas.errors import ShardGroupError
 from ...replicas.executors.group_executor import GroupExecutor
 from ...replicas.executors.group_start import GroupStart, Loaded, RankHandle
-from .placement import Place, seat, spread_stages
+from .placement import ActorPlacement, seat, spread_stages
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more 
 class ShardHandle(RankHandle, Protocol):
     """One shard actor, as its group drives it: `call` is of ShardActor's methods. `shard_actor.py` has Ray's."""
 
-    def seated(self, rank: int, world_size: int, place: Place) -> None:
+    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         """Is told which rank the actor will be, and where it is."""
         ...
 
@@ -34,7 +34,7 @@ class ShardHandle(RankHandle, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class DriverNode:
     """The node of the engine's process."""
 
     node_id: str
@@ -63,7 +63,7 @@ class ShardGroup(GroupExecutor):
 
 
 def start_shard_group(
-    config: EngineConfig, launch: Callable[[int], ShardHandle], home: Home, *, timeout_s: float
+    config: EngineConfig, launch: Callable[[int], ShardHandle], home: DriverNode, *, timeout_s: float
 ) -> ShardGroup:
     """Makes a group of as many shard actors as the configuration has ranks.
 
@@ -78,7 +78,7 @@ def start_shard_group(
     try:
         for index in range(config.parallel.world_size):
             actors.append(launch(index))
-        places: list[Place] = start.together("start", actors, "place")
+        places: list[ActorPlacement] = start.together("start", actors, "place")
         ranks = _take_seats(start, config, actors, places, home)
         nodes = [rank.place.node_id for rank in ranks]
         # The store is reached from no further than the ranks are.
@@ -96,11 +96,15 @@ def start_shard_group(
 
 class _Rank(NamedTuple):
     shard: ShardHandle
-    place: Place
+    place: ActorPlacement
 
 
 def _take_seats(
-    start: GroupStart, config: EngineConfig, actors: Sequence[ShardHandle], places: list[Place], home: Home
+    start: GroupStart,
+    config: EngineConfig,
+    actors: Sequence[ShardHandle],
+    places: list[ActorPlacement],
+    home: DriverNode,
 ) -> list[_Rank]:
     """Makes ranks of the actors; in their order."""
     parallel = config.parallel
@@ -121,7 +125,7 @@ def _take_seats(
             stage,
         )
     arguments = [(config, rank, taken.local_rank, taken.visible_gpus) for rank, taken in enumerate(seats)]
-    start.each("prepare", [rank.shard for rank in ranks], "take_seat", arguments)
+    start.each("prepare", [rank.shard for rank in ranks], "assign", arguments)
     return ranks
 
 

@@ -14,7 +14,7 @@ from .body_parsing import parse_body
 from .generate import new_id, respond, start_generation, usage
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .middleware import read_json
-from .response_stream import Generation, Piece
+from .response_stream import Piece, ResponseStream
 from .schema import ChatCompletionBody, ChatFields
 from .sse import DONE, encode_json, event
 
@@ -44,7 +44,9 @@ async def create_chat_completion(service: ApiService, request: HttpRequest) -> R
 class ChatAnswer:
     """Formats one generation as messages of the assistant."""
 
-    def __init__(self, body: ChatCompletionBody, model: ServedModel, generation: Generation, answer_id: str) -> None:
+    def __init__(
+        self, body: ChatCompletionBody, model: ServedModel, generation: ResponseStream, answer_id: str
+    ) -> None:
         self._body = body
         self._generation = generation
         self._names = TokenNames(model.tokenizer, as_ids=body.return_tokens_as_token_ids)

@@ -15,7 +15,7 @@ from .body_parsing import parse_body
 from .generate import new_id, respond, start_generation, usage
 from .logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from .middleware import read_json
-from .response_stream import Generation, Piece
+from .response_stream import Piece, ResponseStream
 from .schema import CompletionBody
 from .sse import DONE, encode_json, event
 
@@ -38,7 +38,7 @@ async def create_completion(service: ApiService, request: HttpRequest) -> Respon
 class CompletionAnswer:
     """Formats one generation, with the echo of its prompts where that is wanted."""
 
-    def __init__(self, body: CompletionBody, model: ServedModel, generation: Generation, answer_id: str) -> None:
+    def __init__(self, body: CompletionBody, model: ServedModel, generation: ResponseStream, answer_id: str) -> None:
         self._body = body
         self._generation = generation
         self._tokenizer = model.tokenizer

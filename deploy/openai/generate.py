@@ -13,7 +13,7 @@ from .api_state import ApiService, ServedModel
 from .errors import status_of
 from .metrics import ModelMetrics
 from .middleware import unless_disconnected
-from .response_stream import Generation, OutputOptions
+from .response_stream import OutputOptions, ResponseStream
 from .sampling import build_request
 from .schema import GenerationBody
 from .sse import EventStream, encode_json
@@ -40,8 +40,8 @@ def start_generation(
     *,
     answer_id: str,
     offsets: bool = False,
-) -> Generation:
-    """Check every prompt against the model's limits and make the Generation; nothing runs before its `start`."""
+) -> ResponseStream:
+    """Check every prompt against the model's limits and make the ResponseStream; nothing runs before its `start`."""
     limits = service.limits(model)
     requests = [
         build_request(body, prompt, request_id=f"{answer_id}-{i}", limits=limits, tokenizer=model.tokenizer)
@@ -55,11 +55,11 @@ def start_generation(
         offsets=offsets,
     )
     intervals = service.metrics[model.name].inter_token_latency
-    return Generation(service.router, model.name, requests, model.tokenizer, options, intervals)
+    return ResponseStream(service.router, model.name, requests, model.tokenizer, options, intervals)
 
 
 async def respond(
-    request: HttpRequest, body: GenerationBody, generation: Generation, answer: Answer, metrics: ModelMetrics
+    request: HttpRequest, body: GenerationBody, generation: ResponseStream, answer: Answer, metrics: ModelMetrics
 ) -> Response:
     """Run the generation to its end for a plain answer, or to its first token for a stream."""
 
@@ -81,7 +81,7 @@ async def respond(
     return Response(encode_json(content), headers={"server-timing": _timing(generation)}, media_type="application/json")
 
 
-def usage(generation: Generation, num_completion_tokens: int | None = None) -> dict[str, Any]:
+def usage(generation: ResponseStream, num_completion_tokens: int | None = None) -> dict[str, Any]:
     """OpenAI's usage object, as of now."""
     generated = generation.num_completion_tokens if num_completion_tokens is None else num_completion_tokens
     return {
@@ -92,7 +92,7 @@ def usage(generation: Generation, num_completion_tokens: int | None = None) -> d
     }
 
 
-def _timing(generation: Generation) -> str:
+def _timing(generation: ResponseStream) -> str:
     """A Server-Timing value of what is known by now, in milliseconds; of several prompts, the first one's."""
     times = generation.times[0]
     marks = (("queue", times.arrived, times.dispatched), ("prefill", times.dispatched, times.first_token))
@@ -101,7 +101,7 @@ def _timing(generation: Generation) -> str:
     return ", ".join([f"{name};dur={seconds * 1e3:.1f}" for name, seconds in known])
 
 
-def _count(metrics: ModelMetrics, generation: Generation) -> None:
+def _count(metrics: ModelMetrics, generation: ResponseStream) -> None:
     for choice in generation.choices:
         if choice.last_token_at:
             metrics.finished[choice.finish_reason or "abort"] += 1

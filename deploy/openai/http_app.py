@@ -13,14 +13,14 @@ from .chat import create_chat_completion
 from .completions import create_completion
 from .docs import error_responses, generation_responses, request_schema
 from .errors import HttpError, error_response
-from .middleware import Edge
+from .middleware import RequestMiddleware
 from .schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 
 
 def create_http_app(service: ApiService, *, sends_request_id: bool = True) -> FastAPI:
     """The application over `service`. `sends_request_id` is off behind a proxy that sends the id back itself."""
     app = FastAPI(title="Shoal", version=__version__, responses=error_responses())
-    app.add_middleware(Edge, keys=service.keys, sends_id=sends_request_id)
+    app.add_middleware(RequestMiddleware, keys=service.keys, sends_id=sends_request_id)
     app.add_exception_handler(HTTPException, _http_exception)
     _add_generation_routes(app, service)
     _add_model_routes(app, service)

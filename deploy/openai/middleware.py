@@ -27,7 +27,7 @@ _Result = TypeVar("_Result")
 logger = logging.getLogger(__name__)
 
 
-class Edge:
+class RequestMiddleware:
     """ASGI middleware: checks keys, gives every request an id, and turns every exception into an error object.
 
     `sends_id` is off behind a proxy that sends the id back itself, as Ray Serve's does: there would be two.

@@ -1,6 +1,6 @@
 """One HTTP request's sequences: from the router's token deltas to pieces of text.
 
-A request has one prompt or several, and each has one sequence or several; `Generation` numbers them as choices
+A request has one prompt or several, and each has one sequence or several; `ResponseStream` numbers them as choices
 (prompt-major), merges their streams, detokenises, and ends a sequence at its stop string. Leaving it, in whatever
 way, aborts what still runs.
 """
@@ -135,7 +135,7 @@ class Choice:
         return Piece(self.index, text, delta.token_ids[:count], logprobs, tuple(offsets), reason, stop_reason)
 
 
-class Generation:
+class ResponseStream:
     """The choices of one HTTP request: `start()`, then iterate over lists of pieces, then `aclose()` in every case.
 
     `start` waits for the first tokens and raises what the engine has against the request (RequestError,

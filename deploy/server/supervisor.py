@@ -22,7 +22,7 @@ from .start_logs import keep_logs
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
 
 
-def under_keeper() -> Path:
+def under_supervisor() -> Path:
     """Goes on in a child, the server, with a folder for its Ray; this process ends when that has, with its status.
 
     In the child KeyboardInterrupt is raised, once, at any signal that asks it to stop, and when the keeper is killed.

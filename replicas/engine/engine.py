@@ -12,7 +12,7 @@ from ..plan import LogprobArrays, StepResult
 from ..protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
 from .request_limits import RequestLimits
 from .scheduler import Scheduler
-from .sequence import Ending, Sequence
+from .sequence import FinishedSequence, Sequence
 from .step_outcome import StepOutcome
 
 _NEW_DELTA = partial(tuple.__new__, TokenDelta)  # of all fields; it has no defaults
@@ -160,7 +160,12 @@ def _plain_deltas(outcome: StepOutcome) -> list[TokenDelta]:
 
 
 def _delta(
-    sequence: Sequence, token: int, first: bool, logprobs: LogprobArrays | None, sample: int, ending: Ending | None
+    sequence: Sequence,
+    token: int,
+    first: bool,
+    logprobs: LogprobArrays | None,
+    sample: int,
+    ending: FinishedSequence | None,
 ) -> TokenDelta:
     """The delta of one token; the first one of a sequence says what the prefix cache gave."""
     state = sequence.state
@@ -178,7 +183,7 @@ def _delta(
     )
 
 
-def _terminal(ending: Ending) -> TokenDelta:
+def _terminal(ending: FinishedSequence) -> TokenDelta:
     sequence = ending.sequence
     return TokenDelta(sequence.request_id, sequence.sample, finish_reason=ending.reason, error=ending.error)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .plan_builder import Rows
 from .sequence import Sequence, SequenceTable, true_rows
-from .waiting_queue import WaitingLine
+from .waiting_queue import WaitingQueue
 
 # Tokens that a plan may always prefill, and over how many plans more of them are spread. In a simulation of the
 # scheduler with step times of an 8B model on H200s (100 to 512 tokens in and out) two stages have 1.88 times the
@@ -28,7 +28,7 @@ _FREE_PREFILL = 256
 _PLANS = 8
 
 
-class Lanes:
+class MicroBatches:
     """The lanes of `table`'s rows. One is current; the scheduler moves on with each plan, past lanes without work."""
 
     def __init__(self, num_lanes: int, table: SequenceTable, max_steps_in_flight: int) -> None:
@@ -42,7 +42,7 @@ class Lanes:
         """The next lane's turn."""
         self.current = (self.current + 1) % self.num_lanes
 
-    def prefill_budget(self, prefilling: Iterable[Sequence], line: WaitingLine, budget: int) -> int:
+    def prefill_budget(self, prefilling: Iterable[Sequence], line: WaitingQueue, budget: int) -> int:
         """Tokens that a plan with room for `budget` prefills, of what is under way and what could have rows now."""
         enough, total = _PLANS * budget, 0
         for num_tokens in self._lacking(prefilling, line):
@@ -51,7 +51,7 @@ class Lanes:
                 break
         return min(budget, max(_FREE_PREFILL, -(-total // _PLANS)))
 
-    def _lacking(self, prefilling: Iterable[Sequence], line: WaitingLine) -> Iterator[int]:
+    def _lacking(self, prefilling: Iterable[Sequence], line: WaitingQueue) -> Iterator[int]:
         """Tokens that each context has to run, were none of them cached."""
         table = self._table
         for sequence in prefilling:

@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class PlanDraft:
+class PlanBuilder:
     """Decodes as arrays, prefill chunks one by one; `build` puts slices of one token first."""
 
     decode_rows: Rows = field(default_factory=lambda: _NO_ROWS)

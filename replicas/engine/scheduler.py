@@ -29,11 +29,11 @@ from ..plan import DEVICE_TOKEN, BlockCopy, Ints, StepPlan, StepResult
 from ..protocol import BlockReport, FinishReason, ReplicaLoad, Request
 from .block_pool import BlockPool, extend_digests
 from .counters import Counters
-from .micro_batches import Lanes
-from .plan_builder import Chunk, PlanDraft, Rows
-from .sequence import Ending, Phase, RequestState, Sequence, SequenceTable, true_rows
+from .micro_batches import MicroBatches
+from .plan_builder import Chunk, PlanBuilder, Rows
+from .sequence import FinishedSequence, Phase, RequestState, Sequence, SequenceTable, true_rows
 from .step_outcome import StepInFlight, StepOutcome
-from .waiting_queue import WaitingLine
+from .waiting_queue import WaitingQueue
 
 
 class Scheduler:
@@ -50,7 +50,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks, block_size)
         self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts)
         self.counters = Counters()
-        self._lanes = Lanes(num_stages, self.table, in_flight) if num_stages > 1 else None
+        self._lanes = MicroBatches(num_stages, self.table, in_flight) if num_stages > 1 else None
         self._shift = block_size.bit_length() - 1
         self._budget = budget
         self._chunked = config.scheduler.enable_chunked_prefill
@@ -59,7 +59,7 @@ class Scheduler:
         self._requests: dict[str, RequestState] = {}
         self._arrivals = 0
         self._num_open = 0  # unfinished sequences of all requests
-        self._line = WaitingLine()
+        self._line = WaitingQueue()
         self._prefilling: list[Sequence] = []  # admitted, context not run to its end; first in rank first
         self._in_flight: deque[StepInFlight] = deque()
 
@@ -84,16 +84,16 @@ class Scheduler:
         self._num_open += request.num_samples
         self._line.add(state)
 
-    def abort(self, request_id: str, sample: int | None = None) -> list[Ending]:
+    def abort(self, request_id: str, sample: int | None = None) -> list[FinishedSequence]:
         """End the request's unfinished sequences, or one, and free their blocks at once. Unknown ids are no error."""
         state = self._requests.get(request_id)
         return self._end_request(state, FinishReason.ABORT, sample) if state else []
 
-    def end_all(self, reason: FinishReason) -> list[Ending]:
+    def end_all(self, reason: FinishReason) -> list[FinishedSequence]:
         """End every unfinished sequence and free its blocks."""
         return [ending for state in list(self._requests.values()) for ending in self._end_request(state, reason)]
 
-    def abandon(self, error: str) -> list[Ending]:
+    def abandon(self, error: str) -> list[FinishedSequence]:
         """End every unfinished sequence with an error and free nothing: after a failure no state can be trusted."""
         unfinished = [
             sequence
@@ -105,13 +105,13 @@ class Scheduler:
         self._in_flight.clear()
         for sequence in unfinished:
             sequence.phase = Phase.ENDED
-        return [Ending(sequence, FinishReason.ERROR, error=error) for sequence in unfinished]
+        return [FinishedSequence(sequence, FinishReason.ERROR, error=error) for sequence in unfinished]
 
     # -- planning ------------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a result has come."""
-        draft = PlanDraft()
+        draft = PlanBuilder()
         for _ in range(1 if self._lanes is None else self._lanes.num_lanes):  # a lane without work loses its turn
             self._fill(draft)
             if self._lanes is not None:
@@ -130,7 +130,7 @@ class Scheduler:
             self._register(self._sequence(chunk.row))
         return plan
 
-    def _fill(self, draft: PlanDraft) -> None:
+    def _fill(self, draft: PlanBuilder) -> None:
         """Plan all that the budget allows."""
         self._plan_decodes(draft)
         budget = self._budget - draft.decode_rows.size
@@ -140,7 +140,7 @@ class Scheduler:
             budget = self._plan_running_prefills(draft, budget)
             self._admit(draft, budget)
 
-    def _plan_decodes(self, draft: PlanDraft) -> None:
+    def _plan_decodes(self, draft: PlanBuilder) -> None:
         """One token of each decoding sequence that may have another; preempts until their blocks suffice."""
         table, pool = self.table, self.pool
         while True:
@@ -173,7 +173,7 @@ class Scheduler:
         table.in_flight[rows] = in_flight + 1
         draft.decode_rows, draft.decode_starts, draft.decode_tokens = rows, starts, tokens
 
-    def _copy_on_write(self, draft: PlanDraft, rows: Rows, indices: Ints) -> None:
+    def _copy_on_write(self, draft: PlanBuilder, rows: Rows, indices: Ints) -> None:
         """Give each row a copy of the block that it is to write; the last holder of a block keeps it."""
         pool, table = self.pool, self.table
         for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
@@ -187,13 +187,13 @@ class Scheduler:
             pool.num_copied += 1
             self._sequence(row).state.num_copied += 1
 
-    def _write_tables(self, draft: PlanDraft, rows: Rows, indices: NDArray[np.integer], blocks: Ints) -> None:
+    def _write_tables(self, draft: PlanBuilder, rows: Rows, indices: NDArray[np.integer], blocks: Ints) -> None:
         """blocks[row, index] = block for each triple; every index is the last one of its row."""
         self.table.blocks[rows, indices] = blocks
         self.table.last_block[rows] = blocks
         draft.tables.append((rows.astype(np.int32), indices.astype(np.int32), blocks))
 
-    def _plan_running_prefills(self, draft: PlanDraft, budget: int) -> int:
+    def _plan_running_prefills(self, draft: PlanBuilder, budget: int) -> int:
         """A chunk of each prompt that is under way, first in rank first. Returns the budget that is left."""
         for sequence in list(self._prefilling):
             if budget <= 0:
@@ -201,7 +201,7 @@ class Scheduler:
             budget -= self._plan_chunk(draft, sequence, budget)
         return budget
 
-    def _admit(self, draft: PlanDraft, budget: int) -> None:
+    def _admit(self, draft: PlanBuilder, budget: int) -> None:
         """Start or resume sequences in rank order until the first one that does not fit."""
         while budget > 0:
             sequence = self._line.first(self.table.num_free_rows)
@@ -209,7 +209,7 @@ class Scheduler:
                 return
             budget -= self._plan_chunk(draft, sequence, budget)
 
-    def _claim_blocks(self, draft: PlanDraft, sequence: Sequence, budget: int) -> bool:
+    def _claim_blocks(self, draft: PlanBuilder, sequence: Sequence, budget: int) -> bool:
         """Take the sequence out of the line with all blocks of its context, or leave everything as it is."""
         state, pool, table = sequence.state, self.pool, self.table
         resumed = sequence.phase is Phase.PREEMPTED
@@ -258,7 +258,7 @@ class Scheduler:
         """Whether the prompt's log-probabilities are wanted of this run of the context, its first whole one."""
         return sequence.state.prompt_logprobs is not None and not self._has_token(sequence)
 
-    def _plan_chunk(self, draft: PlanDraft, sequence: Sequence, budget: int) -> int:
+    def _plan_chunk(self, draft: PlanBuilder, sequence: Sequence, budget: int) -> int:
         """Plan as much of the context as the budget allows. Returns the number of tokens planned."""
         table, row = self.table, sequence.row
         start, length = int(table.computed[row]), int(table.length[row])
@@ -275,11 +275,11 @@ class Scheduler:
         draft.chunks.append(Chunk(row, start, table.tokens[row, start:end].copy(), sampled, next_token))
         return end - start
 
-    def _start(self, draft: PlanDraft, sequence: Sequence) -> None:
+    def _start(self, draft: PlanBuilder, sequence: Sequence) -> None:
         draft.row_starts.append(sequence.row_start())
         sequence.started = True
 
-    def _end_prefill(self, draft: PlanDraft, leader: Sequence) -> tuple[int, ...]:
+    def _end_prefill(self, draft: PlanBuilder, leader: Sequence) -> tuple[int, ...]:
         """The context ends in this step: fork what waited for it. Returns the rows that sample from it."""
         table = self.table
         self._prefilling.remove(leader)
@@ -325,7 +325,7 @@ class Scheduler:
         self.counters.generation_tokens += rows.size
         sequences, names = table.sequences[rows], (table.request_ids[rows], table.sample_numbers[rows])
         stopped = table.stopped(rows, token_ids) & (known >= table.min_length[rows])
-        endings: dict[int, Ending] = {}
+        endings: dict[int, FinishedSequence] = {}
         for i in true_rows(stopped | (known >= table.max_length[rows])).tolist():
             reason = FinishReason.STOP if stopped[i] else FinishReason.LENGTH
             token = int(token_ids[i])
@@ -340,10 +340,10 @@ class Scheduler:
             return None
         return self._sequence(chunk.row), chunk.start
 
-    def _fail(self, step: StepInFlight, result: StepResult) -> list[Ending]:
+    def _fail(self, step: StepInFlight, result: StepResult) -> list[FinishedSequence]:
         """End the sequences that the shards could not serve, with any fork that still waits for their prompt."""
         epochs = dict(zip(step.sample_rows.tolist(), step.sample_epochs.tolist(), strict=True)) | step.chunk_epochs
-        endings: list[Ending] = []
+        endings: list[FinishedSequence] = []
         for row, message in result.failed_rows:
             if self.table.epoch[row] != epochs.get(row):
                 continue
@@ -374,7 +374,9 @@ class Scheduler:
         self._line.add_preempted(sequence)
         self.counters.preemptions += 1
 
-    def _end_request(self, state: RequestState, reason: FinishReason, sample: int | None = None) -> list[Ending]:
+    def _end_request(
+        self, state: RequestState, reason: FinishReason, sample: int | None = None
+    ) -> list[FinishedSequence]:
         """A sample alone must have had a token to be ended: before, others may wait for the prompt that it runs."""
         unfinished = [entry for entry in state.sequences if entry.phase is not Phase.ENDED]
         named = [entry for entry in unfinished if sample is None or (entry.sample == sample and self._has_token(entry))]
@@ -386,7 +388,7 @@ class Scheduler:
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None, error: str | None = None
-    ) -> Ending:
+    ) -> FinishedSequence:
         """Free all that the sequence has. A request that waits is dropped from the line when its turn comes."""
         if sequence.phase is Phase.PREEMPTED:
             self._line.remove_preempted(sequence)
@@ -399,7 +401,7 @@ class Scheduler:
         self._num_open -= 1
         if not state.num_open:
             del self._requests[state.request.request_id]
-        return Ending(sequence, reason, stop_reason, error)
+        return FinishedSequence(sequence, reason, stop_reason, error)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
         if sequence.phase is Phase.PREFILL:

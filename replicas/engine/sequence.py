@@ -13,7 +13,7 @@ from ..config import ModelFacts
 from ..plan import Ints, RowStart
 from ..protocol import FinishReason, Logprob, Request
 
-Rank = tuple[int, int, int]  # (priority, arrival, sample): the lower runs first and is preempted last
+SchedulingKey = tuple[int, int, int]  # (priority, arrival, sample): the lower runs first and is preempted last
 
 
 class Phase(Enum):
@@ -45,7 +45,7 @@ class RequestState:
         return self.sequences[0]
 
     @property
-    def rank(self) -> Rank:
+    def rank(self) -> SchedulingKey:
         return self.leader.rank
 
 
@@ -55,7 +55,7 @@ class Sequence:
 
     state: RequestState
     sample: int
-    rank: Rank
+    rank: SchedulingKey
     request_id: str
     phase: Phase = Phase.WAITING
     row: int = -1
@@ -78,7 +78,7 @@ class Sequence:
         )
 
 
-class Ending(NamedTuple):
+class FinishedSequence(NamedTuple):
     """How a sequence ended."""
 
     sequence: Sequence

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..plan import Ints
 from .plan_builder import Chunk, Rows
-from .sequence import Ending, Sequence
+from .sequence import FinishedSequence, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,6 @@ class StepOutcome:
     sample_numbers: Ints
     token_ids: Ints
     firsts: Rows
-    endings: dict[int, Ending]
-    failures: list[Ending]
+    endings: dict[int, FinishedSequence]
+    failures: list[FinishedSequence]
     scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended

@@ -6,15 +6,15 @@ import heapq
 from bisect import insort
 from collections.abc import Iterator
 
-from .sequence import Rank, RequestState, Sequence
+from .sequence import RequestState, SchedulingKey, Sequence
 
 
-class WaitingLine:
+class WaitingQueue:
     """New requests, and preempted sequences, which keep their rows; both in order of rank."""
 
     def __init__(self) -> None:
-        self._new: list[tuple[Rank, RequestState]] = []  # a heap; ended requests leave it when they come first
-        self._preempted: list[tuple[Rank, Sequence]] = []  # sorted
+        self._new: list[tuple[SchedulingKey, RequestState]] = []  # a heap; ended requests leave it when they come first
+        self._preempted: list[tuple[SchedulingKey, Sequence]] = []  # sorted
 
     def __bool__(self) -> bool:
         return bool(self._new or self._preempted)

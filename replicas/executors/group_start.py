@@ -89,7 +89,7 @@ class GroupStart:
         pool = ThreadPoolExecutor(1)
         accepting = pool.submit(server.accept, self._left())
         pool.shutdown(wait=False)  # an interrupt is not held up by it; closing the server ends it
-        for seconds in self._looks("connect", ranks):
+        for seconds in self._poll("connect", ranks):
             if wait([accepting, *runs], seconds, return_when=FIRST_COMPLETED).done:
                 break
         if lost := any(run.done() for run in runs):
@@ -113,7 +113,7 @@ class GroupStart:
         """Every rank's answer to a call with arguments of its own."""
         calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
         silent = set(calls)
-        for seconds in self._looks(what, ranks):
+        for seconds in self._poll(what, ranks):
             silent = wait(calls, seconds, return_when=FIRST_EXCEPTION).not_done
             if any(call.done() and call.exception() for call in calls):
                 wait(calls, _LAST_WORDS_SECONDS)
@@ -126,7 +126,7 @@ class GroupStart:
             "Look at its log, or give the group more time to start (group_start_timeout_s)"
         )
 
-    def _looks(self, what: str, ranks: Sequence[RankHandle]) -> Iterator[float]:
+    def _poll(self, what: str, ranks: Sequence[RankHandle]) -> Iterator[float]:
         """For how long to wait before the ranks are looked at again, until the time for the start is over.
 
         Raises ShardGroupError where one has been stopped at several looks in a row: it would take all of that time.

@@ -60,7 +60,7 @@ class AttentionStep:
         lens, tables = metadata.decode_lens, metadata.decode_tables
         cuts = [(metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables)]
         decode: dict[int | None, DecodeIndex | DecodeTables] = {}
-        # Room for few sequences beside a prefill is often room for one and padding (graphs.py), and its context may
+        # The graph shape of few sequences beside a prefill often holds one and padding (graphs.py), and its context may
         # be long: as a program's alone, 8192 tokens take 100 us a layer on an H200, seven times what they need.
         few = len(metadata.prefill_lens) and len(lens) <= FEW_DECODES
         expected = max(1, len(lens) // 8) if few else len(lens)

@@ -32,7 +32,7 @@ FEW_DECODES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class GraphShape:
     """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more.
 
     filtered: with tensor parallelism, a row is sampled from less than the whole vocabulary: that is another program.
@@ -44,7 +44,7 @@ class Room:
     samples: int  # K
     filtered: bool = False
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: GraphShape) -> bool:
         """Whether a step of the size of `other` fits."""
         return (
             other.tokens <= self.tokens

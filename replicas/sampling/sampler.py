@@ -96,7 +96,7 @@ class Sampler:
         keys = own.comm.all_gather(best_keys(logits, rows, self._params, positions, own.first))
         return winners(keys.view(own.comm.tp_size, len(rows)))
 
-    def has_wishes(self, rows: Ints) -> bool:
+    def has_logits_processors(self, rows: Ints) -> bool:
         """Whether one of these rows has an uncommon wish."""
         if not self._adjusters and not self._penalties:
             return False
@@ -107,7 +107,7 @@ class Sampler:
         most = int(self._num_logprobs[rows].max(initial=-1))
         return None if most < 0 else most
 
-    def choose_again(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
+    def resample(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
         """Rows with uncommon wishes choose by them; their tokens are put in place, in `tokens` [>= K].
 
         logits [>= K, size] stay as they are. positions [K] as in `choose`.
@@ -142,7 +142,7 @@ class Sampler:
             self.start(RowStart(row, 0, 1, SamplingParams(presence_penalty=1.0), prompt_token_ids=(0,)))
         for count in (1, most):
             rows = np.arange(count, dtype=np.int32)
-            self.choose_again(logits[:count], tokens[:count], rows, positions[:count])
+            self.resample(logits[:count], tokens[:count], rows, positions[:count])
             self.score(logits[:count], tokens[:count], 1)
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:

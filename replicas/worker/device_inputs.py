@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.step.step_inputs import HEADER, ROW_START, RowState, StepTensors, keep_tokens, load_plan
 from ..host_copy import HostCopy
-from ..layers.batch import AttentionMetadata, InputBatch, Room
+from ..layers.batch import AttentionMetadata, GraphShape, InputBatch
 from ..plan import Ints, RowStart, StepPlan
 from .step_inputs import count_decodes
 
@@ -104,7 +104,7 @@ class DeviceInputs:
             copy = self._copies[turn, count] = self._packed[:count], self._sent[turn, :count]
         copy[0].copy_(copy[1], non_blocking=True)
 
-    def batch(self, room: Room) -> InputBatch:
+    def batch(self, room: GraphShape) -> InputBatch:
         """Queue the kernels that expand the plan; its tensors, with as much room as is asked for."""
         counts = [room.tokens] * 3 + [room.decodes] * 2 + [room.prefills + 1] + [room.prefills] * 2 + [room.samples] * 3
         part = StepTensors._make(tensor[:count] for tensor, count in zip(self._tensors, counts, strict=True))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layers.batch import FEW_DECODES, Room
+from ..layers.batch import FEW_DECODES, GraphShape
 
 if TYPE_CHECKING:
     from .runner import StepOutputs
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 _SAMPLED_PREFILLS = 16  # prompts that may end in one step, where there is no room for all decodes
 
 
-def decode_rooms(max_rows: int) -> list[Room]:
+def decode_rooms(max_rows: int) -> list[GraphShape]:
     """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
     sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
-    return [Room(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
+    return [GraphShape(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
 
 
-def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
+def mixed_rooms(max_rows: int, max_tokens: int) -> list[GraphShape]:
     """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
 
     Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
-    decodes there is room for, and one long context among room for 256 would have little of it. Room for prefills
+    decodes there is room for, and one long context among room for 256 would have little of it. GraphShape for prefills
     is one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
     """
     sizes, size = [], 64
@@ -47,11 +47,11 @@ def mixed_rooms(max_rows: int, max_tokens: int) -> list[Room]:
     for size in sizes:
         for decodes in sorted({0, min(FEW_DECODES, size, max_rows), min(size, max_rows)}):
             samples = min(decodes + _SAMPLED_PREFILLS, size, max_rows)
-            rooms.append(Room(size, decodes, min(max_rows, max(8, size // 8)), samples))
+            rooms.append(GraphShape(size, decodes, min(max_rows, max(8, size // 8)), samples))
     return rooms
 
 
-def with_filtered(rooms: list[Room]) -> list[Room]:
+def with_filtered(rooms: list[GraphShape]) -> list[GraphShape]:
     """Each size for steps without filters and for those with them, which are two programs where logits are split."""
     return [replace(room, filtered=filtered) for room in rooms for filtered in (False, True)]
 
@@ -64,14 +64,14 @@ class StepGraphs:
     """
 
     def __init__(
-        self, run: Callable[[Room], StepOutputs], warm_up: Callable[[Room], object], device: torch.device
+        self, run: Callable[[GraphShape], StepOutputs], warm_up: Callable[[GraphShape], object], device: torch.device
     ) -> None:
         self._run, self._warm_up, self._device = run, warm_up, device
-        self._graphs: dict[Room, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
-        self._decode: list[Room] = []
-        self._mixed: list[Room] = []
+        self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
+        self._decode: list[GraphShape] = []
+        self._mixed: list[GraphShape] = []
 
-    def capture(self, decode: list[Room], mixed: list[Room]) -> None:
+    def capture(self, decode: list[GraphShape], mixed: list[GraphShape]) -> None:
         """Capture every size, the largest first. The inputs must be those of an empty plan: all padding.
 
         decode, mixed: sizes of steps without and with prefills, by their number of tokens.
@@ -93,7 +93,7 @@ class StepGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._decode, self._mixed = decode, mixed
 
-    def replay(self, room: Room) -> StepOutputs | None:
+    def replay(self, room: GraphShape) -> StepOutputs | None:
         """Run the step in the smallest graph that holds it; None where none does."""
         rooms = self._mixed if room.prefills else self._decode
         first = bisect_left(rooms, room.tokens, key=lambda candidate: candidate.tokens)

@@ -21,7 +21,7 @@ from ...kernels.compiling.compile_process import CompilationFailed, CompileProce
 from ..config import EngineConfig, ModelFacts
 from ..device import usable_cores
 from ..host_copy import HostCopier, HostCopy
-from ..layers.batch import Room
+from ..layers.batch import GraphShape
 from ..layers.kv_cache import KVCache
 from ..models.decoder import DecoderModel
 from ..plan import DEVICE_TOKEN, LogprobArrays, StepPlan, StepResult
@@ -157,7 +157,7 @@ class Runner:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""
         self._graphs.capture(*self._rooms(max_tokens))
 
-    def _rooms(self, max_tokens: int) -> tuple[list[Room], list[Room]]:
+    def _rooms(self, max_tokens: int) -> tuple[list[GraphShape], list[GraphShape]]:
         """Sizes of steps of up to `max_tokens` tokens that are captured: without and with prefills."""
         max_rows = len(self._sampled)
         decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
@@ -173,7 +173,7 @@ class Runner:
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
         if self._exchange is not None:
-            self._exchange.take_in(plan)
+            self._exchange.recv_before_step(plan)
         scores_prompts = self._samples and len(plan.scored_slices) > 0
         room = room_of(plan)
         if self._sampler.has_filters(plan.sample_rows):
@@ -185,7 +185,7 @@ class Runner:
         if self._samples and len(plan.sample_rows):
             count, scores = len(plan.sample_rows), self._finish_samples(plan, outputs)
         if self._exchange is not None:
-            self._exchange.hand_on(plan)
+            self._exchange.send_after_step(plan)
         pending = PendingStep(plan, self._inputs.kept(count), scores)
         if scores_prompts:
             assert outputs.hidden is not None, "such a step runs outside of graphs"
@@ -204,7 +204,7 @@ class Runner:
             self._exchange.settle()
 
     @torch.inference_mode()
-    def _forward(self, room: Room) -> StepOutputs:
+    def _forward(self, room: GraphShape) -> StepOutputs:
         """One step of the plan that was sent last. No host value but `room` decides anything: this is what a CUDA
         graph captures."""
         batch, exchange = self._inputs.batch(room), self._exchange
@@ -223,7 +223,7 @@ class Runner:
             self._inputs.keep(tokens, batch.sample_rows)
         return StepOutputs(hidden, logits, sampled, batch.sample_rows, tokens)
 
-    def _forward_abridged(self, room: Room) -> None:
+    def _forward_abridged(self, room: GraphShape) -> None:
         """Launches what `_forward` does, for fewer layers; what it computes is of no use."""
         with self.model.abridged():
             self._forward(room)
@@ -235,7 +235,10 @@ class Runner:
 
     def _finish_samples(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
         """What few samples want: their uncommon wishes, for which they choose again, and log-probabilities."""
-        num_top, wishes = self._sampler.num_logprobs(plan.sample_rows), self._sampler.has_wishes(plan.sample_rows)
+        num_top, wishes = (
+            self._sampler.num_logprobs(plan.sample_rows),
+            self._sampler.has_logits_processors(plan.sample_rows),
+        )
         if num_top is None and not wishes:
             return None
         logits = outputs.logits
@@ -243,7 +246,7 @@ class Runner:
             logits = self.model.compute_logits(outputs.sampled)
         if wishes:
             positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
-            self._sampler.choose_again(logits, outputs.tokens, plan.sample_rows, positions)
+            self._sampler.resample(logits, outputs.tokens, plan.sample_rows, positions)
             self._inputs.keep(outputs.tokens, outputs.rows)
         if num_top is None:
             return None

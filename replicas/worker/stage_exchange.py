@@ -49,7 +49,7 @@ class StageExchange:
         """Lay a step's hidden states where they leave from."""
         self._outgoing[: len(hidden)].copy_(hidden)
 
-    def take_in(self, plan: StepPlan) -> None:
+    def recv_before_step(self, plan: StepPlan) -> None:
         """Queue what must have come before the step can run."""
         if not self._is_first:
             self._links.receive_hidden(self._incoming[: len(plan.token_ids)])
@@ -63,7 +63,7 @@ class StageExchange:
             self._sampled_in[plan.sample_rows] = plan.step
             self._owed.append(plan.step)
 
-    def hand_on(self, plan: StepPlan) -> None:
+    def send_after_step(self, plan: StepPlan) -> None:
         """Queue what others need of the step."""
         if not self._is_last:
             self._links.send_hidden(self._outgoing[: len(plan.token_ids)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.sampling.sample import SamplingRows
 from ...kernels.step.step_inputs import RowState
 from ..host_copy import HostCopy
-from ..layers.batch import AttentionMetadata, InputBatch, Room
+from ..layers.batch import AttentionMetadata, GraphShape, InputBatch
 from ..plan import DEVICE_TOKEN, StepPlan
 
 
@@ -41,10 +41,10 @@ def count_decodes(plan: StepPlan) -> int:
     return int(np.count_nonzero(plan.num_tokens == 1))
 
 
-def room_of(plan: StepPlan) -> Room:
+def room_of(plan: StepPlan) -> GraphShape:
     """Just what the plan needs."""
     num_decodes = count_decodes(plan)
-    return Room(len(plan.token_ids), num_decodes, plan.num_slices - num_decodes, len(plan.sample_rows))
+    return GraphShape(len(plan.token_ids), num_decodes, plan.num_slices - num_decodes, len(plan.sample_rows))
 
 
 class StepInputs(Protocol):
@@ -54,7 +54,7 @@ class StepInputs(Protocol):
         """Take the plan in. Exactly one `batch` follows."""
         ...
 
-    def batch(self, room: Room) -> InputBatch:
+    def batch(self, room: GraphShape) -> InputBatch:
         """The tensors of the plan sent last."""
         ...
 
@@ -91,7 +91,7 @@ class HostInputs:
             sampling.min_p[row] = params.min_p
             sampling.seed[row] = int(np.uint64(start.seed).astype(np.int64))
 
-    def batch(self, room: Room) -> InputBatch:
+    def batch(self, room: GraphShape) -> InputBatch:
         plan, num_decodes = self._plan, room.decodes
         assert plan is not None, "no plan was sent"
         num_tokens = plan.num_tokens

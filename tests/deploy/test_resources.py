@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from shoal.deploy.config import LLMConfig, ModelPlan, from_dict, plan_model
-from shoal.deploy.resources import Room, check_gpus, cpu_share, replica_request, room_of_nodes, visible_gpus
+from shoal.deploy.resources import ClusterResources, check_gpus, cpu_share, replica_request, room_of_nodes, visible_gpus
 from shoal.replicas.errors import ConfigError
 
-LAPTOP = Room(num_nodes=1, node_cpus=2.0, gpus=0.0)
-SERVER = Room(num_nodes=1, node_cpus=64.0, gpus=8.0)
+LAPTOP = ClusterResources(num_nodes=1, node_cpus=2.0, gpus=0.0)
+SERVER = ClusterResources(num_nodes=1, node_cpus=64.0, gpus=8.0)
 
 
 def model(tp: int = 1, pp: int = 1, **more: Any) -> ModelPlan:
@@ -36,7 +36,7 @@ def test_everything_fits_two_cores(tp: int, pp: int, replicas: int) -> None:
 
 def test_where_cores_are_many_every_process_has_one() -> None:
     assert cpu_share([model(4), model(2)], SERVER) == 1.0
-    assert cpu_share([model(2, deployment_config={"num_replicas": 2})], Room(2, 3.0, 0.0)) == 1.0
+    assert cpu_share([model(2, deployment_config={"num_replicas": 2})], ClusterResources(2, 3.0, 0.0)) == 1.0
 
 
 def test_ranks_have_gpus_and_the_replica_none() -> None:
@@ -63,10 +63,10 @@ def test_a_user_may_say_what_ray_keeps() -> None:
 
 def test_more_ranks_than_gpus() -> None:
     plan = model(2, 2, deployment_config={"num_replicas": 3})
-    check_gpus([plan], Room(1, 8.0, 12.0), "this machine")
+    check_gpus([plan], ClusterResources(1, 8.0, 12.0), "this machine")
     check_gpus([plan], LAPTOP, "this machine")  # auto: it runs on CPU
     with pytest.raises(ConfigError) as caught:
-        check_gpus([plan, model(deployment_config={"num_replicas": 1})], Room(1, 8.0, 12.0), "this machine")
+        check_gpus([plan, model(deployment_config={"num_replicas": 1})], ClusterResources(1, 8.0, 12.0), "this machine")
     assert "3 replicas of tiny with tensor_parallel_size 2 and pipeline_parallel_size 2" in caught.value.message
     assert caught.value.message.startswith("13 GPUs are needed for ")
     assert "this machine has 12; lower" in caught.value.message
@@ -79,8 +79,8 @@ def test_what_a_running_ray_has() -> None:
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
         {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}},
     ]
-    assert room_of_nodes(nodes) == Room(2, 16.0, 6.0)
-    assert room_of_nodes([]) == Room(1, 0.0, 0.0)
+    assert room_of_nodes(nodes) == ClusterResources(2, 16.0, 6.0)
+    assert room_of_nodes([]) == ClusterResources(1, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from shoal.cluster.shards.placement import Place
+from shoal.cluster.shards.placement import ActorPlacement
 from shoal.replicas.channel.step_channel import StepChannelClient
 from shoal.replicas.channel.step_sockets import Address
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
@@ -18,18 +18,18 @@ from tests.support.engines import facts
 from tests.support.step_group import answer
 
 NUM_BLOCKS = 64
-METHODS = ("place", "take_seat", "open_store", "join", "load", "serve")
+METHODS = ("place", "assign", "open_store", "join", "load", "serve")
 
 
 class FakeShard:
     """A ShardHandle. `before` is called with a method's name ahead of the method, in the shard's own thread."""
 
-    def __init__(self, place: Place, before: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, place: ActorPlacement, before: Callable[[str], None] = lambda _: None) -> None:
         self._place = place
         self._before = before
         self.rank: int | None = None
         self.seat: tuple[int, tuple[str, ...]] | None = None
-        self.seated_at: tuple[int, int, Place] | None = None
+        self.seated_at: tuple[int, int, ActorPlacement] | None = None
         self.stopped = False
         self.killed = threading.Event()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -58,7 +58,7 @@ class FakeShard:
     def __str__(self) -> str:
         return "an actor" if self.seated_at is None else "rank {} of {} ({})".format(*self.seated_at)
 
-    def seated(self, rank: int, world_size: int, place: Place) -> None:
+    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         self.seated_at = rank, world_size, place
 
     def is_stopped(self) -> bool:
@@ -74,7 +74,7 @@ class FakeShard:
         if self._client is not None:
             self._client.close()
 
-    def _place_now(self) -> Place:
+    def _place_now(self) -> ActorPlacement:
         return self._place
 
     def _take_seat_now(self, config: EngineConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.shards.placement import Place
-from shoal.cluster.shards.shard_group import Home, ShardGroup, start_shard_group
+from shoal.cluster.shards.placement import ActorPlacement
+from shoal.cluster.shards.shard_group import DriverNode, ShardGroup, start_shard_group
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.executors.shard_processes import RankProcess
@@ -26,8 +26,8 @@ class NodeShard:
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         if method == "place":
-            return _done(Place(self._node.address, self._node.address, 0, ()))
-        if method == "take_seat":
+            return _done(ActorPlacement(self._node.address, self._node.address, 0, ()))
+        if method == "assign":
             config, rank, local_rank, _ = args
             with self._node.entered():
                 self._process = RankProcess(config, rank, local_rank)
@@ -38,7 +38,7 @@ class NodeShard:
     def __str__(self) -> str:
         return f"{self._process} on {self._node.address}"
 
-    def seated(self, rank: int, world_size: int, place: Place) -> None:
+    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         pass
 
     def is_stopped(self) -> bool:
@@ -63,7 +63,7 @@ class Group:
         self.shards = [NodeShard(node) for node in nodes]
         launch = self.shards.__getitem__
         with home.entered():
-            place = Home(home.address, home.address)
+            place = DriverNode(home.address, home.address)
             self.group: ShardGroup = start_shard_group(resolved, launch, place, timeout_s=120)
         self.engine = Engine(resolved, facts, self.group)
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from shoal.cluster.shards.placement import Place, Seat, bundles, ray_actor_options, seat, spread_stages, strategy
+from shoal.cluster.shards.placement import (
+    ActorPlacement,
+    RankAssignment,
+    bundles,
+    ray_actor_options,
+    seat,
+    spread_stages,
+    strategy,
+)
 from shoal.replicas.config import ParallelConfig
 
 
@@ -27,15 +35,16 @@ def test_stages_may_lie_on_several_nodes_and_the_ranks_of_one_may_not() -> None:
     assert strategy(ParallelConfig(2, 2)) == strategy(ParallelConfig(1, 2)) == "PACK"
 
 
-def seats(names: str, parallel: ParallelConfig) -> list[Seat]:
+def seats(names: str, parallel: ParallelConfig) -> list[RankAssignment]:
     """The seats of actors at "a1 b10 ...": node a's GPU 1, node b's GPU 10. The engine is on node a."""
     places = [
-        Place(name[0], f"host-{name[0]}", i, tuple(filter(None, [name[1:]]))) for i, name in enumerate(names.split())
+        ActorPlacement(name[0], f"host-{name[0]}", i, tuple(filter(None, [name[1:]])))
+        for i, name in enumerate(names.split())
     ]
     return seat(places, parallel, "a")
 
 
-def told(found: list[Seat]) -> list[str]:
+def told(found: list[RankAssignment]) -> list[str]:
     return [taken.place.node_id + "".join(taken.place.gpus) for taken in found]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster.shards.placement import Place
-from shoal.cluster.shards.shard_group import Home, ShardGroup, start_shard_group
+from shoal.cluster.shards.placement import ActorPlacement
+from shoal.cluster.shards.shard_group import DriverNode, ShardGroup, start_shard_group
 from shoal.replicas.channel.step_channel import StepChannelServer
 from shoal.replicas.config import EngineConfig
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
@@ -22,12 +22,12 @@ from tests.support.fake_shards import METHODS, NUM_BLOCKS, FakeShard, group_conf
 from tests.support.step_group import answer, blocked
 from tests.support.steps import decode_plan, same
 
-HOME = Home("node-0", "127.0.0.1")
+HOME = DriverNode("node-0", "127.0.0.1")
 PATIENCE = 20.0  # seconds; only a failing test waits so long
 
 
-def place(node: int = 0, gpu: int | None = None, pid: int = 100) -> Place:
-    return Place(f"node-{node}", f"10.0.0.{node}", pid, () if gpu is None else (str(gpu),))
+def place(node: int = 0, gpu: int | None = None, pid: int = 100) -> ActorPlacement:
+    return ActorPlacement(f"node-{node}", f"10.0.0.{node}", pid, () if gpu is None else (str(gpu),))
 
 
 class Maker:
@@ -39,7 +39,7 @@ class Maker:
         self.faults: dict[tuple[int, str], Callable[[], object]] = {}
         self.groups: list[ShardGroup] = []
 
-    def start(self, config: EngineConfig, places: list[Place], timeout_s: float = PATIENCE) -> ShardGroup:
+    def start(self, config: EngineConfig, places: list[ActorPlacement], timeout_s: float = PATIENCE) -> ShardGroup:
         def launch(index: int) -> FakeShard:
             def before(method: str) -> None:
                 if (fault := self.faults.get((index, method))) is not None:

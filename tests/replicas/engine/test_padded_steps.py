@@ -11,7 +11,7 @@ import torch
 
 from shoal.kernels.backend import Backend, use_backend
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from shoal.replicas.layers.batch import Room
+from shoal.replicas.layers.batch import GraphShape
 from shoal.replicas.layers.kv_cache import KVCache
 from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
@@ -62,9 +62,9 @@ def test_padding_changes_nothing(family, num_stages, tmp_path, monkeypatch):
 
     rooms = []
 
-    def padded(self: StepGraphs, room: Room):
+    def padded(self: StepGraphs, room: GraphShape):
         rooms.append(room)
-        return self._run(Room(room.tokens + 5, 5, 3 if room.prefills else 0, 5))
+        return self._run(GraphShape(room.tokens + 5, 5, 3 if room.prefills else 0, 5))
 
     monkeypatch.setattr(StepGraphs, "replay", padded)
     with use_backend(Backend.INTERPRET):
@@ -78,17 +78,17 @@ def test_padding_changes_nothing(family, num_stages, tmp_path, monkeypatch):
 
 def test_rooms_of_graphs_cover_every_step_they_may():
     decode, mixed = decode_rooms(200), mixed_rooms(200, 2048)
-    assert all(any(room.holds(Room(size, size, 0, size)) for room in decode) for size in range(1, 201))
+    assert all(any(room.holds(GraphShape(size, size, 0, size)) for room in decode) for size in range(1, 201))
     assert mixed[-1].tokens == 2048
     for tokens in range(2, 2049):
         for decodes in {0, 1, min(tokens - 1, 16), min(tokens - 1, 200)}:
-            fitting = next(room for room in mixed if room.holds(Room(tokens, decodes, 1, min(decodes + 1, 200))))
+            fitting = next(room for room in mixed if room.holds(GraphShape(tokens, decodes, 1, min(decodes + 1, 200))))
             assert fitting.tokens - tokens < max(64, tokens / 7), "padding costs as much as what is served"
             assert fitting.decodes == decodes or fitting.decodes <= 16 or decodes > 16
     for tokens, prefills in ((40, 5), (320, 40), (2048, 190)):  # short prompts, or what a prefix cache left of them
-        fitting = next(room for room in mixed if room.holds(Room(tokens, 0, prefills, prefills)))
+        fitting = next(room for room in mixed if room.holds(GraphShape(tokens, 0, prefills, prefills)))
         assert fitting.tokens == max(64, tokens)
-    assert decode_rooms(3) == [Room(1, 1, 0, 1), Room(2, 2, 0, 2), Room(3, 3, 0, 3)]
+    assert decode_rooms(3) == [GraphShape(1, 1, 0, 1), GraphShape(2, 2, 0, 2), GraphShape(3, 3, 0, 3)]
 
 
 def test_the_memory_of_an_engine_goes_with_it(tmp_path, monkeypatch):

@@ -60,8 +60,8 @@ class RankSampler:
         sampled = np.array([row for row in rows if row >= 0], np.int32)
         filtered = self.sampler.has_filters(sampled)
         tokens = self.sampler.choose(self.own(logits), indices, positions, filtered=filtered)
-        if self.sampler.has_wishes(sampled):
-            self.sampler.choose_again(self.own(logits), tokens, sampled, positions.numpy())
+        if self.sampler.has_logits_processors(sampled):
+            self.sampler.resample(self.own(logits), tokens, sampled, positions.numpy())
         return tokens
 
 

@@ -41,8 +41,8 @@ def step(state: Rows, logits: torch.Tensor, position: int, rows=(0,)):
     sampler, indices = state.sampler, np.array(rows, np.int32)
     positions = np.full(len(rows), position, np.int32)
     tokens = sampler.choose(logits, torch.from_numpy(indices).long(), torch.from_numpy(positions).long())
-    if sampler.has_wishes(indices):
-        sampler.choose_again(logits, tokens, indices, positions)
+    if sampler.has_logits_processors(indices):
+        sampler.resample(logits, tokens, indices, positions)
     num_top = sampler.num_logprobs(indices)
     return tokens.tolist(), None if num_top is None else sampler.score(logits, tokens, num_top)
 

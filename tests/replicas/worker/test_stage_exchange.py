@@ -78,7 +78,7 @@ class FirstStage:
 
     def run(self, step: int, rows: Sequence[int], tokens: Sequence[int], sampled: Sequence[int]) -> int:
         """The step whose tokens it reads."""
-        self.exchange.take_in(plan(step, rows, tokens, sampled))
+        self.exchange.recv_before_step(plan(step, rows, tokens, sampled))
         if sampled:
             self.returned.append(torch.full((NUM_ROWS,), step + 1))
         return int(self.last_tokens[0]) - 1
@@ -111,13 +111,13 @@ def test_hidden_states_leave_from_a_buffer_that_stays():
     assert exchange is not None
     hidden = torch.arange(4 * HIDDEN, dtype=torch.float32).view(4, HIDDEN)
     exchange.put(hidden)  # of a graph that has room for four tokens
-    exchange.hand_on(plan(0, [0, 1], [5, 6], []))
+    exchange.send_after_step(plan(0, [0, 1], [5, 6], []))
     other = QueuedLinks(1, links.hidden, links.tokens)
     receiver = make_exchange(
         ParallelContext(pp_rank=1, pp_size=2, pp=other), torch.zeros(NUM_ROWS), 8, HIDDEN, torch.float32
     )
     assert receiver is not None
-    receiver.take_in(plan(0, [0, 1], [5, 6], []))
+    receiver.recv_before_step(plan(0, [0, 1], [5, 6], []))
     incoming = receiver.incoming(4)
     assert incoming is not None
     assert torch.equal(incoming[:2], hidden[:2])
