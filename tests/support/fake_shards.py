@@ -77,7 +77,7 @@ class FakeShard:
     def _place_now(self) -> ActorPlacement:
         return self._place
 
-    def _take_seat_now(self, config: EngineConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:
+    def _assign_now(self, config: EngineConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:
         self.rank, self.seat = rank, (local_rank, visible)
         self._world_size = config.parallel.world_size
         self._answers = rank == self._world_size - config.parallel.tensor_parallel_size
