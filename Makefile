@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve doctor test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-plots bench-table
+.PHONY: help setup serve doctor test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-versions bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -101,6 +101,9 @@ bench-vllm-tp: $(STAMP) ## the same on two GPUs, tensor parallel (ARGS as above)
 
 bench-parallel: $(STAMP) ## what a second GPU gains: tensor and pipeline parallel beside one GPU
 	@$(BIN)/python -m benchmarks.parallel 8b $(ARGS)
+
+bench-versions: $(STAMP) ## this checkout beside another one, by turns (ARGS='--old /path/to/checkout')
+	@for group in 8b 1b; do $(BIN)/python -m benchmarks.versions $$group $(ARGS) || exit 1; done
 
 bench-plots: $(STAMP) ## the plots of docs/performance.md from benchmarks/results
 	@$(BIN)/python -m benchmarks.plots

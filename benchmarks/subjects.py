@@ -128,11 +128,13 @@ class Python:
 
 
 @contextmanager
-def started_worker(engine: str, settings: dict[str, Any], log: Path, python: Python) -> Iterator[Worker]:
+def started_worker(
+    engine: str, settings: dict[str, Any], log: Path, python: Python, worker: Path = WORKER
+) -> Iterator[Worker]:
     """A worker that loads; ended with its input, or by force."""
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [python.executable, "-P", str(WORKER), engine],
+            [python.executable, "-P", str(worker), engine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
