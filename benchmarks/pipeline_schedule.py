@@ -24,7 +24,7 @@ from shoal.replicas.engine.scheduler import Scheduler
 from shoal.replicas.plan import DEVICE_TOKEN, StepPlan, StepResult
 from shoal.replicas.protocol import Request, SamplingParams
 from shoal.replicas.stages import split_costs
-from shoal.replicas.worker.graphs import decode_rooms, mixed_rooms
+from shoal.replicas.worker.graphs import decode_shapes, mixed_shapes
 
 FACTS = ModelFacts("Fake", 32, 8, 1, 1, 8, 1000, 8192, (2,), "float32")
 SEQUENCES, NUM_BLOCKS = 256, 40_000  # of a stage; of 64 tokens
@@ -81,7 +81,7 @@ def _num_decodes(plan: StepPlan) -> int:
 
 def _layers_ms(plan: StepPlan) -> float:
     num_tokens = len(plan.token_ids)
-    rooms = decode_rooms(SEQUENCES) if _num_decodes(plan) == len(plan.rows) else mixed_rooms(SEQUENCES, GRAPH_TOKENS)
+    rooms = decode_shapes(SEQUENCES) if _num_decodes(plan) == len(plan.rows) else mixed_shapes(SEQUENCES, GRAPH_TOKENS)
     padded = next((room.tokens for room in rooms if room.tokens >= num_tokens), num_tokens)
     return float(np.interp(padded, TOKENS, LAYERS_MS)) + float((plan.starts + plan.num_tokens).sum()) * KV_MS
 

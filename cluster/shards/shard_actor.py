@@ -114,7 +114,7 @@ class ShardActorHandle:
     def __str__(self) -> str:
         return self._name
 
-    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         self._name = f"rank {rank} of {world_size} ({place})"
         self._title = f"shard {rank} of replica {os.getpid()}"
         self._place = place

@@ -24,7 +24,7 @@ _LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more 
 class ShardHandle(RankHandle, Protocol):
     """One shard actor, as its group drives it: `call` is of ShardActor's methods. `shard_actor.py` has Ray's."""
 
-    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         """Is told which rank the actor will be, and where it is."""
         ...
 
@@ -78,8 +78,8 @@ def start_shard_group(
     try:
         for index in range(config.parallel.world_size):
             actors.append(launch(index))
-        places: list[ActorPlacement] = start.together("start", actors, "place")
-        ranks = _take_seats(start, config, actors, places, home)
+        places: list[ActorPlacement] = start.call_all("start", actors, "place")
+        ranks = _assign_ranks(start, config, actors, places, home)
         nodes = [rank.place.node_id for rank in ranks]
         # The store is reached from no further than the ranks are.
         meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].place.host
@@ -99,7 +99,7 @@ class _Rank(NamedTuple):
     place: ActorPlacement
 
 
-def _take_seats(
+def _assign_ranks(
     start: GroupStart,
     config: EngineConfig,
     actors: Sequence[ShardHandle],
@@ -111,7 +111,7 @@ def _take_seats(
     seats = seat(places, parallel, home.node_id)
     ranks = [_Rank(actors[taken.actor], taken.place) for taken in seats]
     for rank, (shard, place) in enumerate(ranks):
-        shard.seated(rank, parallel.world_size, place)
+        shard.assigned(rank, parallel.world_size, place)
         if config.device == "cuda" and len(place.gpus) != 1:
             raise ShardGroupError(
                 f"{shard} has been given {len(place.gpus)} GPUs ({', '.join(place.gpus) or 'none'}); every rank needs "
@@ -125,7 +125,7 @@ def _take_seats(
             stage,
         )
     arguments = [(config, rank, taken.local_rank, taken.visible_gpus) for rank, taken in enumerate(seats)]
-    start.each("prepare", [rank.shard for rank in ranks], "assign", arguments)
+    start.call_each("prepare", [rank.shard for rank in ranks], "assign", arguments)
     return ranks
 
 

@@ -52,11 +52,11 @@ class GroupStart:
 
     def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> Loaded:
         """Lets the ranks meet and load the model; what rank 0 says of it. meeting_host: an address of that."""
-        store = self.together("open the store", ranks[:1], "open_store", meeting_host)[0]
+        store = self.call_all("open the store", ranks[:1], "open_store", meeting_host)[0]
         left = self._left()
         # A rank that gives up before the group does says for whom it has waited.
-        self.together("meet", ranks, "join", store, max(left - _LAST_WORDS_SECONDS, left / 2))
-        loaded: list[Loaded] = self.together("load the model", ranks, "load")
+        self.call_all("meet", ranks, "join", store, max(left - _LAST_WORDS_SECONDS, left / 2))
+        loaded: list[Loaded] = self.call_all("load the model", ranks, "load")
         blocks = [one.num_blocks for one in loaded]
         if len(set(blocks)) != 1:
             raise ShardGroupError(f"the ranks have not agreed on their number of KV blocks: {blocks}")
@@ -103,11 +103,11 @@ class GroupStart:
         if lost:  # perhaps after it had been accepted, as the last one
             raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}")
 
-    def together(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
+    def call_all(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
         """Every rank's answer to the same call. what: what cannot be done if it fails."""
-        return self.each(what, ranks, method, [arguments] * len(ranks))
+        return self.call_each(what, ranks, method, [arguments] * len(ranks))
 
-    def each(
+    def call_each(
         self, what: str, ranks: Sequence[RankHandle], method: str, arguments: Sequence[tuple[object, ...]]
     ) -> list[Any]:
         """Every rank's answer to a call with arguments of its own."""

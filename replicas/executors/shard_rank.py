@@ -155,7 +155,7 @@ class ShardRank:
         last_stage = self._context.is_last_stage
         try:
             run_plans(client, self._shard, self._context.check, answers=last_stage and self._tp_rank == 0)
-            self._shard.settle()
+            self._shard.synchronize()
         except Exception as error:
             self._leave(f"{type(error).__name__}: {error}")
         self._left.set()

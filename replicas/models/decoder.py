@@ -162,7 +162,7 @@ class DecoderModel(Layer):
         return first.self_attn.num_kv_heads
 
     @contextmanager
-    def abridged(self) -> Iterator[None]:
+    def dedup_layers(self) -> Iterator[None]:
         """Inside, the forward has every operator of the model's on every shape, and few layers.
 
         Those are the first, which alone has nothing to add to the residual, and of the others one of each kind.

@@ -26,7 +26,7 @@ from torch import Tensor
 _TAG = 0
 
 
-class Link(NamedTuple):
+class PipelineLink(NamedTuple):
     """A pair of ranks, as one of them sees it. A group of its own keeps its transfers from queueing behind others."""
 
     group: dist.ProcessGroup
@@ -43,10 +43,10 @@ class PipelineLinks:
         self,
         device: torch.device,
         *,
-        previous: Link | None,
-        following: Link | None,
-        first: Link | None,
-        last: Link | None,
+        previous: PipelineLink | None,
+        following: PipelineLink | None,
+        first: PipelineLink | None,
+        last: PipelineLink | None,
         max_in_flight: int,
     ) -> None:
         self._previous, self._following, self._first, self._last = previous, following, first, last
@@ -75,9 +75,9 @@ class PipelineLinks:
         stage, tp_rank = divmod(rank, tp_size)
         is_first, is_last = stage == 0, stage == pp_size - 1
 
-        def link(source: int, target: int) -> Link:
+        def link(source: int, target: int) -> PipelineLink:
             ranks = [source * tp_size + tp_rank, target * tp_size + tp_rank]
-            return Link(open_group(f"pipeline {ranks[0]} to {ranks[1]}", ranks), 1 - ranks.index(rank))
+            return PipelineLink(open_group(f"pipeline {ranks[0]} to {ranks[1]}", ranks), 1 - ranks.index(rank))
 
         previous = None if is_first else link(stage - 1, stage)
         following = None if is_last else link(stage, stage + 1)
@@ -135,7 +135,7 @@ class PipelineLinks:
         while self._sent:
             self._sent.popleft()[0].wait()
 
-    def _send(self, x: Tensor, link: Link) -> None:
+    def _send(self, x: Tensor, link: PipelineLink) -> None:
         if not self._on_cpu:
             link.group.send([x], link.peer, _TAG).wait()  # the stream waits, not the host
             return
@@ -147,5 +147,5 @@ class PipelineLinks:
             self._sent.popleft()[0].wait()
 
 
-def _receive(out: Tensor, link: Link) -> None:
+def _receive(out: Tensor, link: PipelineLink) -> None:
     link.group.recv([out], link.peer, _TAG).wait()

@@ -32,7 +32,7 @@ _NEVER = float("-inf")
 # shared out and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
 _FEW_ROWS = 4
 # Up to 8 rows and beyond, sampling has kernels of its own (kernels/sampling/sample_triton.py).
-_REHEARSED_ROWS = 16
+_WARM_UP_ROWS = 16
 NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
@@ -77,7 +77,7 @@ class Sampler:
         """Whether one of these rows draws from less than the whole vocabulary, and that makes a difference here."""
         return self.is_split and bool(self._filters[rows].any())
 
-    def choose(
+    def sample(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, *, filtered: bool = False
     ) -> torch.Tensor:
         """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, size].
@@ -110,7 +110,7 @@ class Sampler:
     def resample(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
         """Rows with uncommon wishes choose by them; their tokens are put in place, in `tokens` [>= K].
 
-        logits [>= K, size] stay as they are. positions [K] as in `choose`.
+        logits [>= K, size] stay as they are. positions [K] as in `sample`.
         """
         wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters or row in self._penalties]
         row_ids = rows[wishing].tolist()
@@ -134,9 +134,9 @@ class Sampler:
         for i, adjuster in adjusters:
             adjuster.append(chosen[i])
 
-    def rehearse(self, logits: torch.Tensor) -> None:
+    def warm_up(self, logits: torch.Tensor) -> None:
         """Do once, for few rows and for more, what only some requests ask for. Leaves penalties behind."""
-        most = min(_REHEARSED_ROWS, len(logits))
+        most = min(_WARM_UP_ROWS, len(logits))
         tokens, positions = torch.zeros(most, dtype=torch.int64, device=self.device), np.zeros(most, np.int64)
         for row in range(most):
             self.start(RowStart(row, 0, 1, SamplingParams(presence_penalty=1.0), prompt_token_ids=(0,)))

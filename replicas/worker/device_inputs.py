@@ -121,11 +121,11 @@ class DeviceInputs:
             part.input_ids, part.positions, attention, part.sample_indices, part.sample_rows, part.sample_positions
         )
 
-    def keep(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    def store_sampled_tokens(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
         """Queue the kernel that notes the tokens."""
         keep_tokens(tokens, rows, self._packed, self._state.last_tokens, self._ring)
 
-    def kept(self, count: int) -> HostCopy:
+    def fetch_sampled_tokens(self, count: int) -> HostCopy:
         """As StepInputs says."""
         done = self._done[self._turn]
         if done is not None:

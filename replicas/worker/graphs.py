@@ -22,42 +22,42 @@ if TYPE_CHECKING:
     from .runner import StepOutputs
 
 
-_SAMPLED_PREFILLS = 16  # prompts that may end in one step, where there is no room for all decodes
+_SAMPLED_PREFILLS = 16  # prompts that may end in one step, where not every row decodes
 
 
-def decode_rooms(max_rows: int) -> list[GraphShape]:
+def decode_shapes(max_rows: int) -> list[GraphShape]:
     """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
     sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
     return [GraphShape(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
 
 
-def mixed_rooms(max_rows: int, max_tokens: int) -> list[GraphShape]:
+def mixed_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
 
     Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
-    decodes there is room for, and one long context among room for 256 would have little of it. GraphShape for prefills
-    is one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
+    decode slots, so one long context among 256 slots would get little of it. The prefill slots
+    are one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
     """
     sizes, size = [], 64
     while size < max_tokens:
         sizes.append(size)
         size += max(64, size // 8 // 64 * 64)
     sizes.append(max_tokens)
-    rooms = []
+    shapes = []
     for size in sizes:
         for decodes in sorted({0, min(FEW_DECODES, size, max_rows), min(size, max_rows)}):
             samples = min(decodes + _SAMPLED_PREFILLS, size, max_rows)
-            rooms.append(GraphShape(size, decodes, min(max_rows, max(8, size // 8)), samples))
-    return rooms
+            shapes.append(GraphShape(size, decodes, min(max_rows, max(8, size // 8)), samples))
+    return shapes
 
 
-def with_filtered(rooms: list[GraphShape]) -> list[GraphShape]:
+def with_filtered(shapes: list[GraphShape]) -> list[GraphShape]:
     """Each size for steps without filters and for those with them, which are two programs where logits are split."""
-    return [replace(room, filtered=filtered) for room in rooms for filtered in (False, True)]
+    return [replace(shape, filtered=filtered) for shape in shapes for filtered in (False, True)]
 
 
 class StepGraphs:
-    """Graphs of `run`, which executes the step whose inputs are on the device, with a given room.
+    """Graphs of `run`, which executes the step whose inputs are on the device, with a given shape.
 
     warm_up: launches whatever `run` does, on the same shapes, if less often: a run of some hundred kernels takes its
     host as long as a capture.
@@ -81,23 +81,23 @@ class StepGraphs:
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for room in sorted((*decode, *mixed), key=lambda room: room.tokens, reverse=True):
-                self._warm_up(room)
+            for shape in sorted((*decode, *mixed), key=lambda shape: shape.tokens, reverse=True):
+                self._warm_up(shape)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                outputs = self._run(room)
+                outputs = self._run(shape)
                 graph.capture_end()
-                self._graphs[room] = graph, replace(outputs, hidden=None, logits=None)
+                self._graphs[shape] = graph, replace(outputs, hidden=None, logits=None)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._decode, self._mixed = decode, mixed
 
-    def replay(self, room: GraphShape) -> StepOutputs | None:
+    def replay(self, shape: GraphShape) -> StepOutputs | None:
         """Run the step in the smallest graph that holds it; None where none does."""
-        rooms = self._mixed if room.prefills else self._decode
-        first = bisect_left(rooms, room.tokens, key=lambda candidate: candidate.tokens)
-        fitting = next((candidate for candidate in rooms[first:] if candidate.holds(room)), None)
+        shapes = self._mixed if shape.prefills else self._decode
+        first = bisect_left(shapes, shape.tokens, key=lambda candidate: candidate.tokens)
+        fitting = next((candidate for candidate in shapes[first:] if candidate.holds(shape)), None)
         if fitting is None:
             return None
         graph, outputs = self._graphs[fitting]

@@ -27,9 +27,9 @@ from ..models.decoder import DecoderModel
 from ..plan import DEVICE_TOKEN, LogprobArrays, StepPlan, StepResult
 from ..sampling.sampler import NO_TOKEN, Sampler
 from .device_inputs import DeviceInputs
-from .graphs import StepGraphs, decode_rooms, mixed_rooms, with_filtered
+from .graphs import StepGraphs, decode_shapes, mixed_shapes, with_filtered
 from .stage_exchange import make_exchange
-from .step_inputs import HostInputs, StepInputs, make_row_state, room_of
+from .step_inputs import HostInputs, StepInputs, make_row_state, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Runner:
         # Through a proxy: in a cycle with its graphs a runner that is done would keep its memory, of the device too,
         # until the garbage collector comes by.
         own = proxy(self)
-        self._graphs = StepGraphs(partial(Runner._forward, own), partial(Runner._forward_abridged, own), device)
+        self._graphs = StepGraphs(partial(Runner._forward, own), partial(Runner._forward_dedup_layers, own), device)
 
     @torch.inference_mode()
     def compile_kernels(self, process: CompileProcess, max_tokens: int, num_neighbours: int = 1) -> int:
@@ -127,7 +127,7 @@ class Runner:
 
         begin = time.perf_counter()
         with rehearsal() as kernels:
-            self.rehearse(max_tokens)
+            self.warm_up(max_tokens)
         rehearsed = time.perf_counter()
         try:
             num_compiled = compile_kernels(kernels, process, max(1, usable_cores() // num_neighbours))
@@ -141,26 +141,26 @@ class Runner:
         return num_compiled
 
     @torch.inference_mode()
-    def rehearse(self, max_tokens: int) -> None:
+    def warm_up(self, max_tokens: int) -> None:
         """Go through steps of every kind: all that are captured, the largest, and what few requests ask for.
 
         Layers that are like others are left out, and what the steps compute is of no use.
         """
-        decode, mixed = self._rooms(max_tokens)
-        largest = self._rooms(self._max_tokens)[1][-1]
-        for room in (*decode, *mixed, largest):
-            self._forward_abridged(room)
+        decode, mixed = self._shapes(max_tokens)
+        largest = self._shapes(self._max_tokens)[1][-1]
+        for shape in (*decode, *mixed, largest):
+            self._forward_dedup_layers(shape)
         if self._samples:
-            self._sampler.rehearse(self.model.compute_logits(self._sampled))
+            self._sampler.warm_up(self.model.compute_logits(self._sampled))
 
     def capture(self, max_tokens: int) -> None:
         """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""
-        self._graphs.capture(*self._rooms(max_tokens))
+        self._graphs.capture(*self._shapes(max_tokens))
 
-    def _rooms(self, max_tokens: int) -> tuple[list[GraphShape], list[GraphShape]]:
+    def _shapes(self, max_tokens: int) -> tuple[list[GraphShape], list[GraphShape]]:
         """Sizes of steps of up to `max_tokens` tokens that are captured: without and with prefills."""
         max_rows = len(self._sampled)
-        decode, mixed = decode_rooms(max_rows), mixed_rooms(max_rows, max_tokens)
+        decode, mixed = decode_shapes(max_rows), mixed_shapes(max_rows, max_tokens)
         split = self._samples and self._sampler.is_split
         return (with_filtered(decode), with_filtered(mixed)) if split else (decode, mixed)
 
@@ -175,18 +175,18 @@ class Runner:
         if self._exchange is not None:
             self._exchange.recv_before_step(plan)
         scores_prompts = self._samples and len(plan.scored_slices) > 0
-        room = room_of(plan)
+        shape = shape_of(plan)
         if self._sampler.has_filters(plan.sample_rows):
-            room = replace(room, filtered=True)
-        outputs = None if scores_prompts else self._graphs.replay(room)
+            shape = replace(shape, filtered=True)
+        outputs = None if scores_prompts else self._graphs.replay(shape)
         if outputs is None:
-            outputs = self._forward(room)
+            outputs = self._forward(shape)
         count, scores = 0, None
         if self._samples and len(plan.sample_rows):
             count, scores = len(plan.sample_rows), self._finish_samples(plan, outputs)
         if self._exchange is not None:
             self._exchange.send_after_step(plan)
-        pending = PendingStep(plan, self._inputs.kept(count), scores)
+        pending = PendingStep(plan, self._inputs.fetch_sampled_tokens(count), scores)
         if scores_prompts:
             assert outputs.hidden is not None, "such a step runs outside of graphs"
             pending.prompt_scores = self._score_prompts(plan, outputs.hidden)
@@ -195,38 +195,38 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Run one step and wait for its tokens; nothing of it is under way afterwards."""
         pending = self.launch(plan)
-        self.settle()
+        self.synchronize()
         return pending.result()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the other stages, until none of them needs anything more of this one for the steps so far."""
         if self._exchange is not None:
-            self._exchange.settle()
+            self._exchange.synchronize()
 
     @torch.inference_mode()
-    def _forward(self, room: GraphShape) -> StepOutputs:
-        """One step of the plan that was sent last. No host value but `room` decides anything: this is what a CUDA
+    def _forward(self, shape: GraphShape) -> StepOutputs:
+        """One step of the plan that was sent last. No host value but `shape` decides anything: this is what a CUDA
         graph captures."""
-        batch, exchange = self._inputs.batch(room), self._exchange
-        incoming = None if exchange is None else exchange.incoming(room.tokens)
+        batch, exchange = self._inputs.batch(shape), self._exchange
+        incoming = None if exchange is None else exchange.incoming(shape.tokens)
         hidden = self.model(batch.input_ids, batch.positions, batch.attention, self.kv_cache, incoming)
         if exchange is not None and not self._samples:
-            exchange.put(hidden)
+            exchange.stage_output(hidden)
             no_rows = batch.sample_rows[:0]
             return StepOutputs(None, None, self._sampled[:0], no_rows, no_rows)
-        sampled = self._sampled[: room.samples]
+        sampled = self._sampled[: shape.samples]
         torch.index_select(hidden, 0, batch.sample_indices, out=sampled)
         tokens, logits = batch.sample_rows, None
-        if room.samples:
+        if shape.samples:
             logits = self.model.compute_logits(sampled)
-            tokens = self._sampler.choose(logits, batch.sample_rows, batch.sample_positions, filtered=room.filtered)
-            self._inputs.keep(tokens, batch.sample_rows)
+            tokens = self._sampler.sample(logits, batch.sample_rows, batch.sample_positions, filtered=shape.filtered)
+            self._inputs.store_sampled_tokens(tokens, batch.sample_rows)
         return StepOutputs(hidden, logits, sampled, batch.sample_rows, tokens)
 
-    def _forward_abridged(self, room: GraphShape) -> None:
+    def _forward_dedup_layers(self, shape: GraphShape) -> None:
         """Launches what `_forward` does, for fewer layers; what it computes is of no use."""
-        with self.model.abridged():
-            self._forward(room)
+        with self.model.dedup_layers():
+            self._forward(shape)
 
     def _start_samplers(self, plan: StepPlan) -> None:
         for start in plan.row_starts:
@@ -247,7 +247,7 @@ class Runner:
         if wishes:
             positions = (plan.starts + plan.num_tokens)[plan.sample_slices]
             self._sampler.resample(logits, outputs.tokens, plan.sample_rows, positions)
-            self._inputs.keep(outputs.tokens, outputs.rows)
+            self._inputs.store_sampled_tokens(outputs.tokens, outputs.rows)
         if num_top is None:
             return None
         count = len(plan.sample_rows)

@@ -99,9 +99,9 @@ class Shard:
         """Run a step and wait for its tokens."""
         return self._runner.run(plan)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until no other rank needs anything more of this one for the steps so far."""
-        self._runner.settle()
+        self._runner.synchronize()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -45,7 +45,7 @@ class StageExchange:
         """What the stage before left of a step with room for so many tokens; None on the first stage."""
         return None if self._is_first else self._incoming[:num_tokens]
 
-    def put(self, hidden: Tensor) -> None:
+    def stage_output(self, hidden: Tensor) -> None:
         """Lay a step's hidden states where they leave from."""
         self._outgoing[: len(hidden)].copy_(hidden)
 
@@ -70,7 +70,7 @@ class StageExchange:
         elif len(plan.sample_rows):
             self._links.return_tokens(self._last_tokens)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Take what is owed of all steps, and see what was handed on taken, so that nothing is under way."""
         if self._owed:
             self._take_tokens(self._owed[-1])

@@ -41,7 +41,7 @@ def count_decodes(plan: StepPlan) -> int:
     return int(np.count_nonzero(plan.num_tokens == 1))
 
 
-def room_of(plan: StepPlan) -> GraphShape:
+def shape_of(plan: StepPlan) -> GraphShape:
     """Just what the plan needs."""
     num_decodes = count_decodes(plan)
     return GraphShape(len(plan.token_ids), num_decodes, plan.num_slices - num_decodes, len(plan.sample_rows))
@@ -58,11 +58,11 @@ class StepInputs(Protocol):
         """The tensors of the plan sent last."""
         ...
 
-    def keep(self, tokens: Tensor, rows: Tensor) -> None:
+    def store_sampled_tokens(self, tokens: Tensor, rows: Tensor) -> None:
         """Note tokens int64 [K] (-1: none could be chosen) as the last ones of rows int64 [K]."""
         ...
 
-    def kept(self, count: int) -> HostCopy:
+    def fetch_sampled_tokens(self, count: int) -> HostCopy:
         """The tokens of the plan sent last: one array int64 [count], good while its step counts as under way.
 
         To be asked once all of the step has been queued.
@@ -126,11 +126,11 @@ class HostInputs:
             sample_positions=torch.from_numpy(context_lens[plan.sample_slices].astype(np.int64)),
         )
 
-    def keep(self, tokens: Tensor, rows: Tensor) -> None:
+    def store_sampled_tokens(self, tokens: Tensor, rows: Tensor) -> None:
         self._state.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
         self._kept = tokens
 
-    def kept(self, count: int) -> HostCopy:
+    def fetch_sampled_tokens(self, count: int) -> HostCopy:
         return HostCopy([self._kept[:count].numpy()], None)  # those of an earlier plan where this one samples nothing
 
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:

@@ -29,7 +29,7 @@ class FakeShard:
         self._before = before
         self.rank: int | None = None
         self.seat: tuple[int, tuple[str, ...]] | None = None
-        self.seated_at: tuple[int, int, ActorPlacement] | None = None
+        self.assigned_rank: tuple[int, int, ActorPlacement] | None = None
         self.stopped = False
         self.killed = threading.Event()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -56,10 +56,10 @@ class FakeShard:
         return future
 
     def __str__(self) -> str:
-        return "an actor" if self.seated_at is None else "rank {} of {} ({})".format(*self.seated_at)
+        return "an actor" if self.assigned_rank is None else "rank {} of {} ({})".format(*self.assigned_rank)
 
-    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
-        self.seated_at = rank, world_size, place
+    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+        self.assigned_rank = rank, world_size, place
 
     def is_stopped(self) -> bool:
         return self.stopped

@@ -38,7 +38,7 @@ class NodeShard:
     def __str__(self) -> str:
         return f"{self._process} on {self._node.address}"
 
-    def seated(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
         pass
 
     def is_stopped(self) -> bool:

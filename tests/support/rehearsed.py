@@ -29,7 +29,7 @@ from shoal.kernels.tuning import Launch
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.models.checkpoint import read_model_facts
 from shoal.replicas.models.loader import load_model
-from shoal.replicas.worker.graphs import decode_rooms, mixed_rooms
+from shoal.replicas.worker.graphs import decode_shapes, mixed_shapes
 from shoal.replicas.worker.shard import _make_runner
 
 # fp32 products are torch's own: of a 16-bit model every kernel is seen.
@@ -98,7 +98,7 @@ def sampling_kernels(counts: Iterable[int]) -> set[Specialization]:
 
 def late_samplers(max_rows: int) -> list[str]:
     """Sampling kernels of steps without a graph, which have any number of samples, that none with a graph launches."""
-    rooms = {room.samples for room in (*decode_rooms(max_rows), *mixed_rooms(max_rows, 2048))}
+    rooms = {room.samples for room in (*decode_shapes(max_rows), *mixed_shapes(max_rows, 2048))}
     return sorted(kernel.name for kernel in sampling_kernels(range(1, max_rows + 1)) - sampling_kernels(rooms))
 
 
@@ -116,14 +116,14 @@ def main() -> None:
     with use_backend(Backend.TRITON), torch.inference_mode():
         runner = _make_runner(load_model(config, device), config, facts, 1, device)
 
-        def rehearse() -> set[Specialization]:
+        def warm_up() -> set[Specialization]:
             with rehearsal() as kernels:
-                runner.rehearse(80)
+                runner.warm_up(80)
             return kernels
 
-        noted = rehearse()
+        noted = warm_up()
         with rehearsal() as unabridged:
-            for room in (*decode_rooms(20), *mixed_rooms(20, 80)):
+            for room in (*decode_shapes(20), *mixed_shapes(20, 80)):
                 runner._forward(room)
         some = set(sorted(noted)[:num_compiled])
         with CompileProcess() as process:
@@ -144,7 +144,7 @@ def main() -> None:
             "gluon": sorted(kernel.name for kernel in gluon),
             "gluon hits": hits_of_a_launch(multiply),
             "names": sorted({kernel.name for kernel in noted}),
-            "same": noted == rehearse(),
+            "same": noted == warm_up(),
             "forgotten": sorted(kernel.name for kernel in unabridged - noted),
             "compiled": compiled,
             "again": again,

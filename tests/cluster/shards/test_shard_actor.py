@@ -96,7 +96,7 @@ def test_the_end_of_a_rank_is_told_in_one_line(actor: FakeActor) -> None:
 def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor) -> None:
     handle = a_handle()
     handle.call("place")
-    handle.seated(3, 4, ActorPlacement("elsewhere", "10.0.0.1", 1, ()))
+    handle.assigned(3, 4, ActorPlacement("elsewhere", "10.0.0.1", 1, ()))
     handle.call("load")
     assert str(handle) == "rank 3 of 4 (node 10.0.0.1, process 1)"
     assert [name for _, name, _, _ in actor.calls] == ["shard.place", f"shard 3 of replica {os.getpid()}.load"]
@@ -106,7 +106,7 @@ def test_a_stopped_rank_of_this_node_is_seen_and_ended(actor: FakeActor, monkeyp
     monkeypatch.setattr(shard_actor, "_ASKED_MS", 1)
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
-        handle.seated(0, 1, ActorPlacement("here", "127.0.0.1", process.pid, ()))
+        handle.assigned(0, 1, ActorPlacement("here", "127.0.0.1", process.pid, ()))
         assert not handle.is_stopped()
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -121,7 +121,7 @@ def test_a_stopped_rank_of_this_node_is_seen_and_ended(actor: FakeActor, monkeyp
 def test_a_process_of_another_node_is_left_to_ray(actor: FakeActor) -> None:
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
-        handle.seated(0, 1, ActorPlacement("elsewhere", "10.0.0.1", process.pid, ()))
+        handle.assigned(0, 1, ActorPlacement("elsewhere", "10.0.0.1", process.pid, ()))
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         assert not handle.is_stopped()  # another process there may have this one's number

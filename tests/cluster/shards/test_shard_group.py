@@ -104,7 +104,7 @@ def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Mak
     first, second = sorted(maker.shards, key=lambda shard: shard.rank or 0)
     [server] = maker.servers
     # The first stage is on the engine's node.
-    assert [first.seated_at, second.seated_at] == [(0, 2, place(0)), (1, 2, place(1))]
+    assert [first.assigned_rank, second.assigned_rank] == [(0, 2, place(0)), (1, 2, place(1))]
     assert [dict(shard.calls)["serve"][0] for shard in (first, second)] == [server.path, server.address]
     assert dict(second.calls)["join"][0] == ("10.0.0.0", 1)
     group.submit(decode_plan(0))

@@ -15,7 +15,7 @@ from shoal.replicas.layers.batch import GraphShape
 from shoal.replicas.layers.kv_cache import KVCache
 from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
-from shoal.replicas.worker.graphs import StepGraphs, decode_rooms, mixed_rooms
+from shoal.replicas.worker.graphs import StepGraphs, decode_shapes, mixed_shapes
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
 from tests.support.stages import StagesInTurn
 
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(family, num_stages, tmp_path, monkeypatch):
 
 
 def test_rooms_of_graphs_cover_every_step_they_may():
-    decode, mixed = decode_rooms(200), mixed_rooms(200, 2048)
+    decode, mixed = decode_shapes(200), mixed_shapes(200, 2048)
     assert all(any(room.holds(GraphShape(size, size, 0, size)) for room in decode) for size in range(1, 201))
     assert mixed[-1].tokens == 2048
     for tokens in range(2, 2049):
@@ -88,7 +88,7 @@ def test_rooms_of_graphs_cover_every_step_they_may():
     for tokens, prefills in ((40, 5), (320, 40), (2048, 190)):  # short prompts, or what a prefix cache left of them
         fitting = next(room for room in mixed if room.holds(GraphShape(tokens, 0, prefills, prefills)))
         assert fitting.tokens == max(64, tokens)
-    assert decode_rooms(3) == [GraphShape(1, 1, 0, 1), GraphShape(2, 2, 0, 2), GraphShape(3, 3, 0, 3)]
+    assert decode_shapes(3) == [GraphShape(1, 1, 0, 1), GraphShape(2, 2, 0, 2), GraphShape(3, 3, 0, 3)]
 
 
 def test_the_memory_of_an_engine_goes_with_it(tmp_path, monkeypatch):

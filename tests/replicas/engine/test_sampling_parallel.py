@@ -17,7 +17,7 @@ from shoal.replicas.parallel.vocabulary import VocabularySlice
 from shoal.replicas.plan import RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
 from shoal.replicas.sampling.sampler import Sampler
-from shoal.replicas.worker.graphs import decode_rooms, mixed_rooms, with_filtered
+from shoal.replicas.worker.graphs import decode_shapes, mixed_shapes, with_filtered
 from shoal.replicas.worker.step_inputs import HostInputs, make_row_state
 from tests.support.thread_ranks import CountedCollectives, run_ranks
 
@@ -59,7 +59,7 @@ class RankSampler:
         indices, positions = torch.tensor(rows), torch.arange(len(rows)) + position
         sampled = np.array([row for row in rows if row >= 0], np.int32)
         filtered = self.sampler.has_filters(sampled)
-        tokens = self.sampler.choose(self.own(logits), indices, positions, filtered=filtered)
+        tokens = self.sampler.sample(self.own(logits), indices, positions, filtered=filtered)
         if self.sampler.has_logits_processors(sampled):
             self.sampler.resample(self.own(logits), tokens, sampled, positions.numpy())
         return tokens
@@ -250,7 +250,7 @@ def test_tokens_do_not_depend_on_who_else_is_there():
 
 def test_each_size_of_a_step_has_both_programs():
     """Sorted by tokens as before, and a step fits into the rooms of its own program alone."""
-    for rooms in (decode_rooms(20), mixed_rooms(20, 200)):
+    for rooms in (decode_shapes(20), mixed_shapes(20, 200)):
         both = with_filtered(rooms)
         assert [room.tokens for room in both] == sorted(room.tokens for room in both)
         for filtered in (False, True):

@@ -24,7 +24,7 @@ def test_the_first_layer_and_one_of_each_kind_are_left(family: str, tmp_path: Pa
     whole, num_left = WINDOWS[family]
     model = load_model(engine_config(FAMILIES[family](tmp_path)), CPU)
     assert windows(model) == whole
-    with model.abridged():
+    with model.dedup_layers():
         assert len(model.layers) == num_left
         assert windows(model)[0] == whole[0]
         assert set(windows(model)[1:]) == set(whole[1:])
@@ -34,6 +34,6 @@ def test_afterwards_the_model_is_whole(tmp_path: Path):
     folder, prompt = FAMILIES["llama"](tmp_path), [5, 6, 7]
     expected = PagedModel(folder).logits([(0, prompt)])
     paged = PagedModel(folder)
-    with pytest.raises(RuntimeError, match="out of memory"), paged.model.abridged():
+    with pytest.raises(RuntimeError, match="out of memory"), paged.model.dedup_layers():
         raise RuntimeError("out of memory")
     assert paged.logits([(0, prompt)]).equal(expected)

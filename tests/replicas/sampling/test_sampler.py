@@ -40,7 +40,7 @@ def step(state: Rows, logits: torch.Tensor, position: int, rows=(0,)):
     """Tokens, and log-probabilities where a row wants them, as a runner gets them."""
     sampler, indices = state.sampler, np.array(rows, np.int32)
     positions = np.full(len(rows), position, np.int32)
-    tokens = sampler.choose(logits, torch.from_numpy(indices).long(), torch.from_numpy(positions).long())
+    tokens = sampler.sample(logits, torch.from_numpy(indices).long(), torch.from_numpy(positions).long())
     if sampler.has_logits_processors(indices):
         sampler.resample(logits, tokens, indices, positions)
     num_top = sampler.num_logprobs(indices)

@@ -100,7 +100,7 @@ def test_tokens_that_nobody_reads_do_not_heap_up():
     for step in range(20):
         stage.run(step, [step % 2], [5], [step % 2])
         assert len(stage.returned) <= 2
-    stage.exchange.settle()
+    stage.exchange.synchronize()
     assert not stage.returned
     assert stage.last_tokens.tolist() == [20] * NUM_ROWS
 
@@ -110,7 +110,7 @@ def test_hidden_states_leave_from_a_buffer_that_stays():
     exchange = make_exchange(ParallelContext(pp_size=2, pp=links), torch.zeros(NUM_ROWS), 8, HIDDEN, torch.float32)
     assert exchange is not None
     hidden = torch.arange(4 * HIDDEN, dtype=torch.float32).view(4, HIDDEN)
-    exchange.put(hidden)  # of a graph that has room for four tokens
+    exchange.stage_output(hidden)  # of a graph that has room for four tokens
     exchange.send_after_step(plan(0, [0, 1], [5, 6], []))
     other = QueuedLinks(1, links.hidden, links.tokens)
     receiver = make_exchange(
