@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..replicas.errors import ConfigError
 from .config import ModelPlan, ServeConfig, from_dict, plan_model
 from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
 from .environment import is_loopback
+from .nearest import did_you_mean
 from .resources import visible_gpus
 
 _DEPLOYMENT_OPTIONS = frozenset({"num_replicas", "group_start_timeout_s"})
@@ -36,8 +36,7 @@ def read_options(path: Path) -> dict[str, Any]:
     known = [*_SERVER_OPTIONS, *EngineArgs.model_fields, *WITHOUT_EFFECT, *NOT_AVAILABLE]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{path}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(key, known)}")
     for key in ("api_key", "admin_key"):
         if isinstance(options.get(key), str):
             options[key] = [options[key]]

@@ -6,7 +6,6 @@ known within a second.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..replicas.errors import ConfigError
 from ..replicas.models.checkpoint import list_tensors, read_model_facts, resolve_model_path
 from ..replicas.text.tokenizer import Tokenizer
 from .engine_args import EngineArgs, without_known
+from .nearest import did_you_mean
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"
 
@@ -201,9 +201,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     first = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _keys_at(kind, path[:-1]), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {'.'.join(path)!r}{hint}"
+        return f"unknown key {'.'.join(path)!r}{did_you_mean(path[-1], _keys_at(kind, path[:-1]))}"
     where = ".".join(path) or kind.__name__
     if first["type"] == "missing":
         return f"{where} is required"

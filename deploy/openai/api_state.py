@@ -16,8 +16,8 @@ from ...cluster.wire.membership import ReplicaInfo
 from ...replicas.errors import UnknownModel
 from ...replicas.protocol import ReplicaLoad, Request, TokenDelta
 from ...replicas.text.tokenizer import Tokenizer
+from ..nearest import did_you_mean
 from .auth import KeyRing
-from .body_parsing import nearest
 from .metrics import ModelMetrics, ServingCollector
 from .sampling import ModelLimits
 
@@ -82,7 +82,9 @@ class ApiService:
         served = ", ".join(map(repr, self.models))
         if name is None:
             raise UnknownModel(f"name a model: this server has {served}")
-        raise UnknownModel(f"model {name[:128]!r} is not served here{nearest(name, self.models)}; there is {served}")
+        raise UnknownModel(
+            f"model {name[:128]!r} is not served here{did_you_mean(name, self.models)}; there is {served}"
+        )
 
     def replicas(self, model: ServedModel) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
         """The model's connected replicas; none before the first one is up."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ...replicas.errors import RequestError
+from ..nearest import did_you_mean
 
 BodyType = TypeVar("BodyType", bound=BaseModel)
 
@@ -77,12 +77,6 @@ def field_error(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("field", "{message}", {"param": param, "message": message})
 
 
-def nearest(key: str, known: Any) -> str:
-    """A hint such as "; did you mean 'stream'?", or nothing where no name is near."""
-    matches = difflib.get_close_matches(key[:64], list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
 def _refuse(kind: type[BaseModel], key: str, value: Any) -> None:
     if key in WITHOUT_EFFECT:
         return
@@ -92,7 +86,7 @@ def _refuse(kind: type[BaseModel], key: str, value: Any) -> None:
         if value in NOT_AVAILABLE[key]:
             return
         raise RequestError(f"{key} is not available on this server", param=key, code="unsupported_parameter")
-    hint = nearest(key, kind.model_fields)
+    hint = did_you_mean(key, kind.model_fields)
     raise RequestError(f"unknown field {key[:64]!r}{hint}", param=key[:64], code="unknown_parameter")
 
 
