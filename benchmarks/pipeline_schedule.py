@@ -103,7 +103,6 @@ def simulate(num_stages: int, workload: str) -> tuple[float, float]:
         scheduler.add(Request(str(number), tuple(prompt), sampling))
     layers = [len(stage) for stage in split_costs([LAYER_COST] * 32, HEAD_COST, num_stages)]
     pipeline, in_flight, now = Pipeline(layers), deque[tuple[StepPlan, float]](), 0.0
-    assert config.scheduler.max_steps_in_flight is not None
     while scheduler.requests:
         while len(in_flight) < config.scheduler.max_steps_in_flight and (plan := scheduler.plan()) is not None:
             now += HOST_MS / 2

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import EngineConfig
+from .config import EngineConfig, ResolvedConfig
 from .engine.engine import Engine
 from .errors import EngineError
 from .executor import Executor
@@ -38,7 +38,7 @@ class Completion:
 
 
 def build_engine(
-    config: EngineConfig, *, device: str | None = None, start: Callable[[EngineConfig], Executor] | None = None
+    config: EngineConfig, *, device: str | None = None, start: Callable[[ResolvedConfig], Executor] | None = None
 ) -> Engine:
     """Read the checkpoint's facts, resolve the configuration, load the model and put an engine on it.
 
@@ -54,7 +54,7 @@ def build_engine(
     return Engine(resolved, facts, (start or _start_here)(resolved))
 
 
-def _start_here(config: EngineConfig) -> Executor:
+def _start_here(config: ResolvedConfig) -> Executor:
     if config.parallel.world_size == 1:
         from .executors.local_executor import LocalExecutor
 

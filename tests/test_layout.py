@@ -40,6 +40,7 @@ STANDARD_LIBRARY_ONLY = (
     "replicas/errors.py",
     "replicas/stages.py",  # of which the configuration is told what a stage holds
     "replicas/model_spec.py",
+    "replicas/kv_cache_spec.py",
 )
 
 # What routers, the ingress and the command line load: none of it may bring torch along.

@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from ...replicas.config import EngineConfig
+from ...replicas.config import EngineConfig, ResolvedConfig
 from ...replicas.engine.engine import Engine
 from ...replicas.engine.engine_thread import EngineThread
 from ...replicas.errors import EngineError
@@ -103,7 +103,7 @@ class Replica:
         self._startup_seconds = self._shards.startup_seconds
         return engine
 
-    def _start_here(self, config: EngineConfig) -> LocalExecutor:
+    def _start_here(self, config: ResolvedConfig) -> LocalExecutor:
         from ...replicas.executors.local_executor import (
             LocalExecutor,  # loads torch, for which the engine of a group has no use
         )
@@ -121,7 +121,7 @@ class Replica:
             host=self._options.host or ray.util.get_node_ip_address(),
             port=0,
             epoch=secrets.randbits(48),
-            max_model_len=config.model.max_model_len or 0,
+            max_model_len=config.model.max_model_len,
             vocab_size=self._engine.facts.vocab_size,
             num_blocks=load.num_blocks,
             block_size=load.block_size,

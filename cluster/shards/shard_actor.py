@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ...replicas.config import EngineConfig
+from ...replicas.config import EngineConfig, ResolvedConfig
 from ...replicas.engine.engine import Engine
 from ...replicas.errors import ConfigError, ShardGroupError
 from ...replicas.executors.step_watchdog import is_stopped
@@ -49,7 +49,7 @@ class ShardActor:
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
         return ActorPlacement(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
 
-    def assign(self, config: EngineConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
+    def assign(self, config: ResolvedConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
         """Becomes a rank. config: resolved. visible_gpus: those that cuda:0, cuda:1, ... are from now on."""
         if visible_gpus:
             # In place of Ray's own choice, and before CUDA reads it. A runtime_env would have to name the GPUs before
@@ -169,7 +169,7 @@ def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Eng
     log = RankLog.of_this_replica()
     made: list[ShardGroup] = []
 
-    def start(resolved: EngineConfig) -> ShardGroup:
+    def start(resolved: ResolvedConfig) -> ShardGroup:
         made.append(
             start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1, log), home, timeout_s=timeout_s)
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ...replicas.channel.step_channel import StepChannelServer
-from ...replicas.config import EngineConfig
+from ...replicas.config import ResolvedConfig
 from ...replicas.errors import ShardGroupError
 from ...replicas.executors.group_executor import GroupExecutor
 from ...replicas.executors.group_start import GroupStart, Loaded, RankHandle
@@ -63,7 +63,7 @@ class ShardGroup(GroupExecutor):
 
 
 def start_shard_group(
-    config: EngineConfig, launch: Callable[[int], ShardHandle], home: DriverNode, *, timeout_s: float
+    config: ResolvedConfig, launch: Callable[[int], ShardHandle], home: DriverNode, *, timeout_s: float
 ) -> ShardGroup:
     """Makes a group of as many shard actors as the configuration has ranks.
 
@@ -101,7 +101,7 @@ class _Rank(NamedTuple):
 
 def _assign_ranks(
     start: GroupStart,
-    config: EngineConfig,
+    config: ResolvedConfig,
     actors: Sequence[ShardHandle],
     places: list[ActorPlacement],
     home: DriverNode,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ...kernels.attention.paged_decode import paged_decode, paged_decode_cost
 from ...kernels.attention.paged_prefill import paged_prefill, paged_prefill_cost
+from ...replicas.kv_cache_spec import KVCacheSpec
 from ...replicas.layers.attention import AttentionStep
 from ...replicas.layers.batch import AttentionMetadata
 from .kernel_cases import Built, Case, Sizes
@@ -67,15 +68,9 @@ def _cache_and_tables(sizes: Sizes, batch: int, context: int, device: str) -> tu
 
 
 def _step(sizes: Sizes, metadata: AttentionMetadata) -> AttentionStep:
-    return AttentionStep.make(
-        metadata,
-        {},
-        [None],
-        num_kv_heads=sizes.num_kv_heads,
-        block_size=sizes.block_size,
-        head_dim=sizes.head_dim,
-        dtype=sizes.dtype,
-    )
+    dtype = str(sizes.dtype).removeprefix("torch.")
+    kv_cache = KVCacheSpec(1, sizes.num_kv_heads, sizes.block_size, sizes.head_dim, dtype)
+    return AttentionStep.make(metadata, {}, [None], kv_cache, dtype=sizes.dtype)
 
 
 def _metadata(query_len: int, batch: int, context: int, tables: torch.Tensor) -> AttentionMetadata:

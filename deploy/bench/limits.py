@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...replicas.config import DTYPE_BYTES
 from ...replicas.errors import ConfigError
+from ...replicas.kv_cache_spec import DTYPE_BYTES
 from ...replicas.models.checkpoint import read_json, read_model_facts
 
 
@@ -50,7 +50,7 @@ class Dense:
             linear_weights=facts.num_layers * (attention + mlp) // num_ranks,
             head_weights=facts.vocab_size * hidden // num_ranks,
             weight_bytes=DTYPE_BYTES[dtype],
-            kv_bytes=facts.kv_bytes_per_token(dtype) // num_ranks,
+            kv_bytes=facts.kv_cache_spec(dtype).bytes_per_token // num_ranks,
             attention_width=facts.num_layers * heads // num_ranks,
         )
 

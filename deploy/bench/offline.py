@@ -136,9 +136,7 @@ def _check_trace(opened: OpenEngine, trace: Path | None) -> None:
 
 
 def _room(opened: OpenEngine, context: int) -> int:
-    longest = opened.engine.config.model.max_model_len
-    assert longest is not None, "the configuration is resolved"
-    return min(_TRACED_TOKENS, longest - context)
+    return min(_TRACED_TOKENS, opened.engine.config.model.max_model_len - context)
 
 
 def _trace(report: Report, opened: OpenEngine, workload: Workload, path: Path, *, until_finished: int) -> None:

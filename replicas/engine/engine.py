@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import repeat
 
-from ..config import EngineConfig, ModelFacts
+from ..config import ModelFacts, ResolvedConfig
 from ..errors import EngineError, RequestError
 from ..executor import Executor
 from ..plan import LogprobArrays, StepResult
@@ -26,11 +26,8 @@ class Engine:
     of his own to do beside the device calls the halves of a step, `submit` and `collect`.
     """
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts, executor: Executor) -> None:
+    def __init__(self, config: ResolvedConfig, facts: ModelFacts, executor: Executor) -> None:
         block_size, max_model_len = config.cache.block_size, config.model.max_model_len
-        assert block_size is not None, "the configuration is not resolved"
-        assert max_model_len is not None, "the configuration is not resolved"
-        assert config.scheduler.max_steps_in_flight is not None, "the configuration is not resolved"
         self.config = config
         self.facts = facts
         self.failure: BaseException | None = None

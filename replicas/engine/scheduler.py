@@ -24,7 +24,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import EngineConfig, ModelFacts
+from ..config import ModelFacts, ResolvedConfig
 from ..plan import DEVICE_TOKEN, BlockCopy, Ints, StepPlan, StepResult
 from ..protocol import BlockReport, FinishReason, ReplicaLoad, Request
 from .block_pool import BlockPool, extend_digests
@@ -39,20 +39,15 @@ from .waiting_queue import WaitingQueue
 class Scheduler:
     """Plans steps and takes in their results. Owns every sequence and the block pool; not thread-safe."""
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts, num_blocks: int) -> None:
+    def __init__(self, config: ResolvedConfig, facts: ModelFacts, num_blocks: int) -> None:
         block_size, max_model_len = config.cache.block_size, config.model.max_model_len
-        budget = config.scheduler.max_num_batched_tokens
-        assert block_size is not None, "the configuration is not resolved"
-        assert max_model_len is not None, "the configuration is not resolved"
-        assert budget is not None, "the configuration is not resolved"
         num_stages, in_flight = config.parallel.pipeline_parallel_size, config.scheduler.max_steps_in_flight
-        assert in_flight is not None, "the configuration is not resolved"
         self.pool = BlockPool(num_blocks, block_size)
         self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts)
         self.counters = Counters()
         self._lanes = MicroBatches(num_stages, self.table, in_flight) if num_stages > 1 else None
         self._shift = block_size.bit_length() - 1
-        self._budget = budget
+        self._budget = config.scheduler.max_num_batched_tokens
         self._chunked = config.scheduler.enable_chunked_prefill
         self._caching = config.cache.enable_prefix_caching
         self._watermark = num_blocks // 100  # blocks that admission leaves to the sequences that run already

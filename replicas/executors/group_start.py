@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..channel.step_channel import StepChannelServer
 from ..channel.step_sockets import Address, ChannelClosed
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 
 _LAST_WORDS_SECONDS = 2.0  # after one rank has failed, for the one that made it fail to be known
@@ -46,7 +46,7 @@ class GroupStart:
     end then.
     """
 
-    def __init__(self, config: EngineConfig, timeout_s: float) -> None:
+    def __init__(self, config: ResolvedConfig, timeout_s: float) -> None:
         self._config = config
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
 

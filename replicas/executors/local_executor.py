@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import EngineError
 from ..plan import StepPlan, StepResult
 from ..worker.runner import PendingStep
@@ -21,7 +21,7 @@ class LocalExecutor:
     config: resolved. Loading happens here, in the constructor, and raises what Shard raises.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         self._shard = Shard(config)
         self.num_blocks, self.startup_seconds = self._shard.num_blocks, self._shard.startup_seconds
         self._launches_ahead = self._shard.device.type == "cuda"

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..channel.step_channel import StepChannelServer
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import ConfigError, ShardGroupError
 from .group_executor import GroupExecutor
 from .group_start import GroupStart, Loaded
@@ -35,7 +35,7 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from {package}.rank_process 
 class RankProcess:
     """A child process that is a rank, and the calls to it: one at a time."""
 
-    def __init__(self, config: EngineConfig, rank: int, local_rank: int) -> None:
+    def __init__(self, config: ResolvedConfig, rank: int, local_rank: int) -> None:
         self.rank = rank
         ours, theirs = socket.socketpair()
         with theirs:
@@ -128,7 +128,7 @@ class ShardProcesses(GroupExecutor):
         _end_all(self.ranks, 0.0 if self.failed else _LEAVE_SECONDS)
 
 
-def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) -> ShardProcesses:
+def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = 1800.0) -> ShardProcesses:
     """Starts as many processes as the configuration has ranks, and loads the model in them.
 
     config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,
@@ -148,7 +148,7 @@ def start_shard_processes(config: EngineConfig, *, timeout_s: float = 1800.0) ->
     return ShardProcesses(loaded, server, ranks, runs, StepWatchdog.of(config))
 
 
-def _check_gpus(config: EngineConfig) -> None:
+def _check_gpus(config: ResolvedConfig) -> None:
     """Raises ConfigError where this machine has no GPU for each rank."""
     if config.device != "cuda":
         return

@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from ..channel.step_channel import StepChannelClient
 from ..channel.step_sockets import Address
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import ShardGroupError
 from ..parallel.collectives import TorchCollectives
 from ..parallel.comm import ParallelContext
@@ -49,7 +49,7 @@ _LOAD_TIMEOUT = timedelta(hours=2)  # whoever started the ranks has a limit of i
 class ShardRank:
     """Rank `rank` = pp_rank * tp_size + tp_rank of a model copy, on the CPU or on cuda:{local_rank}."""
 
-    def __init__(self, config: EngineConfig, rank: int, local_rank: int) -> None:
+    def __init__(self, config: ResolvedConfig, rank: int, local_rank: int) -> None:
         self._config, self._rank = config, rank
         self._world_size = config.parallel.world_size
         self._pp_rank, self._tp_rank = divmod(rank, config.parallel.tensor_parallel_size)
@@ -122,7 +122,6 @@ class ShardRank:
                 batch_invariant=self._config.batch_invariant,
             )
         pp, max_in_flight = None, self._config.scheduler.max_steps_in_flight
-        assert max_in_flight is not None, "the configuration is not resolved"
         if pp_size > 1:
             pp = PipelineLinks.connect(
                 partial(groups.open, connect=False),  # by their first transfer, as NCCL wants it of pairs

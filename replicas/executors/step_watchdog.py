@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import EngineError
 
-_FLOOR = {"cuda": 5.0, "cpu": 60.0}  # seconds; on CPU a chunk of prompt may take long
 _STOPPED = 5.0  # seconds that a step may wait for a rank whose process can be seen to be stopped
 _TIMES_P99 = 20.0
 _MEMORY = 1000  # steps
@@ -30,9 +29,9 @@ class StepWatchdog:
         self._lock = Lock()  # steps may end in one thread and be judged in another
 
     @classmethod
-    def of(cls, config: EngineConfig) -> StepWatchdog:
+    def of(cls, config: ResolvedConfig) -> StepWatchdog:
         """The one that a resolved configuration asks for."""
-        return cls(config.step_limit_s or _FLOOR[config.device])
+        return cls(config.step_limit_s)
 
     def step_ended(self, seconds: float) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ from ...kernels.backend import Backend, backend_of
 from ...kernels.linear.rms_norm import rms_norm
 from ...quant.methods.unquantized import LinearMethod
 from ..errors import ConfigError
+from ..kv_cache_spec import KVCacheSpec
 from ..model_spec import DecoderSpec, LayerSpec, QKNorm
 from ..parallel.comm import ParallelContext
 from .batch import FEW_DECODES, AttentionMetadata
@@ -47,15 +48,13 @@ class AttentionStep:
         metadata: AttentionMetadata,
         ropes: Mapping[str | None, RopeRows],
         windows: Sequence[int | None],
+        kv_cache: KVCacheSpec,
         *,
-        num_kv_heads: int,
-        block_size: int,
-        head_dim: int,
         dtype: torch.dtype,
         batch_invariant: bool = False,
     ) -> AttentionStep:
-        """The shared part of a step for layers of these windows; num_kv_heads is the rank's."""
-        shape = {"num_kv_heads": num_kv_heads, "block_size": block_size}
+        """The shared part of a step, for layers of these windows. dtype: of the queries."""
+        shape = {"num_kv_heads": kv_cache.num_kv_heads, "block_size": kv_cache.block_size}
         on_torch = backend_of(metadata.slot_mapping) is Backend.TORCH
         lens, tables = metadata.decode_lens, metadata.decode_tables
         cuts = [(metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables)]
@@ -70,7 +69,9 @@ class AttentionStep:
         elif len(lens):
             for window in windows:
                 if on_torch:
-                    decode[window] = decode_index(lens, tables, head_dim=head_dim, window=window, dtype=dtype, **shape)
+                    decode[window] = decode_index(
+                        lens, tables, head_dim=kv_cache.head_dim, window=window, dtype=dtype, **shape
+                    )
                 else:
                     decode[window] = decode_tables(lens, tables, window=window, num_expected=expected, **shape)
 
@@ -83,7 +84,7 @@ class AttentionStep:
                     yield PrefillTables(starts, lens, tables, window)
 
         prefill = {window: tuple(prefills(window)) for window in windows}
-        return cls(store_rows(metadata.slot_mapping, num_kv_heads, block_size), decode, prefill, ropes)
+        return cls(store_rows(metadata.slot_mapping, **shape), decode, prefill, ropes)
 
 
 class Attention(Layer):

@@ -8,37 +8,26 @@ import torch
 
 from ...kernels.attention.block_copy import block_copy
 from ..host_copy import send_ints
+from ..kv_cache_spec import KVCacheSpec
 from ..plan import BlockCopy
 
 
 class KVCache:
-    """`layers[layer]` [num_blocks, 2, num_kv_heads, block_size, head_dim], a block's keys (0) beside its values (1).
+    """`layers[layer]` has the spec's shape, [num_blocks, 2, num_kv_heads, block_size, head_dim].
 
-    `keys[layer]` and `values[layer]` are views of it, each [num_blocks, num_kv_heads, block_size, head_dim]. Layers and
-    kv heads are those of this rank. Memory is zeroed: on CPU the system hands out pages as they are first written, so
-    a large cache costs nothing until it is used.
+    `keys[layer]` and `values[layer]` are views of it, each [num_blocks, num_kv_heads, block_size, head_dim]. Memory is
+    zeroed: on CPU the system maps pages at their first write, so a large cache costs nothing until it is used.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        num_kv_heads: int,
-        block_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.device = device
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
+        self.spec, self.num_blocks, self.block_size, self.device = spec, num_blocks, spec.block_size, device
+        shape, dtype = spec.layer_shape(num_blocks), getattr(torch, spec.dtype)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
         self.keys = [layer[:, 0] for layer in self.layers]
         self.values = [layer[:, 1] for layer in self.layers]
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies whole blocks in every layer, all sources read before any target is written."""
+        """Copy whole blocks in every layer. All sources are read before any target is written."""
         if not copies:
             return
         source = send_ints([copy.source for copy in copies], self.device)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
+from ..kv_cache_spec import KVCacheSpec
 from ..layers.attention import Attention, AttentionStep
 from ..layers.batch import AttentionMetadata
 from ..layers.embedding import OutputHead, VocabParallelEmbedding
@@ -105,7 +106,7 @@ def _leave(norm: RMSNorm | None, x: torch.Tensor, comm: ParallelContext) -> torc
 
 
 class DecoderModel(Layer):
-    """One rank's part of a model. `num_local_layers` and `num_local_kv_heads` size its KV cache."""
+    """One rank's part of a model."""
 
     def __init__(
         self,
@@ -151,15 +152,12 @@ class DecoderModel(Layer):
             RotaryEmbedding(config, spec.head_dim, max_model_len, device, name) for name in self.rope_names
         )
 
-    @property
-    def num_local_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def num_local_kv_heads(self) -> int:
+    def kv_cache_spec(self, block_size: int) -> KVCacheSpec:
+        """The KV cache of this rank's layers."""
         first = self.layers[0]
         assert isinstance(first, DecoderLayer)
-        return first.self_attn.num_kv_heads
+        dtype = str(self.dtype).removeprefix("torch.")
+        return KVCacheSpec(len(self.layers), first.self_attn.num_kv_heads, block_size, self.spec.head_dim, dtype)
 
     @contextmanager
     def dedup_layers(self) -> Iterator[None]:
@@ -198,14 +196,7 @@ class DecoderModel(Layer):
             for name, rotary in zip(self.rope_names, self.ropes, strict=True)
         }
         step = AttentionStep.make(
-            attention,
-            ropes,
-            self.windows,
-            num_kv_heads=self.num_local_kv_heads,
-            block_size=kv_cache.block_size,
-            head_dim=self.spec.head_dim,
-            dtype=self.dtype,
-            batch_invariant=self.batch_invariant,
+            attention, ropes, self.windows, kv_cache.spec, dtype=self.dtype, batch_invariant=self.batch_invariant
         )
         pending = None
         for layer in self.layers:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
-from ..config import EngineConfig
+from ..config import ResolvedConfig
 from ..errors import ModelError, ServingError
 from ..layers.weights import Source, WeightSlot
 from ..parallel.comm import ParallelContext
@@ -35,14 +35,13 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
-def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext | None = None) -> DecoderModel:
+def load_model(config: ResolvedConfig, device: torch.device, comm: ParallelContext | None = None) -> DecoderModel:
     """The rank's part of the model of a resolved `config`, its weights in `config.model.dtype` on `device`.
 
     With load_format "dummy" the weights are random and the folder needs only config.json. Raises ModelError for
     anything in the checkpoint that is missing, damaged, misshapen, not a number or not understood.
     """
     folder = Path(config.model.path)
-    assert config.model.max_model_len is not None, "the configuration must be resolved"
     if config.model.load_format not in ("safetensors", "dummy"):
         raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
     # The headers first: they cost nothing, and a damaged file is found before memory is taken.
@@ -56,11 +55,10 @@ def load_model(config: EngineConfig, device: torch.device, comm: ParallelContext
     return model.eval()
 
 
-def _build(config: EngineConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
+def _build(config: ResolvedConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
     """The model that config.json describes, its weights not yet set."""
     text_config = _text_config(folder)
     method = _linear_method(folder, text_config, config.batch_invariant)
-    assert config.model.max_model_len is not None
     try:
         return DecoderModel(
             decoder_spec(text_config),

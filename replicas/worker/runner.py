@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.backend import Backend, backend_of
 from ...kernels.compiling.compile_process import CompilationFailed, CompileProcess
-from ..config import EngineConfig, ModelFacts
+from ..config import ModelFacts, ResolvedConfig
 from ..device import usable_cores
 from ..host_copy import HostCopier, HostCopy
 from ..layers.batch import GraphShape
@@ -88,11 +88,8 @@ class Runner:
     """
 
     def __init__(
-        self, model: DecoderModel, kv_cache: KVCache, config: EngineConfig, facts: ModelFacts, device: torch.device
+        self, model: DecoderModel, kv_cache: KVCache, config: ResolvedConfig, facts: ModelFacts, device: torch.device
     ) -> None:
-        assert config.model.max_model_len is not None
-        assert config.scheduler.max_num_batched_tokens is not None
-        assert config.scheduler.max_steps_in_flight is not None
         max_tokens, in_flight = config.scheduler.max_num_batched_tokens, config.scheduler.max_steps_in_flight
         block_size, max_rows = kv_cache.block_size, config.scheduler.max_num_seqs
         self.model, self.kv_cache, self.device = model, kv_cache, device

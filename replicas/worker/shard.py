@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ...kernels.compiling.compile_process import CompileProcess
-from ..config import DTYPE_BYTES, EngineConfig, ModelFacts
+from ..config import BlocksInMemory, FixedBlocks, ModelFacts, ProfiledBlocks, ResolvedConfig
 from ..device import set_cpu_threads
 from ..errors import ConfigError
 from ..layers.kv_cache import KVCache
@@ -26,68 +26,46 @@ from .runner import PendingStep, Runner
 
 logger = logging.getLogger(__name__)
 
-# Steps of up to this many tokens are captured as CUDA graphs. Larger ones keep a GPU busy for longer than the host
-# needs to launch them.
+# Steps of up to this many tokens are captured as CUDA graphs. Larger steps take the GPU longer than the host needs to
+# launch them.
 _GRAPH_TOKENS = 2048
 
 
 class Shard:
     """Loads its part of the model and runs plans on it.
 
-    config: resolved. context: this rank's place among those of the model copy; alone if none is given. device: of this
-    rank; config's first if none is given. agree: of a number of every rank's, the least, once all have said theirs.
-    num_neighbours: ranks that share this machine's cores. Raises ModelError for a checkpoint that cannot be served,
-    ConfigError where memory is short. `startup_seconds` says what each stage of that took.
+    context: this rank's place in the model copy; default: the only rank. device: default `config.device`. agree:
+    returns the least of all ranks' numbers, once every rank has called it. num_neighbours: ranks that share this
+    machine's cores. `startup_seconds` has the time of each stage of the start. Raises ModelError for a checkpoint that
+    cannot be served, ConfigError if memory is short.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         context: ParallelContext | None = None,
         device: torch.device | None = None,
         *,
         agree: Callable[[int], int] | None = None,
         num_neighbours: int = 1,
     ) -> None:
-        facts = read_model_facts(Path(config.model.path))
+        self._config, self._facts = config, read_model_facts(Path(config.model.path))
+        self._agree, self._num_neighbours = agree, num_neighbours
         self.startup_seconds: dict[str, float] = {}
         self.device = device or torch.device(config.device)
-        available = 0
-        if self.device.type == "cpu":
-            set_cpu_threads(config.num_threads, num_neighbours)
-        else:
-            with self._stage("device"):
-                self.device = torch.device(self.device.type, self.device.index or 0)
-                torch.cuda.set_device(self.device)
-                if config.cache.num_blocks is None:
-                    available = _available_bytes(self.device, config.cache.gpu_memory_utilization)
-        assert config.scheduler.max_num_batched_tokens is not None
-        graph_tokens = min(_GRAPH_TOKENS, config.scheduler.max_num_batched_tokens)
-        if self.device.type == "cpu":
-            model = self._load(config, context, agree)
-        else:
-            with CompileProcess() as process:  # gets ready while the weights are read
-                model = self._load(config, context, agree)
-                with self._stage("kernels"):
-                    _make_runner(model, config, facts, 1, self.device).compile_kernels(
-                        process, graph_tokens, num_neighbours
-                    )
-        num_blocks, room = config.cache.num_blocks, config.cache.kv_cache_memory_bytes
-        if room is not None:  # this stage of a pipeline may have more layers than the configuration took it to have
-            found = _blocks_in(room, model, config, facts, "kv_cache_memory_bytes leaves")
-            num_blocks = min(found, num_blocks or found)
-        elif num_blocks is None:
-            with self._stage("memory profile"):
-                num_blocks = _profile_blocks(model, config, facts, self.device, available)
-        if agree is not None:
-            with self._stage("other ranks' blocks"):
-                num_blocks = agree(num_blocks)
-        self.num_blocks = num_blocks
+        free_bytes = self._open_device()
+        on_gpu = self.device.type == "cuda"
+        # The process starts while the weights are read.
+        with CompileProcess() if on_gpu else nullcontext() as process:
+            model = self._load(context)
+            if process is not None:
+                self._compile_kernels(model, process)
+        self.num_blocks = self._find_blocks(model, free_bytes)
         with self._stage("KV cache"):
-            self._runner = _make_runner(model, config, facts, self.num_blocks, self.device)
-        if self.device.type == "cuda" and not config.enforce_eager:
+            self._runner = _make_runner(model, config, self._facts, self.num_blocks, self.device)
+        if on_gpu and not config.enforce_eager:
             with self._stage("CUDA graphs"):
-                self._runner.capture(graph_tokens)
+                self._runner.capture(self._graph_tokens)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.startup_seconds.items())
         logger.info("%s is ready on %s with %d KV blocks: %s", config.model.path, self.device, self.num_blocks, stages)
 
@@ -100,22 +78,58 @@ class Shard:
         return self._runner.run(plan)
 
     def synchronize(self) -> None:
-        """Wait until no other rank needs anything more of this one for the steps so far."""
+        """Wait until no other rank needs anything more from this one for the steps so far."""
         self._runner.synchronize()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _load(
-        self, config: EngineConfig, context: ParallelContext | None, agree: Callable[[int], int] | None
-    ) -> DecoderModel:
+    @property
+    def _graph_tokens(self) -> int:
+        return min(_GRAPH_TOKENS, self._config.scheduler.max_num_batched_tokens)
+
+    def _open_device(self) -> int:
+        """Set CPU threads, or make the GPU current; free bytes of a GPU whose KV blocks are to be profiled, else 0."""
+        if self.device.type == "cpu":
+            set_cpu_threads(self._config.num_threads or None, self._num_neighbours)
+            return 0
+        with self._stage("device"):
+            self.device = torch.device(self.device.type, self.device.index or 0)
+            torch.cuda.set_device(self.device)
+            blocks = self._config.cache.blocks
+            return _free_bytes(self.device, blocks.gpu_memory_utilization) if isinstance(blocks, ProfiledBlocks) else 0
+
+    def _load(self, context: ParallelContext | None) -> DecoderModel:
         with self._stage("weights"):
-            model = load_model(config, self.device, context)
-        if agree is not None:
-            # From here on ranks wait for each other in collectives, and these end after minutes; one rank may read its
-            # weights from a cache and another one from a network.
+            model = load_model(self._config, self.device, context)
+        if self._agree is not None:
+            # From here on ranks wait for each other in collectives, which time out after minutes. One rank may read
+            # its weights from a cache and another from a network.
             with self._stage("other ranks' weights"):
-                agree(0)
+                self._agree(0)
         return model
+
+    def _compile_kernels(self, model: DecoderModel, process: CompileProcess) -> None:
+        with self._stage("kernels"):
+            runner = _make_runner(model, self._config, self._facts, 1, self.device)
+            runner.compile_kernels(process, self._graph_tokens, self._num_neighbours)
+
+    def _find_blocks(self, model: DecoderModel, free_bytes: int) -> int:
+        """KV blocks of every rank. free_bytes: before the weights were loaded, if the blocks are profiled."""
+        blocks = self._config.cache.blocks
+        match blocks:
+            case FixedBlocks():
+                num_blocks = blocks.num_blocks
+            case BlocksInMemory():  # resolve() estimated the stage with the most layers, which may not be this one
+                found = _blocks_in(blocks.memory_bytes, model, self._config, "kv_cache_memory_bytes leaves")
+                num_blocks = min(found, blocks.num_blocks)
+            case ProfiledBlocks():
+                with self._stage("memory profile"):
+                    utilization = blocks.gpu_memory_utilization
+                    num_blocks = _profile_blocks(model, self._config, self._facts, self.device, utilization, free_bytes)
+        if self._agree is None:
+            return num_blocks
+        with self._stage("other ranks' blocks"):
+            return self._agree(num_blocks)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -127,23 +141,14 @@ class Shard:
 
 
 def _make_runner(
-    model: DecoderModel, config: EngineConfig, facts: ModelFacts, num_blocks: int, device: torch.device
+    model: DecoderModel, config: ResolvedConfig, facts: ModelFacts, num_blocks: int, device: torch.device
 ) -> Runner:
-    assert config.cache.block_size is not None
-    kv_cache = KVCache(
-        num_layers=model.num_local_layers,
-        num_blocks=num_blocks,
-        num_kv_heads=model.num_local_kv_heads,
-        block_size=config.cache.block_size,
-        head_dim=facts.head_dim,
-        dtype=getattr(torch, config.model.dtype),
-        device=device,
-    )
+    kv_cache = KVCache(model.kv_cache_spec(config.cache.block_size), num_blocks, device)
     return Runner(model, kv_cache, config, facts, device)
 
 
-def _available_bytes(device: torch.device, utilization: float) -> int:
-    """What this process may still take of the device. Raises ConfigError where that is less than its share."""
+def _free_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes that this process may still allocate. Raises ConfigError if that is less than its share."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if free < int(total * utilization):
@@ -156,77 +161,71 @@ def _available_bytes(device: torch.device, utilization: float) -> int:
 
 
 def _profile_blocks(
-    model: DecoderModel, config: EngineConfig, facts: ModelFacts, device: torch.device, available: int
+    model: DecoderModel,
+    config: ResolvedConfig,
+    facts: ModelFacts,
+    device: torch.device,
+    utilization: float,
+    free_before: int,
 ) -> int:
     """KV blocks that fit beside the weights and the largest step, on a CUDA device.
 
-    Runs one step of max_num_batched_tokens tokens and takes what `gpu_memory_utilization` of the device leaves.
-    available: bytes that were free before the weights were loaded; what is gone since and torch does not know of,
-    CUDA and its libraries hold for this process.
+    Runs one step of max_num_batched_tokens tokens and takes what `utilization` of the device leaves.
+    free_before: free bytes before the weights were loaded. The part of their decrease that torch did not allocate
+    belongs to CUDA and its libraries in this process.
     """
-    assert config.cache.block_size is not None
-    assert config.model.max_model_len is not None
-    assert config.scheduler.max_num_batched_tokens is not None
-    block_size = config.cache.block_size
     weights = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    # As many sequences as may run, so that the sampler too takes what it may ever take.
-    num_seqs = config.scheduler.max_num_seqs
-    lens = np.full(num_seqs, config.scheduler.max_num_batched_tokens // num_seqs, np.int32)
-    lens = np.minimum(lens, config.model.max_model_len)
-    per_seq = -(-int(lens[0]) // block_size)
-    num_blocks = num_seqs * per_seq
+    plan = _largest_plan(config)
+    num_blocks = len(plan.table_blocks)
     runner = _make_runner(model, config, facts, num_blocks, device)
-    rows = np.arange(num_seqs, dtype=np.int32)
-    runner.run(
-        StepPlan(
-            step=0,
-            rows=rows,
-            starts=np.zeros(num_seqs, np.int32),
-            num_tokens=lens,
-            token_ids=np.zeros(int(lens.sum()), np.int32),
-            sample_slices=rows,
-            sample_rows=rows,
-            table_rows=np.repeat(rows, per_seq),
-            table_indices=np.tile(np.arange(per_seq, dtype=np.int32), num_seqs),
-            table_blocks=np.arange(num_blocks, dtype=np.int32),
-            # Filtered by one row: with tensor parallelism, ranks then share all logits out.
-            row_starts=(RowStart(0, 0, 1, SamplingParams(top_p=0.5)),),
-        )
-    )
+    runner.run(plan)
     torch.cuda.synchronize(device)
-    bytes_per_block = _bytes_per_block(model, config, facts)
-    step = torch.cuda.max_memory_allocated(device) - weights - num_blocks * bytes_per_block
-    # Graphs have a pool of their own, which the largest of them fills like a step outside of graphs.
+    kv_bytes = num_blocks * runner.kv_cache.spec.bytes_per_block
+    step = torch.cuda.max_memory_allocated(device) - weights - kv_bytes
+    # Graphs have a memory pool of their own, and the largest graph fills it like an eager step.
     graphs = 0 if config.enforce_eager else step
     free, total = torch.cuda.mem_get_info(device)
-    outside = max(0, available - free - torch.cuda.memory_reserved(device))
-    room = int(total * config.cache.gpu_memory_utilization) - outside - weights - step - graphs
+    outside = max(0, free_before - free - torch.cuda.memory_reserved(device))
+    free_bytes = int(total * utilization) - outside - weights - step - graphs
     taken = f"weights ({weights / 2**30:.1f} GiB) and activations ({(step + graphs) / 2**30:.1f} GiB) leave"
-    found = _blocks_in(
-        room, model, config, facts, f"gpu_memory_utilization {config.cache.gpu_memory_utilization}, {taken}"
-    )
+    found = _blocks_in(free_bytes, model, config, f"gpu_memory_utilization {utilization}, {taken}")
     del runner
     torch.cuda.empty_cache()
     return found
 
 
-def _blocks_in(room: int, model: DecoderModel, config: EngineConfig, facts: ModelFacts, what: str) -> int:
-    """KV blocks of this rank that fit into `room` bytes. Raises ConfigError where no whole sequence would."""
-    assert config.cache.block_size is not None
-    assert config.model.max_model_len is not None
-    found = max(0, room) // _bytes_per_block(model, config, facts)
-    if found * config.cache.block_size < config.model.max_model_len:
+def _largest_plan(config: ResolvedConfig) -> StepPlan:
+    """A step of max_num_batched_tokens tokens over max_num_seqs sequences, the sampler's largest batch."""
+    num_seqs, block_size = config.scheduler.max_num_seqs, config.cache.block_size
+    lens = np.full(num_seqs, config.scheduler.max_num_batched_tokens // num_seqs, np.int32)
+    lens = np.minimum(lens, config.model.max_model_len)
+    per_seq = -(-int(lens[0]) // block_size)
+    rows = np.arange(num_seqs, dtype=np.int32)
+    return StepPlan(
+        step=0,
+        rows=rows,
+        starts=np.zeros(num_seqs, np.int32),
+        num_tokens=lens,
+        token_ids=np.zeros(int(lens.sum()), np.int32),
+        sample_slices=rows,
+        sample_rows=rows,
+        table_rows=np.repeat(rows, per_seq),
+        table_indices=np.tile(np.arange(per_seq, dtype=np.int32), num_seqs),
+        table_blocks=np.arange(num_seqs * per_seq, dtype=np.int32),
+        # One filtered row: with tensor parallelism, ranks then exchange all logits.
+        row_starts=(RowStart(0, 0, 1, SamplingParams(top_p=0.5)),),
+    )
+
+
+def _blocks_in(free_bytes: int, model: DecoderModel, config: ResolvedConfig, what: str) -> int:
+    """KV blocks of this rank that fit `free_bytes`. Raises ConfigError if they hold less than one whole sequence."""
+    block_size, max_model_len = config.cache.block_size, config.model.max_model_len
+    free_bytes = max(0, free_bytes)
+    found = free_bytes // model.kv_cache_spec(block_size).bytes_per_block
+    if found * block_size < max_model_len:
         raise ConfigError(
-            f"{what} {max(room, 0) / 2**30:.1f} GiB for KV blocks: {found * config.cache.block_size} tokens, less than "
-            f"one sequence of max_model_len {config.model.max_model_len}; lower max_model_len or "
-            "max_num_batched_tokens, or give more memory"
+            f"{what} {free_bytes / 2**30:.1f} GiB for KV blocks: {found * block_size} tokens, less than one sequence "
+            f"of max_model_len {max_model_len}; lower max_model_len or max_num_batched_tokens, or give more memory"
         )
     return found
-
-
-def _bytes_per_block(model: DecoderModel, config: EngineConfig, facts: ModelFacts) -> int:
-    """Of this rank's layers and kv heads together."""
-    assert config.cache.block_size is not None
-    heads = model.num_local_layers * model.num_local_kv_heads
-    return 2 * heads * facts.head_dim * config.cache.block_size * DTYPE_BYTES[config.model.dtype]

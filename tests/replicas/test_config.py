@@ -10,6 +10,7 @@ import pytest
 from shoal.kernels.comm.all_reduce import WORLD_SIZES
 from shoal.replicas.config import (
     SYMMETRIC_SIZES,
+    BlocksInMemory,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -54,7 +55,7 @@ def test_memory_of_the_kv_cache_is_that_of_a_rank(tp, pp, num_blocks):
     """A block of 64 tokens takes 16 KiB of a single rank; the two kv heads are halved once."""
     cache = CacheConfig(block_size=64, kv_cache_memory_bytes=1 << 20)
     config = EngineConfig(ModelConfig("folder", max_model_len=64), cache, parallel=ParallelConfig(tp, pp))
-    assert config.resolve(FACTS, "cuda").cache.num_blocks == num_blocks
+    assert config.resolve(FACTS, "cuda").cache.blocks == BlocksInMemory(1 << 20, num_blocks)
 
 
 def test_a_stage_with_more_layers_than_the_others_has_room_for_fewer_blocks():
@@ -62,8 +63,9 @@ def test_a_stage_with_more_layers_than_the_others_has_room_for_fewer_blocks():
     facts = replace(FACTS, num_layers=8, vocab_size=2000, mlp_features=(256,) * 8)
     cache = CacheConfig(block_size=64, kv_cache_memory_bytes=5 << 15)
     config = EngineConfig(ModelConfig("folder", max_model_len=64), cache, parallel=ParallelConfig(1, 2))
-    assert config.resolve(replace(facts, mlp_features=()), "cuda").cache.num_blocks == 5  # stages of four layers
-    assert config.resolve(facts, "cuda").cache.num_blocks == 4
+    equal_stages = config.resolve(replace(facts, mlp_features=()), "cuda")
+    assert equal_stages.cache.blocks == BlocksInMemory(5 << 15, 5)
+    assert config.resolve(facts, "cuda").cache.blocks == BlocksInMemory(5 << 15, 4)
     with pytest.raises(ConfigError, match="holds 4 blocks of 64 tokens, less than one sequence of max_model_len 320"):
         replace(config, model=replace(config.model, max_model_len=320)).resolve(facts, "cuda")
 
@@ -157,7 +159,9 @@ def test_torchs_operators_do_not_sum_half_precision():
 def test_blocks_that_attention_on_a_gpu_does_not_read():
     config = EngineConfig(ModelConfig("folder"), CacheConfig(block_size=256))
     assert config.resolve(FACTS, "cpu").cache.block_size == 256
-    with pytest.raises(ConfigError, match=r"block_size 256 is none of those of .* use one of 16, 32, 64, 128"):
+    with pytest.raises(
+        ConfigError, match=r"block_size 256 is not supported by GPU attention; use one of 16, 32, 64, 128"
+    ):
         config.resolve(FACTS, "cuda")
 
 

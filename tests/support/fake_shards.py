@@ -11,7 +11,7 @@ from typing import Any
 from shoal.cluster.shards.placement import ActorPlacement
 from shoal.replicas.channel.step_channel import StepChannelClient
 from shoal.replicas.channel.step_sockets import Address
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ResolvedConfig
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.executors.group_start import Loaded
 from tests.support.engines import facts
@@ -77,7 +77,7 @@ class FakeShard:
     def _place_now(self) -> ActorPlacement:
         return self._place
 
-    def _assign_now(self, config: EngineConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:
+    def _assign_now(self, config: ResolvedConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:
         self.rank, self.seat = rank, (local_rank, visible)
         self._world_size = config.parallel.world_size
         self._answers = rank == self._world_size - config.parallel.tensor_parallel_size
@@ -101,7 +101,7 @@ class FakeShard:
         client.close()
 
 
-def group_config(tp: int, pp: int = 1, device: str = "cpu") -> EngineConfig:
+def group_config(tp: int, pp: int = 1, device: str = "cpu") -> ResolvedConfig:
     """A resolved configuration of so many ranks."""
     model = replace(facts(), num_layers=pp, num_attention_heads=tp, num_kv_heads=tp)
     config = EngineConfig(ModelConfig("fake"), CacheConfig(16, NUM_BLOCKS), parallel=ParallelConfig(tp, pp))

@@ -8,10 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from shoal.replicas.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    ResolvedConfig,
+    SchedulerConfig,
+)
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
+from tests.support.engines import facts
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 32
@@ -38,14 +46,11 @@ def engine_config(
     )
 
 
-def meeting_config() -> EngineConfig:
+def meeting_config() -> ResolvedConfig:
     """Of two ranks that meet, and load no model."""
     config = engine_config(Path("folder"), tp=2)
-    return replace(
-        config,
-        model=replace(config.model, load_format="dummy"),
-        scheduler=replace(config.scheduler, max_steps_in_flight=2),
-    )
+    model = replace(facts(), num_attention_heads=2, num_kv_heads=2)
+    return replace(config, model=replace(config.model, load_format="dummy")).resolve(model, "cpu")
 
 
 def split_engine(folder: Path, tp: int, pp: int = 1) -> Engine:

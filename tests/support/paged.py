@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig
+from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ResolvedConfig
 from shoal.replicas.layers.batch import AttentionMetadata
 from shoal.replicas.layers.kv_cache import KVCache
 from shoal.replicas.models.checkpoint import read_model_facts
@@ -18,7 +18,7 @@ BLOCKS_PER_SEQUENCE = 12
 CPU = torch.device("cpu")
 
 
-def engine_config(folder: Path, device: torch.device = CPU, **model: object) -> EngineConfig:
+def engine_config(folder: Path, device: torch.device = CPU, **model: object) -> ResolvedConfig:
     """A resolved configuration for the checkpoint in `folder`; in fp32 if no dtype is given."""
     cache = CacheConfig(block_size=BLOCK_SIZE, num_blocks=512)
     settings = ModelConfig(str(folder), **({"dtype": "float32"} | model))  # pyright: ignore[reportArgumentType]
@@ -41,15 +41,7 @@ class PagedModel:
         self.device = device
         self.model: DecoderModel = load_model(config, device, comm)
         num_blocks = num_sequences * BLOCKS_PER_SEQUENCE + 1
-        self.cache = KVCache(
-            self.model.num_local_layers,
-            num_blocks,
-            self.model.num_local_kv_heads,
-            BLOCK_SIZE,
-            self.model.spec.head_dim,
-            dtype,
-            device,
-        )
+        self.cache = KVCache(self.model.kv_cache_spec(BLOCK_SIZE), num_blocks, device)
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
         self.tables = order.view(num_sequences, BLOCKS_PER_SEQUENCE).to(torch.int32)
         self.lengths = [0] * num_sequences

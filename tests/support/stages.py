@@ -6,7 +6,7 @@ from collections import deque
 
 from torch import Tensor
 
-from shoal.replicas.config import EngineConfig
+from shoal.replicas.config import ResolvedConfig
 from shoal.replicas.parallel.comm import ParallelContext
 from shoal.replicas.parallel.pipeline import PipelineLinks
 from shoal.replicas.plan import StepPlan, StepResult
@@ -38,7 +38,7 @@ class QueuedLinks(PipelineLinks):
 class StagesInTurn:
     """Implements `Executor`: each plan goes through all stages when its result is asked for."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         num_stages = config.parallel.pipeline_parallel_size
         self.hidden: list[deque[Tensor]] = [deque() for _ in range(num_stages)]
         self.tokens: deque[Tensor] = deque()

@@ -13,7 +13,7 @@ import pytest
 from shoal.cluster.shards.placement import ActorPlacement
 from shoal.cluster.shards.shard_group import DriverNode, ShardGroup, start_shard_group
 from shoal.replicas.channel.step_channel import StepChannelServer
-from shoal.replicas.config import EngineConfig
+from shoal.replicas.config import ResolvedConfig
 from shoal.replicas.errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 from shoal.replicas.executors import group_start
 from shoal.replicas.executors.group_executor import GroupExecutor
@@ -39,7 +39,7 @@ class Maker:
         self.faults: dict[tuple[int, str], Callable[[], object]] = {}
         self.groups: list[ShardGroup] = []
 
-    def start(self, config: EngineConfig, places: list[ActorPlacement], timeout_s: float = PATIENCE) -> ShardGroup:
+    def start(self, config: ResolvedConfig, places: list[ActorPlacement], timeout_s: float = PATIENCE) -> ShardGroup:
         def launch(index: int) -> FakeShard:
             def before(method: str) -> None:
                 if (fault := self.faults.get((index, method))) is not None:

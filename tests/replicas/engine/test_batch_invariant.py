@@ -69,7 +69,7 @@ class Served:
     def engine(self, num_blocks: int = NUM_BLOCKS, budget: int = 512, *, caching: bool = False) -> Engine:
         config = replace(
             self.config,
-            cache=replace(self.config.cache, num_blocks=num_blocks, enable_prefix_caching=caching),
+            cache=replace(self.config.cache, enable_prefix_caching=caching),
             scheduler=replace(self.config.scheduler, max_num_batched_tokens=budget),
         )
         return Engine(config, self.facts, FewerBlocks(self.executor, num_blocks))

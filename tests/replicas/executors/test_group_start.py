@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.replicas.channel.step_channel import StepChannelClient, StepChannelServer
-from shoal.replicas.config import EngineConfig
+from shoal.replicas.config import ResolvedConfig
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.executors import group_start
 from shoal.replicas.executors.group_start import GroupStart
@@ -18,7 +18,7 @@ from tests.support.step_group import run_in_thread
 
 
 @pytest.fixture
-def config() -> EngineConfig:
+def config() -> ResolvedConfig:
     return meeting_config()
 
 
@@ -46,7 +46,7 @@ class ConnectedRank:
 class RankInThread:
     """A real rank; if it is stuck, no call of it is answered."""
 
-    def __init__(self, config: EngineConfig, rank: int, *, stuck: bool) -> None:
+    def __init__(self, config: ResolvedConfig, rank: int, *, stuck: bool) -> None:
         self.rank = ShardRank(config, rank, rank)
         self._name, self._stuck = f"rank {rank}", stuck
 
@@ -60,7 +60,7 @@ class RankInThread:
         return False
 
 
-def test_a_rank_that_ends_as_all_have_been_accepted_is_named(config: EngineConfig, monkeypatch) -> None:
+def test_a_rank_that_ends_as_all_have_been_accepted_is_named(config: ResolvedConfig, monkeypatch) -> None:
     ranks = [ConnectedRank(0), ConnectedRank(1)]
     accept = StepChannelServer.accept
 
@@ -75,7 +75,7 @@ def test_a_rank_that_ends_as_all_have_been_accepted_is_named(config: EngineConfi
         rank.client.result(30).close()
 
 
-def test_a_rank_for_which_the_others_wait_is_named_alone(config: EngineConfig, monkeypatch) -> None:
+def test_a_rank_for_which_the_others_wait_is_named_alone(config: ResolvedConfig, monkeypatch) -> None:
     monkeypatch.setattr(group_start, "_LAST_WORDS_SECONDS", 0.2)
     ranks = [RankInThread(config, 0, stuck=False), RankInThread(config, 1, stuck=True)]
     with pytest.raises(ShardGroupError, match=r"rank 0 has waited .* s for the facts of ranks \[1\] of 2"):

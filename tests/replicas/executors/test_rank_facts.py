@@ -15,6 +15,7 @@ from shoal.replicas.config import EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.errors import ModelError, ShardGroupError
 from shoal.replicas.executors.rank_facts import RankFacts, check_facts
 from shoal.replicas.models.checkpoint import INDEX_FILE
+from tests.support.engines import facts
 
 CPU = torch.device("cpu")
 FACTS = RankFacts(2, "c0ffee", "1.0", "2.13", "2.28", "3.12", "node boot", "node", "GPU-1", {})
@@ -31,7 +32,8 @@ def write_weights(folder: Path, *files: dict[str, torch.Tensor]) -> None:
 
 
 def facts_of(folder: Path, load_format: str = "safetensors") -> RankFacts:
-    return RankFacts.of(EngineConfig(ModelConfig(str(folder), load_format=load_format)), CPU)
+    config = EngineConfig(ModelConfig(str(folder), load_format=load_format)).resolve(facts(), "cpu")
+    return RankFacts.of(config, CPU)
 
 
 def test_ranks_that_differ_in_nothing_but_their_gpus_fit():
@@ -124,10 +126,11 @@ def test_weights_that_are_missing_are_named(tmp_path):
 def test_facts_travel_as_json_and_tell_configurations_apart(tmp_path):
     write_weights(tmp_path, A, B)
     config = EngineConfig(ModelConfig(str(tmp_path)))
-    facts = RankFacts.of(config, CPU)
-    assert len(facts.weights) == 2
-    assert RankFacts.from_json(facts.to_json()) == facts
-    assert RankFacts.of(replace(config, scheduler=SchedulerConfig(9)), CPU).config != facts.config
+    own = RankFacts.of(config.resolve(facts(), "cpu"), CPU)
+    assert len(own.weights) == 2
+    assert RankFacts.from_json(own.to_json()) == own
+    other = replace(config, scheduler=SchedulerConfig(9)).resolve(facts(), "cpu")
+    assert RankFacts.of(other, CPU).config != own.config
 
 
 def test_facts_of_another_version_are_refused():

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from shoal.replicas.config import EngineConfig
+from shoal.replicas.config import ResolvedConfig
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.executors.shard_rank import ShardRank
 from shoal.replicas.models import loader
@@ -20,11 +20,11 @@ from tests.support.golden import engine_config, meeting_config
 
 
 @pytest.fixture
-def config() -> EngineConfig:
+def config() -> ResolvedConfig:
     return meeting_config()
 
 
-def meet(*configs: EngineConfig) -> list[BaseException | None]:
+def meet(*configs: ResolvedConfig) -> list[BaseException | None]:
     """What each rank's joining raises; every rank has a configuration of its own."""
     ranks = [ShardRank(config, rank, rank) for rank, config in enumerate(configs)]
     store = ranks[0].open_store("127.0.0.1")

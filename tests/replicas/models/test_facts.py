@@ -52,7 +52,7 @@ def test_facts_are_those_of_autoconfig(family, tmp_path):
     for num_stages in range(1, len(layers) + 1):
         most = max(map(len, stage_layers(spec, num_stages)))
         per_layer = 2 * facts.num_kv_heads * facts.head_dim * 4
-        assert facts.kv_bytes_per_token("float32", pp=num_stages) == most * per_layer
+        assert facts.kv_cache_spec("float32", pp=num_stages).bytes_per_token == most * per_layer
     assert facts.num_parameters == sum(math.prod(info.shape) for info in list_tensors(folder).values())
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shoal.replicas.config import EngineConfig
+from shoal.replicas.config import ResolvedConfig
 from shoal.replicas.errors import ModelError
 from shoal.replicas.models import loader
 from shoal.replicas.models.checkpoint import INDEX_FILE, list_tensors, read_model_facts
@@ -170,7 +170,7 @@ def test_ranks_beyond_a_small_vocabulary_load_without_rows_of_it(llama):
     assert [len(own["lm_head.weight"][0]) for own in filled] == [16, 4, 0, 0]
 
 
-def _filled(config: EngineConfig, context: ParallelContext) -> dict[str, tuple[torch.Tensor, tuple]]:
+def _filled(config: ResolvedConfig, context: ParallelContext) -> dict[str, tuple[torch.Tensor, tuple]]:
     """Every slot's tensor, and where in its source it lies, by the source's name."""
     filled = {}
 

@@ -81,7 +81,7 @@ def test_a_copied_block_continues_like_its_source(checkpoint):
 
 def test_two_pipeline_stages_make_the_whole(checkpoint):
     first, last = (PagedModel(checkpoint.folder, comm=ParallelContext(pp_rank=i, pp_size=2)) for i in range(2))
-    assert first.model.num_local_layers + last.model.num_local_layers == 3
+    assert len(first.model.layers) + len(last.model.layers) == 3
     hidden = first.run([(0, checkpoint.prompt)])
     assert_same(last.model.compute_logits(last.run([(0, checkpoint.prompt)], hidden)), checkpoint.logits)
 
