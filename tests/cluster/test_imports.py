@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-LIGHT = ("wire", "policies", "queue", "replay", "server", "router")
+LIGHT = (
+    "wire.frames",
+    "router.policies",
+    "router.queue",
+    "router.replay",
+    "replica.replica_server",
+    "router.router",
+)
 
 
 def loaded_by(*modules: str) -> set[str]:
@@ -22,6 +29,6 @@ def test_router_and_wire_load_neither_torch_nor_ray() -> None:
     assert loaded_by(*LIGHT) & {"torch", "triton", "transformers", "numpy", "ray", "pydantic", "fastapi"} == set()
 
 
-@pytest.mark.parametrize("module", ["directory", "placement", "replica"])
+@pytest.mark.parametrize("module", ["wire.directory", "shards.placement", "replica.replica"])
 def test_what_deployments_import_does_not_load_torch(module: str) -> None:
     assert loaded_by(module) & {"torch", "triton", "transformers"} == set()

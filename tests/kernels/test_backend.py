@@ -15,11 +15,11 @@ from shoal.kernels.backend import Backend, backend_of, use_backend
 # Every operator with a kernel, through the layers that call them.
 CPU_STEP = """
 import sys, torch
-from shoal.kernels.block_copy import block_copy
-from shoal.kernels.kv_store import rope_kv_store, store_rows
-from shoal.kernels.rms_norm import add_rms_norm, rms_norm
-from shoal.kernels.rope import rope_rows
-from shoal.kernels.silu_mul import silu_mul
+from shoal.kernels.attention.block_copy import block_copy
+from shoal.kernels.attention.kv_store import rope_kv_store, store_rows
+from shoal.kernels.linear.rms_norm import add_rms_norm, rms_norm
+from shoal.kernels.attention.rope import rope_rows
+from shoal.kernels.linear.silu_mul import silu_mul
 import shoal.replicas.models.decoder
 x, slots = torch.ones(2, 8), torch.tensor([1, 2])
 rms_norm(x, torch.ones(8), 1e-6), add_rms_norm(x, x.clone(), torch.ones(8), 1e-6), silu_mul(x)

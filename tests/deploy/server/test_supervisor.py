@@ -17,7 +17,7 @@ from tests.support.served import processes_of, running
 # A server that has started a process in a group of its own, as Ray's workers have, and has logs as Ray does.
 SERVER = """
 import os, subprocess, sys, threading
-from shoal.deploy.keeper import say, under_supervisor
+from shoal.deploy.server.supervisor import say, under_supervisor
 folder = under_supervisor()
 try:
     logs = folder / "session_2026" / "logs"

@@ -149,7 +149,7 @@ def test_what_was_forked_ends_when_it_is_closed(endless):
 
 def test_what_was_forked_ends_when_the_owner_is_killed(endless):
     program = f"""
-from shoal.kernels.compile_process import *
+from shoal.kernels.compiling.compile_process import *
 with CompileProcess() as process:
     process.start([Specialization(*kernel) for kernel in {list(map(tuple, ENDLESS))}], Target(*{tuple(H200)}), 2)
     process.wait()

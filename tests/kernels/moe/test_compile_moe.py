@@ -12,7 +12,7 @@ from shoal.kernels.moe.moe_route_triton import route_launch, sort_launch
 from shoal.kernels.moe.moe_triton import COMBINE_N, COMBINE_WARPS, moe_launch
 from tests.support.aot import Variant, lane_instructions
 
-ROUTE, MOE, ONE = (f"shoal.kernels.moe_{name}triton" for name in ("route_", "", "one_"))
+ROUTE, MOE, ONE = (f"shoal.kernels.moe.moe_{name}triton" for name in ("route_", "", "one_"))
 BUDGET = 15.6  # instructions of a lane for each 16-bit weight, at the full speed of an H200's memory
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW_TABLES = dict.fromkeys(("order_ptr", "tiles_ptr"), "*i32")

@@ -186,7 +186,7 @@ _ENGINE = """
 import sys
 import tempfile
 from pathlib import Path
-from shoal.replicas.llm import build_engine
+from shoal.replicas.offline import build_engine
 from tests.support.golden import engine_config
 engine = build_engine(engine_config(Path(sys.argv[1]), tp=2))
 print("ready", flush=True)
