@@ -1,17 +1,27 @@
-"""What a scheduler tells its shards to run, and what they answer.
+"""Step plans, from the scheduler to its ranks, and step results, back to the scheduler.
 
-A plan is the same for every rank and holds nothing but integers (and, for sequences that are new, their sampling
-parameters). Shards keep state by *row*: a row belongs to one sequence from its first step to its end, and holds its
-block table, its sampling parameters and the last token sampled for it. A plan is therefore a diff: it names the rows
-that run, and what changed. Plans are executed in the order in which they were submitted, so a plan may be made
-before the tokens of the one before it are known: the token id DEVICE_TOKEN stands for "the last token sampled for
-this row", which only the shard knows.
+Every rank receives the same plan. It holds integers and, for new sequences, their sampling parameters. A plan is a
+diff: it names the rows that run and what changed. Ranks execute plans in the order of submission, so the scheduler
+plans a step before it has the tokens of the step before. DEVICE_TOKEN then stands in the place of a row's last
+sampled token, which only the ranks hold.
+
+A sequence keeps one row from its first step to its end. State per row:
+
+    owner                       state                                            reset by
+    engine  SequenceTable       token ids, lengths, limits, block table, epoch   `assign` (and `free`: the epoch)
+    rank    RowState            block table, last token, sampling parameters     RowStart; last token: each sample
+    rank    Sampler             logits processors, penalties, log-prob. count    RowStart
+    rank    Runner              number of prompt log-probabilities               RowStart
+    rank 0  StageExchange       step that last sampled the row (pipelines)       each plan that samples the row
+
+A rank does not hear of a sequence's end: the next RowStart resets the row.
+docs/adr/0018-state-beside-kv-blocks.md says where a second kind of state per sequence goes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +50,7 @@ class RowStart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SeqSlice:
-    """The part of one sequence that a step runs; a view on one entry of a StepPlan, for tests and debugging."""
+    """One slice of a StepPlan: the tokens of one sequence that the step runs. For tests and debugging."""
 
     row: int
     start: int
@@ -56,27 +66,34 @@ class BlockCopy(NamedTuple):
 
 
 class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each rank: 0.4 us, a frozen dataclass 1.5
-    """One step. S slices, T tokens, K tokens to sample. Slices of one token come first.
+    """One step. Slices of one token come first. There is no prefill or decode flag.
 
-    There is no prefill or decode flag: a slice says how many tokens it runs.
+    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table updates,
+    P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow from that table.
+
+    Draft tokens (speculative decoding, jump-forward): the last `num_drafts[k]` tokens of sample k's slice are drafts.
+    The rank samples after the token before the drafts and after each draft. It accepts drafts as long as they equal
+    the samples, and returns the 1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is not in the
+    next plan before that result has come.
     """
 
     step: int
-    rows: Ints  # [S] row of each slice
-    starts: Ints  # [S] tokens of the sequence that are in the KV cache before the step
-    num_tokens: Ints  # [S]
-    token_ids: Ints  # [T] slice after slice; DEVICE_TOKEN: the row's last sampled token
-    sample_slices: Ints  # [K] the slice whose last hidden state is sampled from
-    sample_rows: Ints  # [K] the row that receives the token (several rows of one slice: a fork)
-    table_rows: Ints = NO_INTS  # [U] block_table[row, index] = block, applied before the step
-    table_indices: Ints = NO_INTS  # [U]
-    table_blocks: Ints = NO_INTS  # [U]
-    copies: tuple[BlockCopy, ...] = ()
-    row_starts: tuple[RowStart, ...] = ()
+    rows: Annotated[Ints, "S"]  # row of each slice
+    starts: Annotated[Ints, "S"]  # tokens of the sequence that are in the KV cache before the step
+    num_tokens: Annotated[Ints, "S"]
+    token_ids: Annotated[Ints, "T"]  # slice after slice; DEVICE_TOKEN: the row's last sampled token
+    sample_slices: Annotated[Ints, "K"]  # the slice whose last hidden state is sampled from
+    sample_rows: Annotated[Ints, "K"]  # the row that receives the token (several rows of one slice: a fork)
+    table_rows: Annotated[Ints, "U"] = NO_INTS  # block_table[row, index] = block, applied before the step
+    table_indices: Annotated[Ints, "U"] = NO_INTS
+    table_blocks: Annotated[Ints, "U"] = NO_INTS
     # Prompt log-probabilities: slices whose every position is scored, and the token that follows each slice
     # (DEVICE_TOKEN where the slice ends the prompt: its last position is scored by sampling).
-    scored_slices: Ints = NO_INTS
-    scored_next: Ints = NO_INTS
+    scored_slices: Annotated[Ints, "P"] = NO_INTS
+    scored_next: Annotated[Ints, "P"] = NO_INTS
+    num_drafts: Annotated[Ints, "D"] = NO_INTS  # drafts of each sample; empty: no slice has drafts
+    copies: tuple[BlockCopy, ...] = ()
+    row_starts: tuple[RowStart, ...] = ()
 
     @property
     def num_slices(self) -> int:
@@ -97,7 +114,7 @@ class LogprobArrays:
 
     token_ids: Ints  # [P]
     logprobs: NDArray[np.float32]  # [P]
-    ranks: Ints  # [P], 1 is the likeliest
+    ranks: Ints  # [P], 1 is the most probable token
     top_ids: Ints  # [P, N]
     top_logprobs: NDArray[np.float32]  # [P, N]
 
@@ -106,13 +123,27 @@ class LogprobArrays:
 class StepResult:
     """The answer to the plan of the same step.
 
-    `logprobs` covers the K samples when any of them asked for log-probabilities. `prompt_logprobs` has an entry for
-    each of the plan's scored slices, of the tokens start+1 .. start+num_tokens (one fewer where scored_next is
-    DEVICE_TOKEN). A `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token is invalid.
+    `logprobs` covers the sampled tokens when any sample asked for log-probabilities. `prompt_logprobs` has an entry
+    for each of the plan's scored slices, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next
+    is DEVICE_TOKEN). A `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token is
+    invalid.
     """
 
     step: int
-    token_ids: Ints  # [K]
+    token_ids: Annotated[Ints, "N"]  # [K], or sample after sample where `counts` is given
     logprobs: LogprobArrays | None = None
     prompt_logprobs: tuple[LogprobArrays, ...] = ()
     failed_rows: tuple[tuple[int, str], ...] = ()
+    counts: Annotated[Ints, "C"] = field(
+        default_factory=lambda: NO_INTS
+    )  # [K] tokens of each sample, at least 1; empty: one each
+
+
+def _arrays(message: Any) -> dict[str, str]:
+    hints = get_type_hints(message, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+# Name and length letter of each array, in order.
+PLAN_ARRAYS: dict[str, str] = _arrays(StepPlan)
+RESULT_ARRAYS: dict[str, str] = _arrays(StepResult)

@@ -34,7 +34,7 @@ _FAMILIES = (
     ("rope and KV write", r"rope|rotary|kv_store"),
     ("activation", r"silu|gelu|swiglu|act_and_mul"),
     ("embedding", r"embed|gather|index_?select|index_copy"),
-    ("inputs", r"(expand|apply)_plan|keep_tokens|step_inputs"),
+    ("inputs", r"(expand|apply)_plan|store_tokens|step_inputs"),
     (
         "GEMM",
         r"gemm|gemv|_(fma|mma|stream)_kernel|nvjet|cutlass|cublas|mkldnn|splitk|matmul|linear|aten::(add)?mm\b|dot",

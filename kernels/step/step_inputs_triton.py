@@ -1,4 +1,4 @@
-"""Triton kernels of step_inputs.py. Every count is read on the device: grids follow from the room there is."""
+"""Triton kernels of step_inputs.py. Counts are read on the device; grids follow from the capacities."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import triton
 import triton.language as tl
 
 from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
-from .step_inputs import ROW_START, Place, RowState, StepTensors
+from .step_inputs import PLACES, ROW_START, RowState, StepTensors
 
 # A kernel reads globals only as constexpr.
-_TURN = tl.constexpr(Place.TURN.value)
-_NUM_SLICES = tl.constexpr(Place.NUM_SLICES.value)
-_NUM_DECODES = tl.constexpr(Place.NUM_DECODES.value)
-_NUM_TOKENS = tl.constexpr(Place.NUM_TOKENS.value)
-_NUM_SAMPLES = tl.constexpr(Place.NUM_SAMPLES.value)
-_NUM_UPDATES = tl.constexpr(Place.NUM_UPDATES.value)
-_NUM_STARTS = tl.constexpr(Place.NUM_STARTS.value)
-_ROWS = tl.constexpr(Place.ROWS.value)
-_STARTS = tl.constexpr(Place.STARTS.value)
-_CU_SEQLENS = tl.constexpr(Place.CU_SEQLENS.value)
-_TOKEN_IDS = tl.constexpr(Place.TOKEN_IDS.value)
-_SAMPLE_SLICES = tl.constexpr(Place.SAMPLE_SLICES.value)
-_SAMPLE_ROWS = tl.constexpr(Place.SAMPLE_ROWS.value)
-_UPDATES = tl.constexpr(Place.UPDATES.value)
-_ROW_STARTS = tl.constexpr(Place.ROW_STARTS.value)
+_TURN = tl.constexpr(PLACES["turn"])
+_NUM_SLICES = tl.constexpr(PLACES["num_slices"])
+_NUM_DECODES = tl.constexpr(PLACES["num_decodes"])
+_NUM_TOKENS = tl.constexpr(PLACES["num_tokens"])
+_NUM_SAMPLES = tl.constexpr(PLACES["num_samples"])
+_NUM_UPDATES = tl.constexpr(PLACES["num_updates"])
+_NUM_STARTS = tl.constexpr(PLACES["num_starts"])
+_ROWS = tl.constexpr(PLACES["rows"])
+_STARTS = tl.constexpr(PLACES["starts"])
+_CU_SEQLENS = tl.constexpr(PLACES["cu_seqlens"])
+_TOKEN_IDS = tl.constexpr(PLACES["token_ids"])
+_SAMPLE_SLICES = tl.constexpr(PLACES["sample_slices"])
+_SAMPLE_ROWS = tl.constexpr(PLACES["sample_rows"])
+_TABLE_ROWS = tl.constexpr(PLACES["table_rows"])
+_TABLE_INDICES = tl.constexpr(PLACES["table_indices"])
+_TABLE_BLOCKS = tl.constexpr(PLACES["table_blocks"])
+_ROW_STARTS = tl.constexpr(PLACES["row_starts"])
 _ROW_START = tl.constexpr(ROW_START)
 
-_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # of one program, or one turn of its loop
+_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # per program, or per iteration of its loop
 
 
 @triton.jit
 def _section(packed_ptr, place):
-    """Where a section of the packed plan begins."""
+    """Address of one of the packed plan's arrays."""
     return packed_ptr + tl.load(packed_ptr + place)
 
 
@@ -51,17 +53,18 @@ def _apply_plan_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: a step rarely changes more than a few dozen entries."""
+    """One program applies all changes: a step rarely has more than a few dozen."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     num_updates, num_starts = tl.load(packed_ptr + _NUM_UPDATES), tl.load(packed_ptr + _NUM_STARTS)
-    updates = _section(packed_ptr, _UPDATES)
+    rows, indices = _section(packed_ptr, _TABLE_ROWS), _section(packed_ptr, _TABLE_INDICES)
+    blocks = _section(packed_ptr, _TABLE_BLOCKS)
     for begin in range(0, num_updates, BLOCK):
         u = begin + tl.arange(0, BLOCK)
         mask = u < num_updates
-        row = tl.load(updates + u, mask=mask, other=0).to(tl.int64)
-        column = tl.load(updates + num_updates + u, mask=mask, other=0)
-        block = tl.load(updates + 2 * num_updates + u, mask=mask, other=0)
+        row = tl.load(rows + u, mask=mask, other=0).to(tl.int64)
+        column = tl.load(indices + u, mask=mask, other=0)
+        block = tl.load(blocks + u, mask=mask, other=0)
         tl.store(block_tables_ptr + row * num_columns + column, block, mask=mask)
     starts = _section(packed_ptr, _ROW_STARTS)
     for begin in range(0, num_starts, BLOCK):
@@ -86,10 +89,10 @@ def _apply_plan_kernel(
 def _expand_tokens(
     packed_ptr, block_tables_ptr, last_tokens_ptr, input_ids_ptr, positions_ptr, slots_ptr,
     sample_indices_ptr, sample_rows_ptr, sample_positions_ptr,
-    tile, num_rows, num_columns, room_tokens, room_samples, search_steps,
+    tile, num_rows, num_columns, max_tokens, max_samples, search_steps,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens, and the samples of the same numbers."""
+    """Expand a tile of tokens, and the samples of the same indices."""
     num_slices, num_tokens = tl.load(packed_ptr + _NUM_SLICES), tl.load(packed_ptr + _NUM_TOKENS)
     rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
     t = tile * TOKENS + tl.arange(0, TOKENS)
@@ -105,27 +108,27 @@ def _expand_tokens(
     token = tl.load(_section(packed_ptr, _TOKEN_IDS) + t, mask=live, other=0).to(tl.int64)
     token = tl.where(token < 0, tl.load(last_tokens_ptr + row, mask=live, other=0), token)
     block = tl.load(block_tables_ptr + row * num_columns + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    in_room = t < room_tokens
-    tl.store(input_ids_ptr + t, tl.where(live, token, 0), mask=in_room)
-    tl.store(positions_ptr + t, tl.where(live, position, 0).to(tl.int64), mask=in_room)
-    tl.store(slots_ptr + t, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=in_room)
+    in_range = t < max_tokens
+    tl.store(input_ids_ptr + t, tl.where(live, token, 0), mask=in_range)
+    tl.store(positions_ptr + t, tl.where(live, position, 0).to(tl.int64), mask=in_range)
+    tl.store(slots_ptr + t, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=in_range)
 
     sampled = t < tl.load(packed_ptr + _NUM_SAMPLES)
     sliced = tl.load(_section(packed_ptr, _SAMPLE_SLICES) + t, mask=sampled, other=0)
     sample_row = tl.load(_section(packed_ptr, _SAMPLE_ROWS) + t, mask=sampled, other=0)
     begin, end = tl.load(cu + sliced, mask=sampled, other=0), tl.load(cu + sliced + 1, mask=sampled, other=1)
     length = tl.load(starts + sliced, mask=sampled, other=0) + end - begin
-    in_room = t < room_samples
-    tl.store(sample_indices_ptr + t, tl.where(sampled, end - 1, 0).to(tl.int64), mask=in_room)
-    tl.store(sample_rows_ptr + t, tl.where(sampled, sample_row, num_rows - 1).to(tl.int64), mask=in_room)
-    tl.store(sample_positions_ptr + t, tl.where(sampled, length, 0).to(tl.int64), mask=in_room)
+    in_range = t < max_samples
+    tl.store(sample_indices_ptr + t, tl.where(sampled, end - 1, 0).to(tl.int64), mask=in_range)
+    tl.store(sample_rows_ptr + t, tl.where(sampled, sample_row, num_rows - 1).to(tl.int64), mask=in_range)
+    tl.store(sample_positions_ptr + t, tl.where(sampled, length, 0).to(tl.int64), mask=in_range)
 
 
 @triton.jit
 def _copy_table(
     target_ptr, block_tables_ptr, row, length, num_columns, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The blocks of a context; columns beyond them are left as they are."""
+    """Copy the blocks of a context; columns beyond them keep their values."""
     num_used = tl.cdiv(length, BLOCK_SIZE)
     for begin in range(0, num_used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
@@ -133,9 +136,7 @@ def _copy_table(
         tl.store(target_ptr + column, tl.load(block_tables_ptr + row * num_columns + column, mask=mask), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["room_tokens", "room_decodes", "room_prefills", "room_samples", "num_tiles", "search_steps"]
-)
+@triton.jit(do_not_specialize=["max_tokens", "max_decodes", "max_prefills", "max_samples", "num_tiles", "search_steps"])
 def _expand_plan_kernel(
     packed_ptr,
     block_tables_ptr,
@@ -153,10 +154,10 @@ def _expand_plan_kernel(
     sample_positions_ptr,
     num_rows,
     num_columns,
-    room_tokens,
-    room_decodes,
-    room_prefills,
-    room_samples,
+    max_tokens,
+    max_decodes,
+    max_prefills,
+    max_samples,
     num_tiles,
     search_steps,
     BLOCK_SIZE: tl.constexpr,
@@ -164,7 +165,7 @@ def _expand_plan_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs 0 .. num_tiles - 1 take tokens and samples, the next ones a decode slice each, the last prefills."""
+    """Programs 0 .. num_tiles - 1 expand tokens and samples, the next a decode slice each, the last prefill slices."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     program = tl.program_id(0)
@@ -172,12 +173,12 @@ def _expand_plan_kernel(
         _expand_tokens(
             packed_ptr, block_tables_ptr, last_tokens_ptr, input_ids_ptr, positions_ptr, slots_ptr,
             sample_indices_ptr, sample_rows_ptr, sample_positions_ptr,
-            program, num_rows, num_columns, room_tokens, room_samples, search_steps, BLOCK_SIZE, TOKENS,
+            program, num_rows, num_columns, max_tokens, max_samples, search_steps, BLOCK_SIZE, TOKENS,
         )  # fmt: skip
     else:
         num_slices, num_decodes = tl.load(packed_ptr + _NUM_SLICES), tl.load(packed_ptr + _NUM_DECODES)
         rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
-        decode, prefill = program - num_tiles, program - num_tiles - room_decodes
+        decode, prefill = program - num_tiles, program - num_tiles - max_decodes
         if prefill < 0:
             length = 0
             if decode < num_decodes:
@@ -195,13 +196,13 @@ def _expand_plan_kernel(
                 row = tl.load(rows + index).to(tl.int64)
                 target = prefill_tables_ptr + prefill.to(tl.int64) * num_columns
                 _copy_table(target, block_tables_ptr, row, length, num_columns, BLOCK_SIZE, COLUMNS)
-            tl.store(prefill_starts_ptr + prefill, begin)  # the last program, one beyond the room, stores the end
-            if prefill < room_prefills:
+            tl.store(prefill_starts_ptr + prefill, begin)  # the last program stores the step's end
+            if prefill < max_prefills:
                 tl.store(prefill_lens_ptr + prefill, length)
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _keep_tokens_kernel(
+def _store_tokens_kernel(
     tokens_ptr,
     rows_ptr,
     packed_ptr,
@@ -212,6 +213,7 @@ def _keep_tokens_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Store a block of samples, each for its row and in the ring."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -248,11 +250,11 @@ def expand_plan_triton(packed: torch.Tensor, state: RowState, block_size: int, o
     )  # fmt: skip
 
 
-def keep_tokens_triton(
+def store_tokens_triton(
     tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
 ) -> None:
-    """As `keep_tokens_ref`. Padding may write the last row more than once: nobody reads it."""
+    """As `store_tokens_ref`. Padding may write the last row more than once: it is never read."""
     launch: dict[str, Any] = {"BLOCK": 256, **pdl_launch(packed)}
-    _keep_tokens_kernel[(triton.cdiv(len(tokens), 256),)](
+    _store_tokens_kernel[(triton.cdiv(len(tokens), 256),)](
         tokens, rows, packed, last_tokens, ring, ring.stride(0), len(tokens), **launch
     )

@@ -1,55 +1,52 @@
-"""Step inputs on a CUDA device: one packed plan a step travels, buffers that stay do the rest.
+"""Step inputs on a CUDA device: the host copies one packed plan a step, and kernels expand it into fixed buffers.
 
-Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. The sampled tokens lie in
-host memory, which a step's last kernel writes: a copy on a stream of its own costs the host of an H200 70 us a step.
+Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. A step's last kernel
+writes the sampled tokens to pinned host memory: a copy on a stream of its own costs the host of an H200 70 us a step.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import attrgetter
+
 import numpy as np
 import torch
 
-from ...kernels.step.step_inputs import HEADER, ROW_START, RowState, StepTensors, keep_tokens, load_plan
+from ...kernels.step.step_inputs import HEADER, PACKED_ARRAYS, ROW_START, RowState, StepTensors, load_plan, store_tokens
 from ..host_copy import HostCopy
 from ..layers.batch import AttentionMetadata, GraphShape, InputBatch
-from ..plan import Ints, RowStart, StepPlan
-from .step_inputs import count_decodes
+from ..plan import NO_INTS, Ints, RowStart, StepPlan
+from .step_inputs import count_decodes, refuse_drafts
 
-_COPIED = 512  # integers; a plan is copied in so many or a multiple of them
+_COPIED = 512  # a copy is a multiple of so many integers
+
+_CU_SEQLENS = list(PACKED_ARRAYS).index("cu_seqlens")
+_ROW_STARTS = list(PACKED_ARRAYS).index("row_starts")
+# The plan's arrays in this order. Two are derived: cu_seqlens from num_tokens, row_starts by `_pack_start`.
+_arrays_of = attrgetter(*("num_tokens" if name == "cu_seqlens" else name for name in PACKED_ARRAYS))
 
 
 def packed_size(num_rows: int, num_columns: int, max_tokens: int) -> int:
     """Integers of the largest packed plan: every row runs, starts, forks and has its whole table written."""
-    return HEADER + 5 * num_rows + 1 + max_tokens + 3 * num_rows * num_columns + ROW_START * num_rows
+    lengths = {"T'": max_tokens, "U": num_rows * num_columns, "N": ROW_START * num_rows, "S + 1": num_rows + 1}
+    return HEADER + sum(lengths.get(length, num_rows) for length in PACKED_ARRAYS.values())
 
 
 def pack_plan(plan: StepPlan, turn: int, array: Ints) -> int:
     """Write the plan into `array` as kernels/step/step_inputs.py reads it; return the number of integers."""
-    num_slices, num_samples = plan.num_slices, len(plan.sample_rows)
-    num_tokens, num_updates = len(plan.token_ids), len(plan.table_rows)
-    rows = HEADER
-    starts = rows + num_slices
-    cu_seqlens = starts + num_slices
-    token_ids = cu_seqlens + num_slices + 1
-    sample_slices = token_ids + num_tokens
-    sample_rows = sample_slices + num_samples
-    updates = sample_rows + num_samples
-    row_starts = updates + 3 * num_updates
-    array[rows:starts], array[starts:cu_seqlens] = plan.rows, plan.starts
-    array[cu_seqlens] = 0
-    plan.num_tokens.cumsum(out=array[cu_seqlens + 1 : token_ids])
-    array[token_ids:sample_slices] = plan.token_ids
-    array[sample_slices:sample_rows], array[sample_rows:updates] = plan.sample_slices, plan.sample_rows
-    if num_updates:
-        array[updates:row_starts].reshape(3, -1)[:] = plan.table_rows, plan.table_indices, plan.table_blocks
-    for begin, start in enumerate(plan.row_starts):
-        array[row_starts + begin * ROW_START :][:ROW_START] = _pack_start(start)
-    # In the order of Place; the last is not used.
+    num_slices = plan.num_slices
+    arrays: list[Ints] = list(_arrays_of(plan))
+    arrays[_CU_SEQLENS] = cu_seqlens = np.zeros(num_slices + 1, np.int32)
+    np.add.accumulate(plan.num_tokens, out=cu_seqlens[1:])  # 1 us less than num_tokens.cumsum
+    arrays[_ROW_STARTS] = np.concatenate(list(map(_pack_start, plan.row_starts))) if plan.row_starts else NO_INTS
+    *begins, end = accumulate(map(len, arrays), initial=HEADER)
+    # In the order of PACKED_COUNTS, then of PACKED_ARRAYS.
     array[:HEADER] = (
-        turn, num_slices, count_decodes(plan), num_tokens, num_samples, num_updates, len(plan.row_starts),
-        rows, starts, cu_seqlens, token_ids, sample_slices, sample_rows, updates, row_starts, 0,
+        turn, num_slices, count_decodes(plan), len(plan.token_ids), len(plan.sample_rows), len(plan.table_rows),
+        len(plan.row_starts), *begins,
     )  # fmt: skip
-    return row_starts + ROW_START * len(plan.row_starts)
+    np.concatenate(arrays, out=array[HEADER:end])
+    return end
 
 
 def _pack_start(start: RowStart) -> np.ndarray:
@@ -61,7 +58,7 @@ def _pack_start(start: RowStart) -> np.ndarray:
 
 
 class DeviceInputs:
-    """`StepInputs` on a CUDA device. `turns` plans may be under way at once, each in a host buffer of its own."""
+    """`StepInputs` on a CUDA device. Up to `turns` plans are in flight at once, each in its own host buffer."""
 
     def __init__(self, state: RowState, block_size: int, max_tokens: int, turns: int) -> None:
         num_rows, num_columns = state.block_tables.shape
@@ -97,6 +94,7 @@ class DeviceInputs:
 
     def send(self, plan: StepPlan) -> None:
         """Queue the copy of the plan to the device."""
+        refuse_drafts(plan)
         self._turn = turn = (self._turn + 1) % self._turns
         count = -(-pack_plan(plan, turn, self._sent_arrays[turn]) // _COPIED) * _COPIED
         copy = self._copies.get((turn, count))
@@ -104,29 +102,35 @@ class DeviceInputs:
             copy = self._copies[turn, count] = self._packed[:count], self._sent[turn, :count]
         copy[0].copy_(copy[1], non_blocking=True)
 
-    def batch(self, room: GraphShape) -> InputBatch:
-        """Queue the kernels that expand the plan; its tensors, with as much room as is asked for."""
-        counts = [room.tokens] * 3 + [room.decodes] * 2 + [room.prefills + 1] + [room.prefills] * 2 + [room.samples] * 3
-        part = StepTensors._make(tensor[:count] for tensor, count in zip(self._tensors, counts, strict=True))
+    def batch(self, shape: GraphShape) -> InputBatch:
+        """Queue the kernels that expand the plan; return its tensors, padded to the shape."""
+        part = self._tensors.first(
+            tokens=shape.tokens, decodes=shape.decodes, prefills=shape.prefills, samples=shape.samples
+        )
         load_plan(self._packed, self._state, self._block_size, part)
         attention = AttentionMetadata(
-            part.slot_mapping,
-            part.decode_lens,
-            part.decode_tables,
-            part.prefill_starts,
-            part.prefill_lens,
-            part.prefill_tables,
+            slot_mapping=part.slot_mapping,
+            decode_lens=part.decode_lens,
+            decode_tables=part.decode_tables,
+            prefill_starts=part.prefill_starts,
+            prefill_lens=part.prefill_lens,
+            prefill_tables=part.prefill_tables,
         )
         return InputBatch(
-            part.input_ids, part.positions, attention, part.sample_indices, part.sample_rows, part.sample_positions
+            input_ids=part.input_ids,
+            positions=part.positions,
+            attention=attention,
+            sample_indices=part.sample_indices,
+            sample_rows=part.sample_rows,
+            sample_positions=part.sample_positions,
         )
 
     def store_sampled_tokens(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """Queue the kernel that notes the tokens."""
-        keep_tokens(tokens, rows, self._packed, self._state.last_tokens, self._ring)
+        """Queue the kernel that stores the tokens."""
+        store_tokens(tokens, rows, self._packed, self._state.last_tokens, self._ring)
 
     def fetch_sampled_tokens(self, count: int) -> HostCopy:
-        """As StepInputs says."""
+        """As `StepInputs.fetch_sampled_tokens`."""
         done = self._done[self._turn]
         if done is not None:
             done.record()

@@ -1,6 +1,6 @@
-"""From a plan to a step's tensors: the seam, and the way of a CPU.
+"""From a plan to a step's tensors: the interface, and its implementation on a CPU.
 
-On a CPU numpy makes the tensors, exactly as large as the step. On a CUDA device the plan travels and kernels make them
+On a CPU NumPy makes the tensors, exactly as large as the step. On a CUDA device kernels make them from the packed plan
 (device_inputs.py).
 """
 
@@ -35,35 +35,40 @@ def make_row_state(num_rows: int, num_columns: int, device: torch.device) -> Row
 
 
 def count_decodes(plan: StepPlan) -> int:
-    """Slices of one token, which stand first."""
+    """Number of slices of one token; these come first."""
     if len(plan.token_ids) == plan.num_slices:
         return plan.num_slices
     return int(np.count_nonzero(plan.num_tokens == 1))
 
 
 def shape_of(plan: StepPlan) -> GraphShape:
-    """Just what the plan needs."""
+    """The plan's own sizes, without padding."""
     num_decodes = count_decodes(plan)
     return GraphShape(len(plan.token_ids), num_decodes, plan.num_slices - num_decodes, len(plan.sample_rows))
+
+
+def refuse_drafts(plan: StepPlan) -> None:
+    """Raise where a plan has draft tokens: the runner samples one token a row, at the end of its slice."""
+    assert not len(plan.num_drafts), f"step {plan.step} has draft tokens, which this runner cannot verify"
 
 
 class StepInputs(Protocol):
     """Keeps the row state up to date and makes the tensors of each step."""
 
     def send(self, plan: StepPlan) -> None:
-        """Take the plan in. Exactly one `batch` follows."""
+        """Receive the plan. Exactly one `batch` follows."""
         ...
 
-    def batch(self, room: GraphShape) -> InputBatch:
+    def batch(self, shape: GraphShape) -> InputBatch:
         """The tensors of the plan sent last."""
         ...
 
     def store_sampled_tokens(self, tokens: Tensor, rows: Tensor) -> None:
-        """Note tokens int64 [K] (-1: none could be chosen) as the last ones of rows int64 [K]."""
+        """Store tokens int64 [K] (-1: sampling failed) as the last ones of rows int64 [K]."""
         ...
 
     def fetch_sampled_tokens(self, count: int) -> HostCopy:
-        """The tokens of the plan sent last: one array int64 [count], good while its step counts as under way.
+        """The tokens of the plan sent last: one array int64 [count], valid while the step is in flight.
 
         To be asked once all of the step has been queued.
         """
@@ -71,7 +76,7 @@ class StepInputs(Protocol):
 
 
 class HostInputs:
-    """`StepInputs` on a CPU. A few numpy operations, each a fifth of what torch takes for so few integers."""
+    """`StepInputs` on a CPU: NumPy operations, which take a fifth of torch's time for so few integers."""
 
     def __init__(self, state: RowState, block_size: int) -> None:
         self._state, self._block_size = state, block_size
@@ -80,6 +85,7 @@ class HostInputs:
         self._kept = torch.empty(0, dtype=torch.int64)
 
     def send(self, plan: StepPlan) -> None:
+        refuse_drafts(plan)
         self._plan = plan
         self._block_tables[plan.table_rows, plan.table_indices] = plan.table_blocks
         sampling = self._state.sampling
@@ -91,13 +97,13 @@ class HostInputs:
             sampling.min_p[row] = params.min_p
             sampling.seed[row] = int(np.uint64(start.seed).astype(np.int64))
 
-    def batch(self, room: GraphShape) -> InputBatch:
-        plan, num_decodes = self._plan, room.decodes
+    def batch(self, shape: GraphShape) -> InputBatch:
+        plan, num_decodes = self._plan, shape.decodes
         assert plan is not None, "no plan was sent"
         num_tokens = plan.num_tokens
         ends = np.cumsum(num_tokens)
         context_lens = plan.starts + num_tokens
-        if room.prefills == 0:
+        if shape.prefills == 0:
             token_rows, positions = plan.rows, plan.starts
         else:
             assert (num_tokens[:num_decodes] == 1).all(), "slices of one token come first"
@@ -131,7 +137,7 @@ class HostInputs:
         self._kept = tokens
 
     def fetch_sampled_tokens(self, count: int) -> HostCopy:
-        return HostCopy([self._kept[:count].numpy()], None)  # those of an earlier plan where this one samples nothing
+        return HostCopy([self._kept[:count].numpy()], None)  # of an earlier plan where this one samples nothing
 
     def _input_ids(self, plan: StepPlan, token_rows: np.ndarray) -> Tensor:
         last_tokens = self._state.last_tokens

@@ -62,7 +62,7 @@ def rehearsed(tmp_path_factory) -> dict:
 
 def test_every_operator_of_a_step_is_rehearsed(rehearsed):
     for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill",
-                 "experts", "sample", "keep_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
+                 "experts", "sample", "store_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
         assert any(part in name for name in rehearsed["names"]), part
     assert rehearsed["same"], "a rehearsal leaves nothing behind"
     assert rehearsed["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"

@@ -31,7 +31,7 @@ VARIANTS = {
         f"{MODULE}:_expand_plan_kernel", LONGS | INTS, {"BLOCK_SIZE": 64, "TOKENS": 128, "COLUMNS": 256, "PDL": True}
     ),
     "keep": Variant(
-        f"{MODULE}:_keep_tokens_kernel",
+        f"{MODULE}:_store_tokens_kernel",
         {"tokens_ptr": "*i64", "rows_ptr": "*i64", "packed_ptr": "*i32", "last_tokens_ptr": "*i64", "ring_ptr": "*i64"},
         {"BLOCK": 256, "PDL": True},
     ),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shoal.kernels.sampling.sample import SamplingRows
-from shoal.kernels.step.step_inputs import RowState, StepTensors, expand_plan_ref, keep_tokens, load_plan
+from shoal.kernels.step.step_inputs import RowState, StepTensors, expand_plan_ref, load_plan, store_tokens
 from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
 from shoal.replicas.worker.device_inputs import pack_plan, packed_size
@@ -118,7 +118,7 @@ def test_tokens_are_kept_for_the_next_step_and_for_the_host(device):
     ring = torch.full((2, 5), -9, dtype=torch.int64, pin_memory=device.type == "cuda")  # the host's own memory
     tokens = torch.tensor([11, -1, 13], device=device)
     rows = torch.tensor([4, 1, NUM_ROWS - 1], device=device)
-    keep_tokens(tokens, rows, pack(DECODE, turn=1).to(device), last, ring)
+    store_tokens(tokens, rows, pack(DECODE, turn=1).to(device), last, ring)
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert ring.tolist() == [[-9] * 5, [11, -1, 13, -9, -9]]

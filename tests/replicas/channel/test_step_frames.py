@@ -1,4 +1,4 @@
-"""Frames say exactly what was put into them, or that they are none."""
+"""Decoding returns the encoded message, and refuses damaged frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoal.replicas.channel.step_frames import (
     decode,
     encode,
 )
-from shoal.replicas.plan import DEVICE_TOKEN, BlockCopy, LogprobArrays, RowStart, StepPlan, StepResult
+from shoal.replicas.plan import DEVICE_TOKEN, PLAN_ARRAYS, BlockCopy, LogprobArrays, RowStart, StepPlan, StepResult
 from shoal.replicas.protocol import SamplingParams
 from tests.support.steps import decode_plan, same
 
@@ -67,12 +67,11 @@ row_starts = st.builds(RowStart, int64s, seeds, int64s, samplings, token_tuples,
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
-    slices, tokens, samples, tables, scored = (draw(st.integers(0, 6)) for _ in range(5))
-    lengths = [slices] * 3 + [tokens] + [samples] * 2 + [tables] * 3 + [scored] * 2
-    arrays = [draw(int_arrays(length)) for length in lengths]
+    lengths = {letter: draw(st.integers(0, 6)) for letter in PLAN_ARRAYS.values()}
+    arrays = {name: draw(int_arrays(lengths[letter])) for name, letter in PLAN_ARRAYS.items()}
     copies = tuple(draw(st.lists(st.builds(BlockCopy, int32s, int32s), max_size=3)))
     starts = tuple(draw(st.lists(row_starts, max_size=3)))
-    return StepPlan(draw(steps), *arrays[:9], copies, starts, *arrays[9:])
+    return StepPlan(step=draw(steps), copies=copies, row_starts=starts, **arrays)
 
 
 @st.composite
@@ -95,6 +94,7 @@ results = st.builds(
     st.none() | logprob_arrays(),
     st.lists(logprob_arrays(), max_size=3).map(tuple),
     st.lists(st.tuples(int32s, st.text()), max_size=3).map(tuple),
+    st.integers(0, 6).flatmap(int_arrays),
 )
 messages = st.one_of(plans(), results, st.builds(StepFailure, steps, st.text()), st.just(EndOfSteps()))
 
@@ -199,14 +199,13 @@ def test_bytes_from_elsewhere_are_refused(data: bytes) -> None:
     ("offset", "layout", "value", "message"),
     [
         (0, "4s", b"HTTP", "begins with b'HTTP'"),
-        (4, "<H", 99, "version 99, this process reads 1"),
+        (4, "<H", 99, "version 99, this process reads 2"),
         (6, "<H", 77, "kind 77"),
         (8, "<I", 8, "claims 8 bytes"),
         (8, "<I", MAX_FRAME_BYTES + 8, f"claims {MAX_FRAME_BYTES + 8} bytes"),
         (12, "<I", 2**32 - 8, "4294967288 bytes of rare parts"),
         (24, "<I", 2**32 - 1, "make 515396"),  # that many slices
-        (48, "<I", 2**32 - 1, "wants 168 more bytes"),  # that many starts of rows
-        (60, "<I", 1, "has 7 counts"),
+        (52, "<I", 1, "has 6 array lengths"),
     ],
 )
 def test_headers_that_lie_are_refused_with_the_numbers(offset: int, layout: str, value: Any, message: str) -> None:
@@ -214,24 +213,42 @@ def test_headers_that_lie_are_refused_with_the_numbers(offset: int, layout: str,
         decode(changed(frame_of(RICH), offset, layout, value))
 
 
-def test_more_sets_of_log_probabilities_than_one_are_refused() -> None:
-    with pytest.raises(FrameError, match="claims 2 sets"):
-        decode(changed(frame_of(ANSWER), 28, "<I", 2))
+def test_log_probabilities_that_do_not_match_their_shape_are_refused() -> None:
+    frame = frame_of(StepResult(5, np.ones(1, np.int32), LOGPROBS))
+    begin = frame.index(b"\x93\x93\x01\x02\xc4\x1c")  # 1 token, 2 alternatives, 28 bytes
+    with pytest.raises(FrameError, match="step 5 have 28 bytes, not those of 2 tokens and 2 alternatives"):
+        decode(changed(frame, begin + 2, "<B", 2))
 
 
-def test_bad_words_that_do_not_add_up_are_refused() -> None:
-    frame = frame_of(decode_plan(0, 2)._replace(row_starts=RICH.row_starts))
-    lengths_at = frame.index(struct.pack("<ii", 2, 0) + struct.pack("<ii", 1, 2))
-    for length in (3, -2):
-        with pytest.raises(FrameError, match="do not match"):
-            decode(changed(frame, lengths_at, "<i", length))
+@pytest.mark.parametrize("name", ["temperature", "seed", "bad_words", "prompt_len"])
+def test_a_value_of_another_type_is_refused(name: str) -> None:
+    start = RICH.row_starts[0]
+    wrong: Any = {name: "many"}
+    if name == "prompt_len":
+        start = start._replace(**wrong)
+    else:
+        start = start._replace(sampling=dataclasses.replace(start.sampling, **wrong))
+    with pytest.raises(FrameError, match=r"rare part of step 5, \d+ bytes, is damaged: Expected"):
+        decode(frame_of(RICH._replace(row_starts=(start,))))
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
     frame = frame_of(StepFailure(3, "abcdefgh"))
     frame[frame.index(b"abcd")] = 0xFF
-    with pytest.raises(FrameError, match="step 3 is not UTF-8"):
+    with pytest.raises(FrameError, match="rare part of step 3, 9 bytes, is damaged: 'utf-8' codec"):
         decode(frame)
+
+
+def test_a_message_with_a_file_name_that_is_not_utf8_is_encoded() -> None:
+    name = b"model-\xff".decode("utf-8", "surrogateescape")
+    assert decode(frame_of(StepFailure(3, name))) == StepFailure(3, "model-\\udcff")
+
+
+def test_numpy_numbers_are_encoded_as_pythons() -> None:
+    start: Any = RowStart(0, 1, 3, SamplingParams(), tuple(np.arange(3, dtype=np.int64)))
+    plan = decode(frame_of(decode_plan(0)._replace(row_starts=(start,))))
+    assert isinstance(plan, StepPlan)
+    assert plan.row_starts[0].prompt_token_ids == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +259,9 @@ def test_text_that_is_not_utf8_is_refused() -> None:
         ({"starts": np.zeros(3, np.int32)}, "lengths"),
         ({"copies": None, "rows": [0, 1, 2, 3]}, "step 5 does not fit"),
         ({"step": 2**63}, "StepPlan of step 9223372036854775808"),
-        ({"copies": (BlockCopy(2**31, 0),)}, "step 5 does not fit"),
-        ({"row_starts": (RowStart(0, -1, 0, SamplingParams()),)}, "step 5 does not fit"),
-        ({"row_starts": (RowStart(0, 1, 1, SamplingParams(), (2**31,)),)}, "step 5 does not fit"),
+        ({"copies": (BlockCopy(2**64, 0),)}, "step 5 does not fit"),
+        ({"row_starts": (RowStart(0, -(2**63) - 1, 0, SamplingParams()),)}, "step 5 does not fit"),
+        ({"row_starts": (RowStart(0, 1, 1, SamplingParams(), (object(),)),)}, "step 5 does not fit"),  # type: ignore
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
