@@ -7,7 +7,7 @@ from collections import deque
 from ..config import ResolvedConfig
 from ..errors import EngineError
 from ..plan import StepPlan, StepResult
-from ..worker.runner import PendingStep
+from ..worker.pending_step import PendingStep
 from ..worker.shard import Shard
 
 

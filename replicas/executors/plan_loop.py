@@ -12,7 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from ..channel.step_channel import ChannelClosed, PeerLost, StepChannelClient
-from ..worker.runner import PendingStep
+from ..worker.pending_step import PendingStep
 from ..worker.shard import Shard
 
 

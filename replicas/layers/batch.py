@@ -63,3 +63,14 @@ class InputBatch:
     sample_indices: torch.Tensor  # int64 [K], token indices whose hidden states are sampled from
     sample_rows: torch.Tensor  # int64 [K], the rows that receive the tokens
     sample_positions: torch.Tensor  # int64 [K], where in their sequences the tokens will stand
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Results of one forward over T tokens, K of them sampled from. Stages before the last have K = 0."""
+
+    hidden: torch.Tensor | None  # [T, hidden]; None, like logits, after a CUDA graph, which may reuse their memory
+    logits: torch.Tensor | None  # [K, size], this rank's slice of the vocabulary
+    sampled: torch.Tensor  # [K, hidden], the hidden states that were sampled from
+    rows: torch.Tensor  # int64 [K]
+    tokens: torch.Tensor  # int64 [K], -1 where no token could be sampled

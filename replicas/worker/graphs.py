@@ -12,15 +12,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..layers.batch import FEW_DECODES, GraphShape
-
-if TYPE_CHECKING:
-    from .runner import StepOutputs
-
+from ..layers.batch import FEW_DECODES, GraphShape, StepOutputs
 
 _SAMPLED_PREFILLS = 16  # prompts that may end in one step, where not every row decodes
 
@@ -57,44 +52,45 @@ def with_filtered(shapes: list[GraphShape]) -> list[GraphShape]:
 
 
 class StepGraphs:
-    """Graphs of `run`, which executes the step whose inputs are on the device, with a given shape.
+    """The captured graphs, by shape."""
 
-    warm_up: launches whatever `run` does, on the same shapes, if less often: a run of some hundred kernels takes its
-    host as long as a capture.
-    """
-
-    def __init__(
-        self, run: Callable[[GraphShape], StepOutputs], warm_up: Callable[[GraphShape], object], device: torch.device
-    ) -> None:
-        self._run, self._warm_up, self._device = run, warm_up, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, StepOutputs]] = {}
         self._decode: list[GraphShape] = []
         self._mixed: list[GraphShape] = []
 
-    def capture(self, decode: list[GraphShape], mixed: list[GraphShape]) -> None:
-        """Capture every size, the largest first. The inputs must be those of an empty plan: all padding.
+    def capture(
+        self,
+        run: Callable[[GraphShape], StepOutputs],
+        warm_up: Callable[[GraphShape], object],
+        decode: list[GraphShape],
+        mixed: list[GraphShape],
+    ) -> None:
+        """Capture every shape, the largest first. The inputs must be those of an empty plan: all padding.
 
-        decode, mixed: sizes of steps without and with prefills, by their number of tokens.
-
-        Each size is warmed up before, for what its kernels and libraries do when they are first used.
+        run: executes the step whose inputs are on the device. decode, mixed: shapes without and with prefills, by their
+        number of tokens. warm_up: launches each kernel that `run` does, on the same shapes, so that kernels and
+        libraries are initialised before the capture. It may launch them fewer times: launching some hundred kernels
+        takes the host as long as a capture.
         """
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for shape in sorted((*decode, *mixed), key=lambda shape: shape.tokens, reverse=True):
-                self._warm_up(shape)
+                warm_up(shape)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                outputs = self._run(shape)
+                outputs = run(shape)
                 graph.capture_end()
                 self._graphs[shape] = graph, replace(outputs, hidden=None, logits=None)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._decode, self._mixed = decode, mixed
 
     def replay(self, shape: GraphShape) -> StepOutputs | None:
-        """Run the step in the smallest graph that holds it; None where none does."""
+        """Run the step in the smallest graph that holds it; None if no graph does."""
         shapes = self._mixed if shape.prefills else self._decode
         first = bisect_left(shapes, shape.tokens, key=lambda candidate: candidate.tokens)
         fitting = next((candidate for candidate in shapes[first:] if candidate.holds(shape)), None)

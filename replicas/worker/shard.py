@@ -22,7 +22,9 @@ from ..models.loader import load_model
 from ..parallel.comm import ParallelContext
 from ..plan import RowStart, StepPlan, StepResult
 from ..protocol import SamplingParams
-from .runner import PendingStep, Runner
+from .pending_step import PendingStep
+from .runner import Runner
+from .warmup import capture_graphs, compile_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class Shard:
             self._runner = _make_runner(model, config, self._facts, self.num_blocks, self.device)
         if on_gpu and not config.enforce_eager:
             with self._stage("CUDA graphs"):
-                self._runner.capture(self._graph_tokens)
+                capture_graphs(self._runner, self._graph_tokens)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.startup_seconds.items())
         logger.info("%s is ready on %s with %d KV blocks: %s", config.model.path, self.device, self.num_blocks, stages)
 
@@ -111,7 +113,7 @@ class Shard:
     def _compile_kernels(self, model: DecoderModel, process: CompileProcess) -> None:
         with self._stage("kernels"):
             runner = _make_runner(model, self._config, self._facts, 1, self.device)
-            runner.compile_kernels(process, self._graph_tokens, self._num_neighbours)
+            compile_kernels(runner, process, self._graph_tokens, self._num_neighbours)
 
     def _find_blocks(self, model: DecoderModel, free_bytes: int) -> int:
         """KV blocks of every rank. free_bytes: before the weights were loaded, if the blocks are profiled."""

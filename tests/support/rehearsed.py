@@ -29,6 +29,7 @@ from shoal.kernels.tuning import Launch
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.models.checkpoint import read_model_facts
 from shoal.replicas.models.loader import load_model
+from shoal.replicas.worker import warmup
 from shoal.replicas.worker.graphs import decode_shapes, mixed_shapes
 from shoal.replicas.worker.shard import _make_runner
 
@@ -118,19 +119,19 @@ def main() -> None:
 
         def warm_up() -> set[Specialization]:
             with rehearsal() as kernels:
-                runner.warm_up(80)
+                warmup.warm_up(runner, 80)
             return kernels
 
         noted = warm_up()
         with rehearsal() as unabridged:
             for room in (*decode_shapes(20), *mixed_shapes(20, 80)):
-                runner._forward(room)
+                runner.forward(room)
         some = set(sorted(noted)[:num_compiled])
         with CompileProcess() as process:
             compiled, again = compile_kernels(some, process, 2), compile_kernels(some, process, 2)
         with CompileProcess() as process:
             process._process.kill()
-            compiled_by_none = runner.compile_kernels(process, 80)
+            compiled_by_none = warmup.compile_kernels(runner, process, 80)
         hits: list[bool] = []
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
         for kernel in sorted(some):

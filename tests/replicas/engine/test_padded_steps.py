@@ -15,7 +15,8 @@ from shoal.replicas.layers.batch import GraphShape
 from shoal.replicas.layers.kv_cache import KVCache
 from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.protocol import Request, SamplingParams
-from shoal.replicas.worker.graphs import StepGraphs, decode_shapes, mixed_shapes
+from shoal.replicas.worker.graphs import decode_shapes, mixed_shapes
+from shoal.replicas.worker.runner import Runner
 from tests.support.checkpoints import FAMILIES, VOCAB_SIZE
 from tests.support.stages import StagesInTurn
 
@@ -62,11 +63,12 @@ def test_padding_changes_nothing(family, num_stages, tmp_path, monkeypatch):
 
     rooms = []
 
-    def padded(self: StepGraphs, room: GraphShape):
+    def padded(self: Runner, room: GraphShape):
         rooms.append(room)
-        return self._run(GraphShape(room.tokens + 5, 5, 3 if room.prefills else 0, 5))
+        return forward(self, GraphShape(room.tokens + 5, 5, 3 if room.prefills else 0, 5))
 
-    monkeypatch.setattr(StepGraphs, "replay", padded)
+    forward = Runner.forward
+    monkeypatch.setattr(Runner, "forward", padded)
     with use_backend(Backend.INTERPRET):
         got = run(folder, num_stages)
     assert any(room.prefills and room.decodes for room in rooms), "a mixed step was run"
