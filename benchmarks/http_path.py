@@ -37,9 +37,9 @@ from benchmarks.load import StreamClient, cpu_seconds, descendants, post
 from benchmarks.report import ROOT, Report
 from benchmarks.sse import HOST, MODEL_ID, PATH, START_TIMEOUT_S, Way, child, pid_of, serve_ingress, way
 from shoal.cluster.replica.replica_server import ReplicaServer
-from shoal.cluster.wire.handshake import new_secret
 from shoal.cluster.wire.membership import ReplicaInfo
 from shoal.deploy.environment import make_ray_folder, prepare_environment
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.engine.engine_thread import EngineThread

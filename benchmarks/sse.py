@@ -35,11 +35,11 @@ from starlette.types import Receive, Scope, Send
 from benchmarks.load import cpu_seconds, descendants, free_port, post, stream, stream_many
 from benchmarks.report import ROOT, Report
 from shoal.cluster.router.router import Router
-from shoal.cluster.wire.handshake import new_secret
 from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
 from shoal.deploy.environment import make_ray_folder, prepare_environment
 from shoal.deploy.openai.api_state import ApiService, ServedModel
 from shoal.deploy.openai.http_app import create_http_app
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.text.tokenizer import Tokenizer
 from tests.support.fake_replica import FakeReplica
 

@@ -32,8 +32,8 @@ from benchmarks.load import free_port, post, stream
 from benchmarks.report import ROOT, Report
 from shoal.cluster.replica.replica_server import ReplicaServer
 from shoal.cluster.router.router import Router
-from shoal.cluster.wire.handshake import new_secret
 from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.config import EngineConfig, ModelConfig
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.engine.engine_thread import EngineThread

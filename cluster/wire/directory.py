@@ -14,8 +14,8 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError
 
+from ...replicas.channel.handshake import new_secret
 from .errors import DirectoryUnavailable
-from .handshake import new_secret
 from .logs import log_to_stderr
 from .membership import Membership, ReplicaInfo
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import ray
 from ray import serve
 from ray.exceptions import AuthenticationError
-from ray.serve.context import _get_global_client  # no public way tells where a running Serve listens
 
+from ...cluster.ray_private import serve_http_address
 from ...cluster.wire.directory import DirectoryClient, announce_stop, remove_directory
 from ...cluster.wire.membership import ReplicaInfo
 from ...replicas.errors import ConfigError, EngineError, ModelError, ServingError
@@ -114,16 +114,15 @@ def application(
 
 def _serve_that_runs(endpoint: Endpoint) -> bool:
     """Whether Serve runs on the joined Ray. Raises ConfigError where it has our name or listens elsewhere."""
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
+    address = serve_http_address()
+    if address is None:
         return False
     if APP_NAME in serve.status().applications:
         raise ConfigError(f"an application {APP_NAME!r} runs on that Ray; end it first")
-    options = client.http_config
-    if (options.host, options.port) != (endpoint.host, endpoint.port):
+    if address != (endpoint.host, endpoint.port):
         raise ConfigError(
-            f"Serve runs on that Ray and listens on {options.host}:{options.port}; "
-            f"give --host {options.host} --port {options.port}"
+            f"Serve runs on that Ray and listens on {address.host}:{address.port}; "
+            f"give --host {address.host} --port {address.port}"
         )
     return True
 

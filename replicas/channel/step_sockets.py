@@ -1,4 +1,4 @@
-"""The sockets of a step channel: where it listens, which connections it accepts, and how they are set up."""
+"""The sockets of a step channel: listening, accepting ranks, connecting, and socket options."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import selectors
 import socket
 import struct
 import time
+from collections.abc import Container
+from functools import partial
+from typing import Self
 
 from ..errors import EngineError
 from . import step_handshake
+from .handshake import Handshake, Role
 from .step_handshake import ChannelRefused
 
 Address = str | tuple[str, int]  # the path of a UNIX socket (one that begins with @ is abstract), or host and port
@@ -18,8 +22,8 @@ Address = str | tuple[str, int]  # the path of a UNIX socket (one that begins wi
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
 _PEER = struct.Struct("3i")  # Linux's ucred: process, user, group
-# A host that dies, or a link that is cut, sends no end-of-file. It is noticed after 8 s without an answer, either to
-# what was sent or, where nothing was, to the probes that the kernel sends from the second second of silence on.
+# A dead host or a cut cable sends no end-of-file. TCP reports it after 8 s without an acknowledgement of data or,
+# on an idle connection, of the probes that the kernel sends after 2 s of silence.
 _USER_TIMEOUT_MS = 8_000
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 
@@ -29,11 +33,11 @@ class ChannelClosed(EngineError):
 
 
 class Listener:
-    """Where the ranks of a group connect: a UNIX socket, for processes of this user, and TCP where `host` is given.
+    """Listening sockets for the ranks of a group: a UNIX socket for processes of this user, and TCP if `host` is given.
 
-    The UNIX socket is abstract: the kernel names it and forgets it with the process, and no folder or file is left
-    where that is killed. The system chooses the port. path, address: what ranks connect to. Raises OSError for a host
-    that is no address of this machine.
+    The UNIX socket is abstract: the kernel names it and removes it with the process, so that a killed
+    process leaves no file. The system chooses the TCP port. path, address: where ranks connect.
+    Raises OSError if `host` is not an address of this machine.
     """
 
     def __init__(self, host: str | None) -> None:
@@ -51,7 +55,7 @@ class Listener:
     def _open(self, family: int, address: Address) -> socket.socket:
         sock = socket.socket(family)
         self._socks.append(sock)
-        sock.setblocking(False)  # who connected may be gone when we accept
+        sock.setblocking(False)  # a peer may have gone before its connection is accepted
         sock.bind(address)
         sock.listen()
         return sock
@@ -62,65 +66,89 @@ class Listener:
             self._socks.pop().close()
 
     def accept(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
-        """The connections of ranks 0 .. world_size - 1, when all have come and proved themselves.
+        """The connections of ranks 0 .. world_size - 1, once all have proved themselves.
 
-        Handshakes go on side by side: one who says nothing keeps nobody else waiting. Raises EngineError after
-        `timeout_s`, naming the missing ranks and who was refused, and ChannelClosed as soon as `wake` is readable.
+        Raises EngineError after `timeout_s`, with the missing ranks and the reasons of refusals, and
+        ChannelClosed as soon as `wake` is readable.
         """
+        with _Admission(self._socks, world_size, token, wake) as admission:
+            return admission.run(timeout_s)
+
+
+class _Admission:
+    """Accepts and authenticates the ranks of one group. Handshakes run side by side: a silent peer delays no other."""
+
+    def __init__(self, listening: list[socket.socket], world_size: int, token: bytes, wake: socket.socket) -> None:
+        self._world_size = world_size
+        self._token = token
+        self._admitted: dict[int, socket.socket] = {}
+        self._refused: list[str] = []
+        self._accepted = contextlib.ExitStack()  # closes every accepted socket
+        self._selector = selectors.DefaultSelector()  # the data of a key is the handler of its socket
+        self._selector.register(wake, selectors.EVENT_READ, self._stop)
+        for sock in listening:
+            self._selector.register(sock, selectors.EVENT_READ, partial(self._accept, sock))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        self._accepted.close()
+
+    def run(self, timeout_s: float) -> list[socket.socket]:
         deadline = time.monotonic() + timeout_s
-        came: dict[int, socket.socket] = {}
-        refused: list[str] = []
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as unfinished:
-            selector.register(wake, selectors.EVENT_READ)
-            for sock in self._socks:
-                selector.register(sock, selectors.EVENT_READ, sock)
-            while len(came) < world_size:
-                left_s = deadline - time.monotonic()
-                ready = selector.select(max(0.0, left_s))
-                if not ready or left_s <= 0:
-                    missing = sorted(set(range(world_size)) - set(came))
-                    raise EngineError(
-                        f"ranks {missing} of {world_size} have not connected within {timeout_s:.1f} s; "
-                        f"refused: {refused or 'nobody'}"
-                    )
-                for key, _ in ready:
-                    if key.data is None:
-                        raise ChannelClosed("the step channel was closed while it waited for its ranks")
-                    if isinstance(key.data, socket.socket):
-                        with contextlib.suppress(OSError):
-                            handshake = _Handshake(key.data.accept()[0])
-                            unfinished.callback(handshake.sock.close)
-                            selector.register(handshake.sock, selectors.EVENT_READ, handshake)
-                        continue
-                    try:
-                        rank = key.data.go_on(token, world_size, came)
-                    except (ChannelRefused, OSError) as error:
-                        refused.append(str(error))
-                        selector.unregister(key.data.sock)
-                        key.data.sock.close()
-                        continue
-                    if rank is not None:
-                        selector.unregister(key.data.sock)
-                        came[rank] = key.data.sock
-            # All are here: those are kept, and whatever else has connected is closed.
-            return [came[rank].dup() for rank in range(world_size)]
+        while len(self._admitted) < self._world_size:
+            left_s = deadline - time.monotonic()
+            ready = self._selector.select(max(0.0, left_s))
+            if not ready or left_s <= 0:
+                missing = sorted(set(range(self._world_size)) - set(self._admitted))
+                raise EngineError(
+                    f"ranks {missing} of {self._world_size} have not connected within {timeout_s:.1f} s; "
+                    f"refused: {self._refused or 'none'}"
+                )
+            for key, _ in ready:
+                key.data()
+        return [self._admitted[rank].dup() for rank in range(self._world_size)]
+
+    def _stop(self) -> None:
+        raise ChannelClosed("the step channel was closed while it waited for its ranks")
+
+    def _accept(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock = self._accepted.enter_context(listening.accept()[0])
+            greeter = _Greeter(sock, self._token, self._world_size)
+            self._selector.register(sock, selectors.EVENT_READ, partial(self._read, greeter))
+
+    def _read(self, greeter: _Greeter) -> None:
+        try:
+            rank = greeter.read(self._admitted)
+        except (ChannelRefused, OSError) as error:
+            self._refused.append(str(error))
+            self._selector.unregister(greeter.sock)
+            greeter.sock.close()
+            return
+        if rank is not None:
+            self._selector.unregister(greeter.sock)
+            self._admitted[rank] = greeter.sock
 
 
-class _Handshake:
-    """That of one connection, as far as it has come."""
+class _Greeter:
+    """The engine's side of one connection's handshake, read piece by piece."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, token: bytes, world_size: int) -> None:
         self.sock = sock
-        self._nonce = step_handshake.new_nonce()
+        self._world_size = world_size
+        self._handshake = Handshake(Role.ENGINE, token)
         self._hello = bytearray()
         _configure(sock)
-        with contextlib.suppress(OSError):  # who is gone already is noticed when it is read
-            sock.send(step_handshake.challenge(self._nonce), SEND_FLAGS)
+        with contextlib.suppress(OSError):  # the next read notices a peer that has gone
+            sock.send(step_handshake.challenge(self._handshake.nonce), SEND_FLAGS)
 
-    def go_on(self, token: bytes, world_size: int, taken: dict[int, socket.socket]) -> int | None:
-        """Read on; the rank once it has been welcomed.
+    def read(self, admitted: Container[int]) -> int | None:
+        """Read what has arrived; returns the rank once it is welcomed.
 
-        Raises OSError, or ChannelRefused; why, is told to processes of this user.
+        Raises OSError or ChannelRefused. Only processes of this user receive the reason of a refusal.
         """
         self._check_user()
         data = self.sock.recv(step_handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
@@ -130,8 +158,8 @@ class _Handshake:
         if len(self._hello) < step_handshake.HELLO_BYTES:
             return None
         try:
-            greeting = step_handshake.verify(self._hello, self._nonce, token, world_size)
-            if greeting.rank in taken:
+            greeting = step_handshake.verify(self._hello, self._handshake, self._world_size)
+            if greeting.rank in admitted:
                 raise ChannelRefused(f"rank {greeting.rank} is connected already")
         except ChannelRefused as error:
             self.sock.send(step_handshake.refusal(str(error)), SEND_FLAGS)
@@ -143,11 +171,11 @@ class _Handshake:
         if self.sock.family == socket.AF_UNIX:
             process, user, _ = _PEER.unpack(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             if user != os.geteuid():
-                raise ChannelRefused(f"process {process} is user {user}'s")
+                raise ChannelRefused(f"process {process} belongs to user {user}")
 
 
 def connect(address: Address, timeout_s: float) -> socket.socket:
-    """A connection to a listener, with that timeout on it. Raises OSError."""
+    """Connect to a listener; the socket keeps the timeout. Raises OSError."""
     sock = None
     try:
         if isinstance(address, str):
@@ -168,7 +196,7 @@ def _configure(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
         return
-    # No SO_SNDBUF: the kernel sizes TCP's buffers by the connection, and larger than a fixed size that it is given.
+    # No SO_SNDBUF: the kernel tunes TCP buffers by itself, to larger sizes than a fixed one may have.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)

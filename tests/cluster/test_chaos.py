@@ -12,8 +12,8 @@ import pytest
 from shoal.cluster.replica.replica_server import ReplicaServer
 from shoal.cluster.router.options import RouterOptions
 from shoal.cluster.router.router import Router
-from shoal.cluster.wire.handshake import new_secret
 from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.engine.engine_thread import EngineThread
 from shoal.replicas.protocol import Request, SamplingParams, TokenDelta
 from tests.support.cluster import in_loop

@@ -9,11 +9,12 @@ import pytest
 
 LIGHT = (
     "wire.frames",
+    "wire.handshake",
     "router.policies",
     "router.queue",
     "router.replay",
-    "replica.replica_server",
     "router.router",
+    "replica.replica_server",
 )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from shoal.cluster.router.options import RouterOptions
 from shoal.cluster.router.router import Router
-from shoal.cluster.wire.handshake import new_secret
 from shoal.cluster.wire.membership import StaticMembership
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.protocol import Request, SamplingParams, TokenDelta
 from tests.support.fake_replica import FakeReplica
 

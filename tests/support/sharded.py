@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray._private.state
 from ray import serve
 
+from shoal.cluster.ray_private import actor_table
 from shoal.cluster.replica.replica import Replica, ReplicaOptions
 from shoal.cluster.router.options import RouterOptions
 from shoal.cluster.router.router import Router
@@ -120,9 +120,8 @@ def placement_groups() -> int:
 
 
 def shard_actors() -> int:
-    """Those that Ray has not written off. Its public list of actors needs the dashboard."""
-    actors = ray._private.state.actors().values()
-    return sum(actor["ActorClassName"] == "ShardActor" and actor["State"] != "DEAD" for actor in actors)
+    """Those that Ray does not count as dead."""
+    return sum(actor["ActorClassName"] == "ShardActor" and actor["State"] != "DEAD" for actor in actor_table())
 
 
 def shared_memory() -> set[str]:

@@ -12,8 +12,9 @@ from shoal.cluster.router.options import RouterOptions
 from shoal.cluster.router.router import Router
 from shoal.cluster.wire.errors import HandshakeError, WireError
 from shoal.cluster.wire.frames import VERSION, Challenge, Connection, Hello, Proof, Submit, SubmitItem, decode
-from shoal.cluster.wire.handshake import new_secret, prove_as_router
+from shoal.cluster.wire.handshake import prove_as_router
 from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
+from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.errors import EngineError, PromptTooLong
 from shoal.replicas.protocol import FinishReason, Request, TokenDelta
 from tests.support.cluster import cluster, collect, eventually, in_loop, request, tokens

@@ -15,6 +15,7 @@ import pytest
 
 from shoal.replicas.channel import step_handshake as handshake
 from shoal.replicas.channel import step_sockets
+from shoal.replicas.channel.handshake import NONCE_BYTES
 from shoal.replicas.channel.step_channel import ChannelClosed, StepChannelClient, StepChannelServer
 from shoal.replicas.channel.step_frames import VERSION
 from shoal.replicas.channel.step_handshake import ChannelRefused
@@ -77,7 +78,7 @@ def test_an_impostor_engine_is_not_believed(tmp_path: Path) -> None:
         coming = run_in_thread(StepChannelClient, str(tmp_path / "s"), 0, 1, TOKEN)
         raw, _ = listener.accept()
         with raw:
-            raw.sendall(handshake.challenge(handshake.new_nonce()))
+            raw.sendall(handshake.challenge(bytes(NONCE_BYTES)))
             assert TOKEN not in raw.recv(1000)
             raw.sendall(struct.pack("<4sHHI32s", b"SHOL", VERSION, 0, 0, secrets.token_bytes(32)))
             with pytest.raises(ChannelRefused, match="peer that welcomes rank 0 does not hold"):
