@@ -1,17 +1,20 @@
-"""Sampling as a shard does it: parameters kept by row, one pass over the logits of a step.
+"""Sampling of one rank: parameters by row, one pass over the logits of a step.
 
-What every sequence has (temperature, top-k, ...) lies in tensors indexed by row, and choosing by it never leaves the
-device. What few have (logit bias, penalties, forbidden words, ...) is an object per row: those rows choose a second
-time, from logits changed as they wish. That needs no token on the host either: histories are kept on the device, where
-the next step may already be waiting for them.
+The parameters of every row (temperature, top-k, ...) are tensors indexed by row, and `sample` reads nothing on the
+host, so it runs in the CUDA graph. Rows with logits processors are sampled again by `resample`, outside of the graph.
+That needs no token on the host either: histories are on the device, where the next step may already wait for them.
 
-Where tensor-parallel ranks have a slice of the logits each, all of them come to the same tokens, those of the whole. In
-most steps no row filters, and the ranks exchange the best token of each slice (sample_slice.py). In a step with
-top-k, top-p or min-p they share the rows out, and each chooses for its rows from the whole of their logits. A few rows,
-and those with wishes, choose on all ranks alike from the whole of theirs. Log-probabilities add up (slice_scores.py).
+Tensor-parallel ranks hold a slice of the logits each, and all of them sample the tokens that one rank with all logits
+would. In most steps no row filters (top-k, top-p, min-p), and the ranks exchange the best token of each slice
+(sample_slice.py). In a step with filters each rank samples its share of the rows from their whole logits. Few such
+rows, and rows with logits processors, are sampled on all ranks alike, from gathered logits. Log-probabilities are
+combined from each slice's sums (slice_scores.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,14 +25,13 @@ from ...kernels.sampling.score import Scores, score
 from ..host_copy import send_ints
 from ..parallel.comm import ParallelContext
 from ..parallel.vocabulary import VocabularySlice
-from ..plan import Ints, RowStart
+from ..plan import DEVICE_TOKEN, Ints, RowStart, StepPlan
 from ..protocol import SamplingParams
-from .penalty_rows import PenaltyRows
+from .logits_processors import LOGITS_PROCESSORS, LastTokenReader, ProcessorClass
 from .slice_scores import score_slices
 
-_NEVER = float("-inf")
-# Sharing out takes two exchanges, gathering one. On two H200, top-k 50 and top-p 0.9 of 128,256 tokens: one row 47 us
-# shared out and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
+# An all-to-all of the rows takes two exchanges, gathering them takes one. On two H200, top-k 50 and top-p 0.9 of
+# 128,256 tokens: one row 47 us by all-to-all and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
 _FEW_ROWS = 4
 # Up to 8 rows and beyond, sampling has kernels of its own (kernels/sampling/sample_triton.py).
 _WARM_UP_ROWS = 16
@@ -37,9 +39,9 @@ NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the r
 
 
 class Sampler:
-    """Chooses the tokens of sequences, each by the parameters of its row in `params`, which is kept by others.
+    """Samples the tokens of sequences, each by the parameters of its row in `params`, which the caller fills.
 
-    Logits that it is given are those of the rank's slice of the vocabulary; with one rank, [K, V], of all of it.
+    Logits are [K, size], this rank's slice of the vocabulary; with one rank, all of it. processors: classes.
     """
 
     def __init__(
@@ -49,32 +51,51 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
         device: torch.device,
         comm: ParallelContext | None = None,
+        processors: Sequence[ProcessorClass] = LOGITS_PROCESSORS,
     ) -> None:
         self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
         self.device = device
         comm = comm or ParallelContext()
         self._slice = VocabularySlice(vocab_size, comm)
-        # Ranks have slices of the logits, so that steps with filters and steps without are two programs.
+        # Ranks have slices of the logits: steps with filters and steps without are two programs.
         self.is_split = comm.tp_size > 1 and comm.is_last_stage
         self._params = params
-        self._num_logprobs = np.full(len(params.temperature), -1, np.int32)
-        self._filters = np.zeros(len(params.temperature), np.bool_)
-        self._penalties = PenaltyRows(vocab_size, device)
-        self._adjusters: dict[int, LogitAdjuster] = {}
+        num_rows = len(params.temperature)
+        self._num_logprobs = np.full(num_rows, -1, np.int32)
+        self._filters = np.zeros(num_rows, np.bool_)
+        self._processors = [make(vocab_size, eos_token_ids, device) for make in processors]
+        self._processed_rows: set[int] = set()
+        self._readers = [cast("LastTokenReader", each) for each in self._processors if each.needs_last_token]
+        self.reads_tokens = bool(self._readers)
+        self._num_known = np.zeros(num_rows, np.int64)  # tokens of the row's sequence that readers know
 
     def start(self, start: RowStart) -> None:
-        """Begin a sequence in a row; whatever the row held before is forgotten."""
+        """Begin a sequence in a row and drop all state of the sequence before."""
         row, params = start.row, start.sampling
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._filters[row] = _filters(params, self.vocab_size)
-        self._penalties.start(start)
-        self._adjusters.pop(row, None)
-        if LogitAdjuster.needed(start):
-            self._adjusters[row] = LogitAdjuster(start, self.vocab_size, self.eos_token_ids, self.device)
+        self._num_known[row] = start.prompt_len + start.num_emitted
+        self._processed_rows.discard(row)
+        processed = [processor.start(start) for processor in self._processors]
+        if any(processed):
+            self._processed_rows.add(row)
+
+    def read_tokens(self, plan: StepPlan) -> None:
+        """Pass the rows' last tokens, which `plan` names, to the processors that need them on the host."""
+        for piece in plan.slices():
+            offset = int(self._num_known[piece.row]) - piece.start
+            readers = [reader for reader in self._readers if piece.row in reader]
+            if not readers or not 0 <= offset < piece.num_tokens:
+                continue
+            token = piece.token_ids[offset]
+            if token == DEVICE_TOKEN:
+                raise RuntimeError(f"row {piece.row} has a logits processor that needs its last token on the host")
+            self._num_known[piece.row] += 1
+            for reader in readers:
+                reader.observe(piece.row, token)
 
     def has_filters(self, rows: Ints) -> bool:
-        """Whether one of these rows draws from less than the whole vocabulary, and that makes a difference here."""
+        """Whether the step needs the program for filters: logits are split, and one of these rows has one."""
         return self.is_split and bool(self._filters[rows].any())
 
     def sample(
@@ -82,8 +103,8 @@ class Sampler:
     ) -> torch.Tensor:
         """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, size].
 
-        Uncommon wishes are left out; -1 where a row's logits are of no use. No value is read on the host.
-        filtered: what `has_filters` said.
+        -1 where a row's logits are unusable. A row may occur several times, with different positions. Without logits
+        processors; reads nothing on the host. filtered: the result of `has_filters`.
         """
         if not self.is_split:
             return sample_rows(logits, rows, self._params, positions)
@@ -97,45 +118,35 @@ class Sampler:
         return winners(keys.view(own.comm.tp_size, len(rows)))
 
     def has_logits_processors(self, rows: Ints) -> bool:
-        """Whether one of these rows has an uncommon wish."""
-        if not self._adjusters and not self._penalties:
-            return False
-        return any(row in self._adjusters or row in self._penalties for row in rows.tolist())
+        """Whether one of these rows has a logits processor."""
+        return bool(self._processed_rows) and not self._processed_rows.isdisjoint(rows.tolist())
 
     def num_logprobs(self, rows: Ints) -> int | None:
-        """The most alternatives whose log-probabilities one of these rows wants; None if none wants any."""
+        """The most top log-probabilities that one of these rows asked for; None if no row asked for any."""
         most = int(self._num_logprobs[rows].max(initial=-1))
         return None if most < 0 else most
 
     def resample(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
-        """Rows with uncommon wishes choose by them; their tokens are put in place, in `tokens` [>= K].
+        """Sample rows with logits processors again and overwrite their entries in `tokens` [>= K].
 
-        logits [>= K, size] stay as they are. positions [K] as in `sample`.
+        logits [>= K, size] stay unchanged. positions [K] as in `sample`.
         """
-        wishing = [k for k, row in enumerate(rows.tolist()) if row in self._adjusters or row in self._penalties]
-        row_ids = rows[wishing].tolist()
-        index = send_ints(wishing, self.device)
-        adjusted = self._slice.whole(logits.index_select(0, index)).float()
-        adjusters = [(i, self._adjusters[row]) for i, row in enumerate(row_ids) if row in self._adjusters]
-        for i, adjuster in adjusters:
-            adjuster.apply(adjusted[i], int(positions[wishing[i]]))
-        slots = self._penalties.slots(row_ids) if self._penalties else None
-        if slots is not None:
-            self._penalties.apply(adjusted, slots)
-        chosen = sample_rows(
-            adjusted,
-            send_ints(row_ids, self.device),
-            self._params,
-            send_ints(positions[wishing].tolist(), self.device),
+        indices = [k for k, row in enumerate(rows.tolist()) if row in self._processed_rows]
+        own_rows, own_positions = rows[indices].tolist(), positions[indices].tolist()
+        index = send_ints(indices, self.device)
+        processed = self._slice.whole(logits.index_select(0, index)).float()
+        processors = [one for one in self._processors if any(row in one for row in own_rows)]
+        for processor in processors:
+            processor.apply(processed, own_rows, own_positions)
+        sampled = sample_rows(
+            processed, send_ints(own_rows, self.device), self._params, send_ints(own_positions, self.device)
         )
-        tokens.index_copy_(0, index, chosen)
-        if slots is not None:
-            self._penalties.count(slots, chosen)
-        for i, adjuster in adjusters:
-            adjuster.append(chosen[i])
+        tokens.index_copy_(0, index, sampled)
+        for processor in processors:
+            processor.accept(own_rows, sampled)
 
     def warm_up(self, logits: torch.Tensor) -> None:
-        """Do once, for few rows and for more, what only some requests ask for. Leaves penalties behind."""
+        """Run the slow path once for one row and once for more. Leaves penalties in the rows that it used."""
         most = min(_WARM_UP_ROWS, len(logits))
         tokens, positions = torch.zeros(most, dtype=torch.int64, device=self.device), np.zeros(most, np.int64)
         for row in range(most):
@@ -146,7 +157,7 @@ class Sampler:
             self.score(logits[:count], tokens[:count], 1)
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
-        """`kernels.score.score` of token_ids int64 [P] under logits [P, size] of all ranks."""
+        """`kernels.sampling.score.score` of token_ids int64 [P], under the logits [P, size] of all ranks."""
         num_top = min(num_top, self.vocab_size)
         if self.is_split:
             return score_slices(logits, token_ids, num_top, self._slice)
@@ -154,56 +165,6 @@ class Sampler:
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether a row with these parameters draws from less than the whole vocabulary."""
+    """Whether a row with these parameters samples from less than the whole vocabulary."""
     narrows = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and narrows
-
-
-class LogitAdjuster:
-    """The uncommon wishes of one sequence that are not penalties: bias, allowed tokens, forbidden words, min_tokens."""
-
-    def __init__(self, start: RowStart, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
-        params = start.sampling
-        self._min_position = start.prompt_len + params.min_tokens
-        # ignore_eos lets a sequence run through its end-of-sequence token; min_tokens keeps it from being chosen.
-        ends = (*eos_token_ids, *params.stop_token_ids) if params.min_tokens else ()
-        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)
-        self._bias_ids = torch.tensor([i for i, _ in params.logit_bias], dtype=torch.int64, device=device)
-        self._bias = torch.tensor([b for _, b in params.logit_bias], dtype=torch.float32, device=device)
-        self._forbidden: torch.Tensor | None = None
-        if params.allowed_token_ids:
-            self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            self._forbidden[torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=device)] = False
-        history = torch.tensor(start.prompt_token_ids + start.emitted_token_ids, dtype=torch.int64, device=device)
-        # What comes before a word's last token, and that token, on the host: one on the device would be read back.
-        self._words = [
-            (torch.tensor(word[:-1], dtype=torch.int64, device=device), word[-1]) for word in params.bad_words
-        ]
-        longest = max((len(word) for word in params.bad_words), default=1) - 1
-        # The last `longest` tokens; -1, which no token equals, where the sequence is still shorter.
-        self._tail = torch.full((longest,), -1, dtype=torch.int64, device=device)
-        if longest and len(history):
-            known = history[-longest:]
-            self._tail[longest - len(known) :] = known
-
-    @staticmethod
-    def needed(start: RowStart) -> bool:
-        params = start.sampling
-        return bool(params.logit_bias or params.allowed_token_ids or params.min_tokens or params.bad_words)
-
-    def apply(self, logits: torch.Tensor, position: int) -> None:
-        """Change `logits` [V] in place, for the token at `position` of the sequence."""
-        if len(self._bias):
-            logits.index_add_(0, self._bias_ids, self._bias)
-        if self._forbidden is not None:
-            logits.masked_fill_(self._forbidden, _NEVER)
-        for prefix, last in self._words:
-            completes = (self._tail[len(self._tail) - len(prefix) :] == prefix).all()
-            logits[last] = torch.where(completes, _NEVER, logits[last])
-        if len(self._ends) and position < self._min_position:
-            logits[self._ends] = _NEVER
-
-    def append(self, token: torch.Tensor) -> None:
-        """Note the token that was chosen (an int64 scalar on the device)."""
-        if len(self._tail):
-            self._tail = torch.cat((self._tail[1:], token.reshape(1)))

@@ -76,6 +76,8 @@ class Runner:
         """Queue one step; on a CPU it has run when this returns."""
         if self.samples:
             self._start_rows(plan)
+            if self.sampler.reads_tokens:
+                self.sampler.read_tokens(plan)
         self._inputs.send(plan)
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)

@@ -1,10 +1,12 @@
 """What each sampling parameter does to a row's logits, against the formulas written out in Python."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from shoal.replicas.plan import RowStart, StepPlan
+from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams
 from shoal.replicas.sampling.sampler import Sampler
 from shoal.replicas.worker.step_inputs import HostInputs, make_row_state
@@ -153,3 +155,69 @@ def test_unusable_logits_fail_their_row_alone(poison):
 def test_a_row_with_every_token_forbidden_fails():
     params = greedy(allowed_token_ids=(EOS,), min_tokens=4)
     assert step(make_sampler(params), torch.zeros(1, VOCAB), 2)[0] == [-1]
+
+
+class NeverTwice:
+    """A logits processor that forbids the last token, known on the host."""
+
+    needs_last_token = True
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self.last: dict[int, int] = {}
+
+    def start(self, start: RowStart) -> bool:
+        self.last.pop(start.row, None)
+        if start.sampling.min_tokens:
+            self.last[start.row] = start.prompt_token_ids[-1]
+        return start.row in self.last
+
+    def __contains__(self, row: int) -> bool:
+        return row in self.last
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        for i, row in enumerate(rows):
+            if row in self.last:
+                logits[i, self.last[row]] = -float("inf")
+
+    def accept(self, rows: Sequence[int], tokens: torch.Tensor) -> None: ...
+
+    def observe(self, row: int, token_id: int) -> None:
+        self.last[row] = token_id
+
+
+def plan_of(starts: tuple[int, ...], *slices: tuple[int, ...]) -> StepPlan:
+    """One slice for each row from 0 on."""
+    rows = np.arange(len(slices), dtype=np.int32)
+    num_tokens = np.array([len(each) for each in slices], np.int32)
+    token_ids = np.array([token for each in slices for token in each], np.int32)
+    return StepPlan(0, rows, np.array(starts, np.int32), num_tokens, token_ids, rows, rows)
+
+
+def test_a_processor_reads_each_last_token_once():
+    """By a step of one token, and by the chunk that a preempted sequence resumes with."""
+    state = make_row_state(4, 1, CPU)
+    sampler = Sampler(state.sampling, VOCAB, (EOS,), CPU, processors=(NeverTwice,))
+    assert sampler.reads_tokens
+    for row, min_tokens in enumerate((1, 0)):
+        sampler.start(RowStart(row, 0, 2, greedy(min_tokens=min_tokens), (1, 7)))
+    logits, rows, positions = torch.zeros(2, VOCAB), np.array([0, 1], np.int32), np.array([2, 2])
+    logits[:, 7], logits[:, 8] = 2.0, 1.0
+
+    def tokens(plan: StepPlan) -> list[int]:
+        sampler.read_tokens(plan)
+        found = sampler.sample(logits, torch.tensor([0, 1]), torch.from_numpy(positions))
+        sampler.resample(logits, found, rows, positions)
+        return found.tolist()
+
+    assert tokens(plan_of((0, 0), (1, 7), (1, 7))) == [8, 7], "the prompt's tokens are known by the start"
+    assert tokens(plan_of((2, 2), (8,), (DEVICE_TOKEN,))) == [7, 7]
+    assert tokens(plan_of((1, 3), (7, 8, 7), (DEVICE_TOKEN,))) == [8, 7]
+    with pytest.raises(RuntimeError, match="row 0 has a logits processor that needs its last token"):
+        sampler.read_tokens(plan_of((4, 4), (DEVICE_TOKEN,), (DEVICE_TOKEN,)))
+
+
+def test_processors_are_those_of_the_list():
+    sampler = Sampler(make_row_state(2, 1, CPU).sampling, VOCAB, (EOS,), CPU, processors=())
+    sampler.start(RowStart(0, 0, 2, greedy(logit_bias=((9, 4.0),))))
+    assert not sampler.has_logits_processors(np.array([0], np.int32))
+    assert not sampler.reads_tokens

@@ -1,8 +1,8 @@
-"""Which rows have penalties, and the histories that penalties count in: memory only for those that ask for it."""
+"""Repetition, frequency and presence penalties as a logits processor."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import torch
 
@@ -11,26 +11,29 @@ from ..host_copy import send_ints
 from ..plan import RowStart
 
 
-class PenaltyRows:
-    """A slot of `kernels.penalties` for each row whose sequence has penalties.
+class Penalties:
+    """Implements `LogitsProcessor` with one kernel for all rows.
 
-    Slots double in number when they run out; a row keeps its slot until it is started again.
+    A row with penalties has a slot of `kernels.sampling.penalties` until the row starts again. The number of slots
+    doubles when they run out, so that a server without penalties spends no memory on them.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    needs_last_token = False
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self._device = device
         self._slots = empty_slots(0, vocab_size, device)
         self._slot_of_row: dict[int, int] = {}
         self._free: list[int] = []
+        self._applied = torch.empty(0, dtype=torch.int64)
 
-    def start(self, start: RowStart) -> None:
-        """Begin a sequence in a row; what the row held before is forgotten."""
+    def start(self, start: RowStart) -> bool:
         held = self._slot_of_row.pop(start.row, None)
         if held is not None:
             self._free.append(held)
         params = start.sampling
         if not (params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0):
-            return
+            return False
         if not self._free:
             self._grow()
         slot = self._slot_of_row[start.row] = self._free.pop()
@@ -42,24 +45,18 @@ class PenaltyRows:
         self._slots.repetition[slot] = params.repetition_penalty
         self._slots.frequency[slot] = params.frequency_penalty
         self._slots.presence[slot] = params.presence_penalty
+        return True
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of_row
 
-    def __bool__(self) -> bool:
-        return bool(self._slot_of_row)
+    def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        # -1: a row without penalties, which the kernels skip.
+        self._applied = send_ints([self._slot_of_row.get(row, -1) for row in rows], self._device)
+        apply_penalties(logits, self._applied, self._slots)
 
-    def slots(self, rows: Collection[int]) -> torch.Tensor:
-        """Slots of rows, int64 [K] on the device, -1 for a row without penalties."""
-        return send_ints([self._slot_of_row.get(row, -1) for row in rows], self._device)
-
-    def apply(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        """Change float32 `logits` [K, V] in place."""
-        apply_penalties(logits, slots, self._slots)
-
-    def count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Note tokens int64 [K]; -1 is none."""
-        count_tokens(self._slots.history, slots, tokens)
+    def accept(self, rows: Sequence[int], tokens: torch.Tensor) -> None:
+        count_tokens(self._slots.history, self._applied, tokens)
 
     def _grow(self) -> None:
         old = self._slots

@@ -1,0 +1,195 @@
+"""Logits processors: what changes a row's logits before its token is sampled.
+
+Most rows have none and are sampled in the CUDA graph. A row with at least one is sampled again outside of it, from a
+copy of its logits that each of its processors has changed, in the order of `LOGITS_PROCESSORS`. A new processor is one
+class and one entry there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from ..plan import RowStart
+from .penalties import Penalties
+
+FORBIDDEN = float("-inf")
+
+State = TypeVar("State")
+
+
+class LogitsProcessor(Protocol):
+    """One feature, for all rows of a rank.
+
+    Logits are whole: of all V tokens, also where tensor-parallel ranks hold a slice each. Every rank runs the same
+    processors on the same bits, so a processor must be deterministic, and it must not communicate.
+
+    A token is sampled before the host has read the one before it. A processor therefore keeps its state on the device,
+    or sets `needs_last_token`.
+    """
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether `observe` is called; such a row may have one step in flight only."""
+        ...
+
+    def start(self, start: RowStart) -> bool:
+        """Reset a row for a new sequence, which may be a fork; returns whether it is processed.
+
+        A sequence that resumes after preemption keeps its row. Token ids need `SamplingParams.uses_history`;
+        the emitted ones are those of another replica, whose request this one continues.
+        """
+        ...
+
+    def __contains__(self, row: int) -> bool:
+        """Whether the row's sequence is processed."""
+        ...
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Change float32 logits [K, V] in place, of those rows that are processed.
+
+        positions: where in their sequences the sampled tokens will stand.
+        """
+        ...
+
+    def accept(self, rows: Sequence[int], tokens: torch.Tensor) -> None:
+        """Receive int64 [K] on the device: the tokens sampled after the last `apply`, -1 where none could be."""
+        ...
+
+
+# Called with vocab_size, eos_token_ids, device.
+ProcessorClass: TypeAlias = Callable[[int, tuple[int, ...], torch.device], LogitsProcessor]
+
+
+class LastTokenReader(LogitsProcessor, Protocol):
+    """A processor with `needs_last_token`."""
+
+    def observe(self, row: int, token_id: int) -> None:
+        """Receive the row's last token on the host, once, before the step that samples the next one."""
+        ...
+
+
+class RowProcessor(Generic[State]):
+    """Base of processors that change one row at a time, each by a state of its own."""
+
+    needs_last_token = False
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
+        self.states: dict[int, State] = {}
+
+    def make_state(self, start: RowStart) -> State | None:
+        """The state of a new sequence; None if it is not processed."""
+        raise NotImplementedError
+
+    def apply_row(self, state: State, logits: torch.Tensor, position: int) -> None:
+        """Change logits [V] in place."""
+        raise NotImplementedError
+
+    def accept_row(self, row: int, token: torch.Tensor) -> None:
+        """Receive the sampled token, an int64 scalar on the device."""
+
+    def start(self, start: RowStart) -> bool:
+        self.states.pop(start.row, None)
+        state = self.make_state(start)
+        if state is None:
+            return False
+        self.states[start.row] = state
+        return True
+
+    def __contains__(self, row: int) -> bool:
+        return row in self.states
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            if row in self.states:
+                self.apply_row(self.states[row], logits[i], position)
+
+    def accept(self, rows: Sequence[int], tokens: torch.Tensor) -> None:
+        for i, row in enumerate(rows):
+            if row in self.states:
+                self.accept_row(row, tokens[i])
+
+    def ints(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+class LogitBias(RowProcessor[tuple[torch.Tensor, torch.Tensor]]):
+    """`logit_bias`; the state is token ids and what is added to their logits."""
+
+    def make_state(self, start: RowStart) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not start.sampling.logit_bias:
+            return None
+        ids, bias = zip(*start.sampling.logit_bias, strict=True)
+        return self.ints(ids), torch.tensor(bias, dtype=torch.float32, device=self.device)
+
+    def apply_row(self, state: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor, position: int) -> None:
+        logits.index_add_(0, *state)
+
+
+class AllowedTokens(RowProcessor[torch.Tensor]):
+    """`allowed_token_ids`; the state is a mask bool [V] of all other tokens."""
+
+    def make_state(self, start: RowStart) -> torch.Tensor | None:
+        if not start.sampling.allowed_token_ids:
+            return None
+        forbidden = torch.ones(self.vocab_size, dtype=torch.bool, device=self.device)
+        forbidden[self.ints(start.sampling.allowed_token_ids)] = False
+        return forbidden
+
+    def apply_row(self, state: torch.Tensor, logits: torch.Tensor, position: int) -> None:
+        logits.masked_fill_(state, FORBIDDEN)
+
+
+class BadWords(RowProcessor[tuple[list[tuple[torch.Tensor, int]], torch.Tensor]]):
+    """`bad_words`; forbids the last token of a word after the tokens before it.
+
+    The state is each word as (tokens before the last one, last token), and the row's last tokens, as many as the
+    longest word needs; -1, which no token equals, where the sequence is shorter. Last tokens of words are on the host:
+    indexing with one on the device would wait for the device.
+    """
+
+    def make_state(self, start: RowStart) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor] | None:
+        words = start.sampling.bad_words
+        if not words:
+            return None
+        longest = max(len(word) for word in words) - 1
+        known = (start.prompt_token_ids + start.emitted_token_ids)[-longest:] if longest else ()
+        tail = self.ints((-1,) * (longest - len(known)) + known)
+        return [(self.ints(word[:-1]), word[-1]) for word in words], tail
+
+    def apply_row(
+        self, state: tuple[list[tuple[torch.Tensor, int]], torch.Tensor], logits: torch.Tensor, position: int
+    ) -> None:
+        words, tail = state
+        for prefix, last in words:
+            completes = (tail[len(tail) - len(prefix) :] == prefix).all()
+            logits[last] = torch.where(completes, FORBIDDEN, logits[last])
+
+    def accept_row(self, row: int, token: torch.Tensor) -> None:
+        words, tail = self.states[row]
+        if len(tail):
+            self.states[row] = words, torch.cat((tail[1:], token.reshape(1)))
+
+
+class MinTokens(RowProcessor[tuple[torch.Tensor, int]]):
+    """`min_tokens`; forbids end and stop tokens, the first of the state, before a position, the second.
+
+    With `ignore_eos`, too: that lets a sequence run on after an end token, and this keeps it from being sampled.
+    """
+
+    def make_state(self, start: RowStart) -> tuple[torch.Tensor, int] | None:
+        params = start.sampling
+        ends = (*self.eos_token_ids, *params.stop_token_ids)
+        return (self.ints(ends), start.prompt_len + params.min_tokens) if params.min_tokens else None
+
+    def apply_row(self, state: tuple[torch.Tensor, int], logits: torch.Tensor, position: int) -> None:
+        ends, first_position = state
+        if position < first_position and len(ends):
+            logits[ends] = FORBIDDEN
+
+
+# In the order in which they change a row's logits.
+LOGITS_PROCESSORS: tuple[ProcessorClass, ...] = (LogitBias, AllowedTokens, BadWords, MinTokens, Penalties)
