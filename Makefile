@@ -108,7 +108,7 @@ bench-versions: $(STAMP) ## this checkout beside another one, by turns (ARGS='--
 bench-plots: $(STAMP) ## the plots of docs/performance.md from benchmarks/results
 	@$(BIN)/python -m benchmarks.plots
 
-bench-table: $(STAMP) ## benchmarks/results as tables, into docs/performance.md
+bench-table: $(STAMP) ## benchmarks/results as tables, into docs/performance-tables.md
 	@$(BIN)/python -m benchmarks.table --write
 
 clean: ## remove what make and the tools wrote (.venv too)

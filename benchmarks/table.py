@@ -1,4 +1,4 @@
-"""The figures of benchmarks/results/*.json as Markdown tables: on the screen, or into docs/performance.md.
+"""The kept results in benchmarks/results/*.json as Markdown tables: on the screen, or into docs/performance-tables.md.
 
 python -m benchmarks.table [--write]
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS, ROOT, cell
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance-tables.md"
 MARK = "<!-- What follows is written by `python -m benchmarks.table --write`. -->"
 
 
