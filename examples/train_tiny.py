@@ -4,14 +4,14 @@
     python examples/train_tiny.py --output /tmp/tiny --device cpu    # the same, very slowly
     python examples/train_tiny.py --evaluate deploy/models/tiny      # perplexity on the held-out modules
 
-Data are the `.py` files of the running interpreter's standard library (`--stdlib` names another one). A module
-belongs to the held-out part (5 %), the validation part (2.5 %) or the training part by a hash of its path, so that
-a module is held out in every Python version. The library's tests are training data alone: they are two thirds of
-the text, and without them held-out perplexity is 15.1 a token instead of 8.7. Checkpoints are chosen by the
-validation part; nothing is ever fitted to or chosen by the held-out part.
+The data are the `.py` files of the running interpreter's standard library (`--stdlib` names another one). A hash of
+its path puts a module into the held-out part (5 %), the validation part (2.5 %) or the training part. So a module
+is held out in every Python version. The library's tests are training data only: they are two thirds of the text, and
+without them held-out perplexity is 15.1 a token instead of 8.7. The validation part chooses checkpoints; the held-out
+part chooses nothing.
 
-The result is an ordinary Hugging Face folder: a Llama of 7.3 million parameters in bfloat16 safetensors, a
-byte-level BPE tokenizer of 4096 tokens with a chat template, and `heldout.json`, the record of what was measured.
+The result is a Hugging Face folder: a Llama of 7.3 million parameters in bfloat16 safetensors, a byte-level BPE
+tokenizer of 4096 tokens with a chat template, and `heldout.json` with the measurements.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Indentation is a piece of its own, so that a line's first word is the same token at every depth and a prompt may
-# end right after a newline or an indent. An identifier is one piece, digits go in threes, and punctuation takes the
-# newlines behind it (`):\n`).
+# Indentation is a separate piece: a line's first word is the same token at every depth, and a prompt may end after a
+# newline or an indent. An identifier is one piece, digits go in threes, and punctuation takes the newlines after it
+# (`):\n`).
 PIECES = r"(?<=\n)[ \t]+| ?[^\W\d]\w*| ?\d{1,3}| ?[^\s\w]+\n*|\n+|\s+(?!\S)|\s+"
 
 # Codec tables and generated text are not the code that the model should learn to write.
@@ -187,8 +187,8 @@ def read_functions(modules: list[Module]) -> list[Function]:
 def epoch_texts(modules: list[Module], functions: list[Function], rng: random.Random) -> list[str]:
     """An epoch's documents, each between its begin and end tokens, in random order.
 
-    Half of the modules come whole, half as their top-level definitions, so that the begin token may be followed
-    by a `def` as well as by a file's first lines, and the end token may follow a finished definition.
+    Half of the modules come whole, half as their top-level definitions. So the begin token may be followed by a
+    `def` or by a file's first lines, and the end token may follow a finished definition.
     """
     texts = []
     for module in modules:

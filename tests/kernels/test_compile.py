@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from shoal.kernels.attention import block_copy_triton, kv_store_triton, rope_triton
 from shoal.kernels.linear import rms_norm_triton, silu_mul_triton
-from tests.support.aot import Variant, lane_instructions
+from tests.support.aot import Variant, thread_instructions
 from tests.support.kernel_names import kernel_names
 
 ATTENTION, LINEAR = "shoal.kernels.attention", "shoal.kernels.linear"
@@ -141,7 +141,7 @@ def test_loads_and_stores_are_16_bytes_wide(name, compiled):
 def test_instructions_are_within_the_budget(name, compiled):
     kernel = compiled[name]
     assert not kernel.loops
-    assert lane_instructions(kernel.sass, VARIANTS[name].options["num_warps"], MOVED[name]) <= BUDGET
+    assert thread_instructions(kernel.sass, VARIANTS[name].options["num_warps"], MOVED[name]) <= BUDGET
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,12 +1,12 @@
 """Triton kernels compiled for sm_90a ahead of time, without a GPU: what they take and what they execute.
 
-A kernel that is bound by memory has a budget: at the full HBM speed of an H200 its 132 multiprocessors issue 15.6
-instructions of a lane for each bf16 element that is read or written, 7.8 for an 8-bit one, 3.9 for a 4-bit one. Count a
-kernel without loops by `lane_instructions(kernel.sass, ...)`, one with a loop by `lane_instructions(kernel.loops[i],
-...)` and the elements of one turn.
+A memory-bound kernel has an instruction budget per thread. At the full HBM speed of an H200, its 132 SMs issue 15.6
+thread instructions for each bf16 element read or written, 7.8 for an 8-bit and 3.9 for a 4-bit element. Count a kernel
+without loops by `thread_instructions(kernel.sass, ...)`, and a loop by `thread_instructions(kernel.loops[i], ...)` with
+the elements of one iteration.
 
-They are compiled in a process of its own (aot_worker.py): under TRITON_INTERPRET, which tests without a GPU set,
-`triton.jit` makes no compilable kernel. It works while other tests run, and is waited for where results are needed.
+Kernels are compiled in a separate process (aot_worker.py): under TRITON_INTERPRET, which tests without a GPU set,
+`triton.jit` makes no compilable kernel. The process works while other tests run.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Compiled:
         return sum(f"{each.opcode}.".startswith(tuple(f"{o}." for o in opcodes)) for each in self.sass)
 
 
-def lane_instructions(body: Sequence[Instruction], num_warps: int, num_elements: int) -> float:
-    """Instructions of a lane for each of the `num_elements` that a program's warps handle in `body`."""
+def thread_instructions(body: Sequence[Instruction], num_warps: int, num_elements: int) -> float:
+    """Thread instructions per element in `body`, for `num_elements` that a program's warps handle."""
     return len(body) * 32 * num_warps / num_elements
 
 

@@ -143,8 +143,8 @@ def gemma3_multimodal(folder: Path) -> Path:
 
 
 def phi3(folder: Path) -> Path:
-    """Fused projections and longrope. Its original length is 2, so that every longer prompt uses the long factors
-    in transformers (which decides by the length so far) as it does here (by max_model_len)."""
+    """Fused projections and longrope. Its original length is 2, so that every longer prompt uses the long
+    factors in both: transformers decides by the length so far, Shoal by max_model_len."""
     settings = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     rope = {
         "rope_type": "longrope",

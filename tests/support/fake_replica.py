@@ -1,7 +1,7 @@
 """A replica without a model: the product's own server over an engine that makes tokens up.
 
-Token `position` of a sample is a function of its seed and position alone, as sampling in the real engine is, so a
-replayed stream can be compared with the undisturbed one. Steps are taken by hand (`step`) or every `interval`.
+A token depends only on the sample's seed and its position, as in the real engine. So a replayed stream can be compared
+with an undisturbed one. A test takes steps by hand (`step`), or they run every `interval`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class FakeRouter:
         self.model = model
         self.requests: list[Request] = []
         self.aborted: list[str] = []
-        self.ended: list[tuple[str, int]] = []  # samples of which the reader wanted no more
+        self.ended: list[tuple[str, int]] = []  # samples that the reader ended early
         self.num_streams = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -121,7 +121,7 @@ class FakeRouter:
         return (None, *[self._logprob(token, 0, num) for token in request.prompt_token_ids[1:]])
 
     def _logprob(self, token: int, sample: int, num: int) -> Logprob:
-        """Sample i has log-probability -(i % 3) - 0.5 for every token; the token itself is the likeliest."""
+        """Sample i has log-probability -(i % 3) - 0.5 for every token; the token itself is the most probable."""
         own = -(sample % 3) - 0.5
         others = [(i, own - 1.0 - i) for i in range(num) if i != token]
         return Logprob(token, own, 1, ((token, own), *others)[:num])

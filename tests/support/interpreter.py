@@ -1,7 +1,7 @@
 """Triton's interpreter without the search it repeats.
 
-At every call of a function that a kernel calls, tl.sum for one, it looks through all of triton.language for what it has
-to replace, although the launch has replaced everything: a third of the time that tests in the interpreter take.
+At every call of a helper such as tl.sum, the interpreter searches all of triton.language for functions to replace. The
+launch has replaced them already. The search takes a third of the time of interpreted tests.
 """
 
 from __future__ import annotations

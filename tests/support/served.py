@@ -54,7 +54,7 @@ class Starting:
             self.output += line
 
     def read_to_the_end(self) -> str:
-        """All that it printed. Nobody holds its output any more then."""
+        """All that it printed, once no process holds its output open."""
         while (line := self._lines.get(timeout=120)) is not None:
             self.output += line
         return self.output

@@ -1,4 +1,4 @@
-"""A replica over two raylets of one Ray, one of which is killed; a process of its own, since Ray is one per process.
+"""A replica over two raylets of one Ray; one raylet is killed. A separate process, since Ray is one per process.
 
     python -m tests.support.two_raylets CHECKPOINT TENSOR_PARALLEL_SIZE PIPELINE_PARALLEL_SIZE
 

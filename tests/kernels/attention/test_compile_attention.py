@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from shoal.kernels.attention.paged_decode_triton import decode_launch, join_chunk, padded_dim
 from shoal.kernels.attention.paged_prefill_triton import prefill_launch
-from tests.support.aot import Variant, lane_instructions
+from tests.support.aot import Variant, thread_instructions
 
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 SETTINGS = {"context_lens_ptr": "*i32", "block_tables_ptr": "*i32", "inner": "fp32", "unit": "fp32"}
@@ -79,7 +79,7 @@ def test_products_run_on_tensor_cores_while_blocks_are_copied(name, compiled):
 @pytest.mark.parametrize("name", ["decode", "decode in one split"])
 def test_decode_issues_a_fifth_of_what_full_bandwidth_allows(name, compiled):
     """15.6 instructions of a lane for each bf16 element; a turn reads 64 keys and 64 values of 128."""
-    assert lane_instructions(compiled[name].loops[0], 4, 2 * 64 * 128) < 15.6 / 5
+    assert thread_instructions(compiled[name].loops[0], 4, 2 * 64 * 128) < 15.6 / 5
 
 
 @pytest.mark.parametrize("name", [name for name in HALF_PRECISION if name.startswith("prefill")])

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from shoal.kernels.tuning import TABLES, Launch, default_launch, invariant_launch, parse_table
-from tests.support.aot import Variant, lane_instructions
+from tests.support.aot import Variant, thread_instructions
 
 BUDGET = 15.6  # instructions of a lane for each bf16 weight at the full speed of an H200's memory
 TYPES = {2: "bf16", 4: "fp32"}
@@ -86,7 +86,7 @@ def test_instructions_for_each_weight(name, compiled):
     kernel = compiled[name]
     weights = launch.block_n * launch.block_m * (2 if gated else 1)
     largest = max(kernel.loops, key=len)
-    assert lane_instructions(largest, launch.num_warps, weights) < BUDGET
+    assert thread_instructions(largest, launch.num_warps, weights) < BUDGET
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from shoal.kernels.moe.moe_one_triton import one_token_launch
 from shoal.kernels.moe.moe_route_triton import route_launch, sort_launch
 from shoal.kernels.moe.moe_triton import COMBINE_N, COMBINE_WARPS, moe_launch
-from tests.support.aot import Variant, lane_instructions
+from tests.support.aot import Variant, thread_instructions
 
 ROUTE, MOE, ONE = (f"shoal.kernels.moe.moe_{name}triton" for name in ("route_", "", "one_"))
 BUDGET = 15.6  # instructions of a lane for each 16-bit weight, at the full speed of an H200's memory
@@ -138,7 +138,7 @@ def test_kernels_of_one_token_can_reach_the_speed_of_memory(name, compiled):
     rows = variant.constants["BLOCK_FEATURES"] * (2 if name.startswith("gate") else 1)
     num_elements = rows * variant.constants["BLOCK_INNER"]
     (loop,) = kernel.loops
-    assert lane_instructions(loop, variant.options["num_warps"], num_elements) <= 0.6 * BUDGET
+    assert thread_instructions(loop, variant.options["num_warps"], num_elements) <= 0.6 * BUDGET
     assert kernel.registers <= 80  # 24 warps on a multiprocessor, each with two loads of 64 bytes a thread under way
 
 

@@ -14,7 +14,7 @@ from shoal.kernels.sampling import (
     sample_triton,
     score_triton,
 )
-from tests.support.aot import Variant, lane_instructions
+from tests.support.aot import Variant, thread_instructions
 
 ROWS = {
     "rows_ptr": "*i64", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "score_ptr": "*fp32",
@@ -193,7 +193,7 @@ def test_loads_are_16_bytes_wide(name, compiled):
 def test_noise_takes_at_most_110_instructions_a_token(name, compiled):
     """Philox shared by four tokens, and two logarithms that are right to the last bit; no division by temperature."""
     body = max(compiled[name].loops, key=len)
-    assert lane_instructions(body, sample_triton.NUM_WARPS, sample_triton.LARGE_CHUNK) <= 110
+    assert thread_instructions(body, sample_triton.NUM_WARPS, sample_triton.LARGE_CHUNK) <= 110
 
 
 @pytest.mark.parametrize("name", VARIANTS)
