@@ -12,13 +12,26 @@ only its neighbour, but all before that one. Source: CUDA C++ Programming Guide,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
 from .backend import Backend, backend_of
+
+
+class _Kernel(Protocol):
+    def __getitem__(self, grid: Any, /) -> Callable[..., Any]: ...
+
+
+def launch_kernel(kernel: _Kernel, grid: tuple[Any, ...], operands: tuple[Any, ...], /, **constants: Any) -> None:
+    """Launch `kernel` on `grid`: tensors and numbers by position, constexpr parameters and Triton's options by name.
+
+    Type checkers see a kernel's own parameters in `kernel[grid]`, without the options that Triton adds to them.
+    """
+    kernel[grid](*operands, **constants)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 MAX_COPIES = 16
 BLOCK_N, NUM_WARPS = 256, 4  # 32 elements a thread where every copy is used
@@ -49,7 +49,12 @@ def block_copy_triton(cache: torch.Tensor, source: torch.Tensor, target: torch.T
     block_numel = cache[0].numel()
     if block_numel == 0 or source.numel() == 0:
         return
-    _block_copy_kernel[(triton.cdiv(block_numel, BLOCK_N),)](
-        cache, source, target, source.numel(), block_numel,
-        MAX_COPIES=MAX_COPIES, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **pdl_launch(cache),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _block_copy_kernel,
+        (triton.cdiv(block_numel, BLOCK_N),),
+        (cache, source, target, source.numel(), block_numel),
+        MAX_COPIES=MAX_COPIES,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
+        **pdl_launch(cache),
+    )

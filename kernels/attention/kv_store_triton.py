@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .rope_triton import launch_parameters, load_cos_sin, load_halves, store_halves
 
 
@@ -146,11 +146,18 @@ def kv_store_triton(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.T
         return
     num_tokens, num_rows, head_dim = kv.shape
     block_heads, block_dim, num_warps = launch_parameters(num_tokens, num_rows, head_dim)
-    _kv_store_kernel[(num_tokens, triton.cdiv(num_rows, block_heads))](
-        kv, cache, slot_mapping, kv.stride(0), kv.stride(1),
-        NUM_KV_HEADS=num_rows // 2, BLOCK_SIZE=cache.shape[3], HEAD_DIM=head_dim,
-        BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim, num_warps=num_warps, **pdl_launch(kv),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _kv_store_kernel,
+        (num_tokens, triton.cdiv(num_rows, block_heads)),
+        (kv, cache, slot_mapping, kv.stride(0), kv.stride(1)),
+        NUM_KV_HEADS=num_rows // 2,
+        BLOCK_SIZE=cache.shape[3],
+        HEAD_DIM=head_dim,
+        BLOCK_HEADS=block_heads,
+        BLOCK_DIM=block_dim,
+        num_warps=num_warps,
+        **pdl_launch(kv),
+    )
 
 
 def rope_kv_store_triton(
@@ -176,9 +183,19 @@ def rope_kv_store_triton(
         num_tokens, num_rows, half, head_dim - 2 * half
     )
     q_norm, k_norm = norms or (qkv, qkv)
-    _rope_kv_store_kernel[(num_tokens, triton.cdiv(num_rows, block_heads))](
-        qkv, cos_sin, positions, cache, slot_mapping, q_norm, k_norm, eps, qkv.stride(0), qkv.stride(1),
-        NUM_HEADS=num_heads, NUM_KV_HEADS=(num_rows - num_heads) // 2, BLOCK_SIZE=cache.shape[3], HEAD_DIM=head_dim,
-        HALF=half, NORM=norms is not None, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
-        BLOCK_REST=block_rest, num_warps=num_warps, **pdl_launch(qkv),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _rope_kv_store_kernel,
+        (num_tokens, triton.cdiv(num_rows, block_heads)),
+        (qkv, cos_sin, positions, cache, slot_mapping, q_norm, k_norm, eps, qkv.stride(0), qkv.stride(1)),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=(num_rows - num_heads) // 2,
+        BLOCK_SIZE=cache.shape[3],
+        HEAD_DIM=head_dim,
+        HALF=half,
+        NORM=norms is not None,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        BLOCK_REST=block_rest,
+        num_warps=num_warps,
+        **pdl_launch(qkv),
+    )

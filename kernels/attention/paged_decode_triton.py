@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents
 from .paged_decode import DecodeTables
 
 _LOG2_E = 1 / math.log(2)
@@ -299,8 +299,11 @@ def paged_decode_triton(
         # us with it and takes 9.4 without, 32 of them 37.7 and 34.1, eight of 8k 111 and 67.
         "PDL": pdl_launch(q)["PDL"],
     }
-    _paged_decode_kernel[(num_kv_heads, num_seqs, num_splits)](
-        out, parts, lse, tables.arrivals, q, cache, tables.context_lens, tables.block_tables,
-        q.stride(0), q.stride(1), tables.block_tables.stride(0),
-        num_splits, tables.min_blocks, tables.window or 0, inner, unit, **launch,
-    )  # fmt: skip
+    strides = (q.stride(0), q.stride(1), tables.block_tables.stride(0))
+    numbers = (num_splits, tables.min_blocks, tables.window or 0, inner, unit)
+    launch_kernel(
+        _paged_decode_kernel,
+        (num_kv_heads, num_seqs, num_splits),
+        (out, parts, lse, tables.arrivals, q, cache, tables.context_lens, tables.block_tables, *strides, *numbers),
+        **launch,
+    )

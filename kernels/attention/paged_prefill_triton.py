@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .paged_decode_triton import SHARED_BYTES, cap_scores, check_operands, padded_dim, score_factors
 from .paged_prefill import PrefillTables
 
@@ -224,7 +224,11 @@ def paged_prefill_triton(
     }
     num_tiles = num_tokens // (launch["BLOCK_ROWS"] // group) + num_slices
     inner, unit = score_factors(scale, softcap)
-    _paged_prefill_kernel[(num_kv_heads, num_tiles)](
-        out, q, cache, tables.starts, tables.context_lens, tables.block_tables,
-        q.stride(0), q.stride(1), tables.block_tables.stride(0), num_slices, tables.window or 0, inner, unit, **launch,
-    )  # fmt: skip
+    strides = (q.stride(0), q.stride(1), tables.block_tables.stride(0))
+    numbers = (num_slices, tables.window or 0, inner, unit)
+    launch_kernel(
+        _paged_prefill_kernel,
+        (num_kv_heads, num_tiles),
+        (out, q, cache, tables.starts, tables.context_lens, tables.block_tables, *strides, *numbers),
+        **launch,
+    )

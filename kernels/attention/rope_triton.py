@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 TILE, NUM_WARPS = 512, 2  # elements of each half in a program: 8 a thread
 # With more tokens than these a program takes twice as much: an H200 starts one on a multiprocessor every 160 ns, in
@@ -93,8 +93,14 @@ def rope_triton(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -
         return
     half = cache.shape[1] // 2
     block_heads, block_half, num_warps = launch_parameters(num_tokens, num_heads, half)
-    _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
-        x, cache, positions, x.stride(0), x.stride(1),
-        NUM_HEADS=num_heads, HALF=half, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
-        num_warps=num_warps, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _rope_kernel,
+        (num_tokens, triton.cdiv(num_heads, block_heads)),
+        (x, cache, positions, x.stride(0), x.stride(1)),
+        NUM_HEADS=num_heads,
+        HALF=half,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        num_warps=num_warps,
+        **pdl_launch(x),
+    )

@@ -7,13 +7,11 @@ its group's scale, plus 127: 0 to 254, never 255, which is the byte that is not 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .all_reduce import INT8_GROUP, INT8_LEAST_SCALE, INT8_PIECE, Exchange, int8_slot_bytes
 from .all_reduce_exchange_triton import MISSING, arrived, begin_step, draw_step, empty_buffer, sendable
 from .all_reduce_triton import max_programs
@@ -123,11 +121,16 @@ def all_reduce_int8_triton(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         raise ValueError(f"int8 sums of {numel} elements need {needed} bytes; a buffer has {exchange.capacity}")
     num_pieces = -(-numel // INT8_PIECE)
     slice_pieces = -(-num_pieces // world_size)
-    kernel: Any = _all_reduce_int8_kernel
+    memory = (exchange.peers, exchange.state, exchange.alarm)
+    sizes = (exchange.capacity, slot, numel, num_pieces, slice_pieces)
     if numel:
-        kernel[(min(slice_pieces, max_programs(exchange.multiprocessors, NUM_WARPS, NUM_REGISTERS)),)](
-            x, exchange.peers, exchange.state, exchange.alarm, exchange.capacity, slot, numel, num_pieces,
-            slice_pieces, exchange.rank, exchange.spin_limit,
-            WORLD=world_size, num_warps=NUM_WARPS, maxnreg=NUM_REGISTERS, **pdl_launch(x),
-        )  # fmt: skip
+        launch_kernel(
+            _all_reduce_int8_kernel,
+            (min(slice_pieces, max_programs(exchange.multiprocessors, NUM_WARPS, NUM_REGISTERS)),),
+            (x, *memory, *sizes, exchange.rank, exchange.spin_limit),
+            WORLD=world_size,
+            num_warps=NUM_WARPS,
+            maxnreg=NUM_REGISTERS,
+            **pdl_launch(x),
+        )
     return x

@@ -7,13 +7,11 @@ programs of the same number, and no more of them are started than run at once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .all_reduce import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
 from .all_reduce_exchange_triton import arrived, begin_step, draw_step, empty_buffer, pointers_to_words, sendable
 
@@ -291,14 +289,19 @@ def _launch(
     group, num_warps, num_registers = launch_parameters(
         block_n, x.itemsize, world_size, norms_slices=sliced and weight is not None
     )
-    arguments: Any = (
-        x, x if residual is None else residual, x if weight is None else weight, out,
-        exchange.peers, exchange.state, exchange.alarm,
-        exchange.capacity // x.itemsize, slot_size(algorithm, num_rows, num_features, world_size),
-        numel, *rows, exchange.rank, exchange.spin_limit, eps,
-    )  # fmt: skip
-    kernel: Any = _two_shot_kernel if sliced else _one_shot_kernel
-    kernel[(min(rows[-1], max_programs(exchange.multiprocessors, num_warps, num_registers)),)](
-        *arguments, NUM_FEATURES=num_features, HAS_NORM=weight is not None, WORLD=world_size, GROUP=group,
-        BLOCK_N=block_n, num_warps=num_warps, maxnreg=num_registers, **pdl_launch(x),
-    )  # fmt: skip
+    operands = (x, x if residual is None else residual, x if weight is None else weight, out)
+    memory = (exchange.peers, exchange.state, exchange.alarm)
+    strides = (exchange.capacity // x.itemsize, slot_size(algorithm, num_rows, num_features, world_size))
+    launch_kernel(
+        _two_shot_kernel if sliced else _one_shot_kernel,
+        (min(rows[-1], max_programs(exchange.multiprocessors, num_warps, num_registers)),),
+        (*operands, *memory, *strides, numel, *rows, exchange.rank, exchange.spin_limit, eps),
+        NUM_FEATURES=num_features,
+        HAS_NORM=weight is not None,
+        WORLD=world_size,
+        GROUP=group,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        maxnreg=num_registers,
+        **pdl_launch(x),
+    )

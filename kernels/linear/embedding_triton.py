@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 BLOCK_H, NUM_WARPS = 1024, 4  # 8 elements a thread: one load of 16 bytes in half precision
 
@@ -43,8 +43,12 @@ def embed_triton(input_ids: torch.Tensor, weight: torch.Tensor, first_row: int, 
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}; the features of a row must lie side by side")
     if num_tokens:
-        _embed_kernel[(num_tokens, triton.cdiv(num_features, BLOCK_H))](
-            input_ids.contiguous(), weight, out, weight.stride(0), first_row, num_rows, num_features, float(scale),
-            BLOCK_H=BLOCK_H, num_warps=NUM_WARPS, **pdl_launch(weight),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+        launch_kernel(
+            _embed_kernel,
+            (num_tokens, triton.cdiv(num_features, BLOCK_H)),
+            (input_ids.contiguous(), weight, out, weight.stride(0), first_row, num_rows, num_features, float(scale)),
+            BLOCK_H=BLOCK_H,
+            num_warps=NUM_WARPS,
+            **pdl_launch(weight),
+        )
     return out

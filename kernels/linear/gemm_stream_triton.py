@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
+from ..pdl_triton import launch_kernel
 from ..tuning import Launch
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
@@ -189,8 +190,16 @@ def run_stream(
     w_desc = TensorDescriptor.from_tensor(weight, [launch.block_n, launch.block_m], w_layout)
     x_desc = TensorDescriptor.from_tensor(x, [launch.block_t, launch.block_m], x_layout)
     num_tiles = -(-y.shape[1] // launch.block_n) * -(-y.shape[0] // launch.block_t)
-    _stream_kernel[(num_tiles, launch.splits)](
-        w_desc, x_desc, bias, y, parts, arrivals, y.shape[0], y.shape[1], x.shape[1],
-        BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, BLOCK_M=launch.block_m, SPLITS=launch.splits,
-        STAGES=launch.num_stages, num_warps=launch.num_warps, launch_pdl=True, **constants,
-    )  # fmt: skip
+    launch_kernel(
+        _stream_kernel,
+        (num_tiles, launch.splits),
+        (w_desc, x_desc, bias, y, parts, arrivals, y.shape[0], y.shape[1], x.shape[1]),
+        BLOCK_N=launch.block_n,
+        BLOCK_T=launch.block_t,
+        BLOCK_M=launch.block_m,
+        SPLITS=launch.splits,
+        STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+        launch_pdl=True,
+        **constants,
+    )

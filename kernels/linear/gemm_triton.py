@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from ..tuning import Launch
 
 MAX_SPLIT_TILES = 4096
@@ -316,11 +316,15 @@ def _run_fma(
         raise ValueError(f"x is {list(x.shape)} in {x.dtype}; this launch takes one token of pairs of 16-bit values")
     constants |= {"BF16": x.dtype == torch.bfloat16, "BLOCK_N": launch.block_n, "BLOCK_M": launch.block_m}
     num_programs = -(-y.shape[1] // launch.block_n)
-    _fma_kernel[(num_programs,)](
-        weight.view(torch.int32), x.view(torch.int32), bias, y, y.shape[1], x.shape[1] // 2,
-        PREFETCH=launch.prefetch, **constants,
-        num_warps=launch.num_warps, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _fma_kernel,
+        (num_programs,),
+        (weight.view(torch.int32), x.view(torch.int32), bias, y, y.shape[1], x.shape[1] // 2),
+        PREFETCH=launch.prefetch,
+        **constants,
+        num_warps=launch.num_warps,
+        **pdl_launch(x),
+    )
 
 
 def _run_mma(
@@ -340,9 +344,18 @@ def _run_mma(
     if tma:
         w_tiles = TensorDescriptor.from_tensor(weight, [launch.block_n, launch.block_m])
         x_tiles = TensorDescriptor.from_tensor(x, [launch.block_t, launch.block_m])
-    _mma_kernel[(num_tiles, launch.splits)](
-        w_tiles, x_tiles, weight, bias, y, parts, arrivals, num_tokens, num_outputs, num_inputs,
-        BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, BLOCK_M=launch.block_m, SPLITS=launch.splits,
-        PREFETCH=launch.prefetch if tma else 0, TMA=tma, **constants,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _mma_kernel,
+        (num_tiles, launch.splits),
+        (w_tiles, x_tiles, weight, bias, y, parts, arrivals, num_tokens, num_outputs, num_inputs),
+        BLOCK_N=launch.block_n,
+        BLOCK_T=launch.block_t,
+        BLOCK_M=launch.block_m,
+        SPLITS=launch.splits,
+        PREFETCH=launch.prefetch if tma else 0,
+        TMA=tma,
+        **constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **pdl_launch(x),
+    )

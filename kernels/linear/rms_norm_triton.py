@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 MAX_FEATURES = 32768  # a row is held in registers: 64 values a thread
 
@@ -93,9 +93,16 @@ def rms_norm_triton(
     if num_rows == 0:
         return out
     block_rows, block_n, num_warps = launch_parameters(num_features, has_residual=residual is not None)
-    _rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x, out if residual is None else residual, weight, out, stride_outer, stride_inner, num_rows, eps,
-        NUM_INNER=num_inner, NUM_FEATURES=num_features, HAS_RESIDUAL=residual is not None,
-        BLOCK_ROWS=block_rows, BLOCK_N=block_n, num_warps=num_warps, **pdl_launch(x),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _rms_norm_kernel,
+        (triton.cdiv(num_rows, block_rows),),
+        (x, out if residual is None else residual, weight, out, stride_outer, stride_inner, num_rows, eps),
+        NUM_INNER=num_inner,
+        NUM_FEATURES=num_features,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_ROWS=block_rows,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        **pdl_launch(x),
+    )
     return out

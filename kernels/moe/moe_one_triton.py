@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -127,11 +127,17 @@ def moe_one_token_triton(
     hidden = torch.empty(top_k, num_inner, dtype=torch.float32, device=x.device)
     out = torch.empty(1, num_hidden, dtype=x.dtype, device=x.device)
     first: dict[str, Any] = {"GELU": activation != "silu", **one_token_launch(num_hidden, gated=True), **pdl_launch(x)}
-    _gate_up_few_experts_kernel[(triton.cdiv(num_inner, first["BLOCK_FEATURES"]), top_k)](
-        x.contiguous(), gate_up, weights.contiguous(), experts.contiguous(), hidden, num_inner, num_hidden, **first
+    launch_kernel(
+        _gate_up_few_experts_kernel,
+        (triton.cdiv(num_inner, first["BLOCK_FEATURES"]), top_k),
+        (x.contiguous(), gate_up, weights.contiguous(), experts.contiguous(), hidden, num_inner, num_hidden),
+        **first,
     )
     second: dict[str, Any] = {"TOP_K": top_k, **one_token_launch(num_inner, gated=False), **pdl_launch(x)}
-    _down_few_experts_kernel[(triton.cdiv(num_hidden, second["BLOCK_FEATURES"]),)](
-        hidden, down, experts.contiguous(), out, num_hidden, num_inner, **second
+    launch_kernel(
+        _down_few_experts_kernel,
+        (triton.cdiv(num_hidden, second["BLOCK_FEATURES"]),),
+        (hidden, down, experts.contiguous(), out, num_hidden, num_inner),
+        **second,
     )
     return out

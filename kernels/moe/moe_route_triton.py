@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 CHUNK = 4096  # pairs of token and expert in a program that sorts; where one does not hold all, another kernel counts
 
@@ -171,9 +171,12 @@ def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tupl
         return weights, experts
     launch: dict[str, Any] = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "RENORMALIZE": renormalize}
     launch |= route_launch(num_experts, top_k) | pdl_launch(logits)
-    _route_experts_kernel[(triton.cdiv(num_tokens, launch["BLOCK_ROWS"]),)](
-        logits, weights, experts, logits.stride(0), num_tokens, **launch
-    )  # fmt: skip
+    launch_kernel(
+        _route_experts_kernel,
+        (triton.cdiv(num_tokens, launch["BLOCK_ROWS"]),),
+        (logits, weights, experts, logits.stride(0), num_tokens),
+        **launch,
+    )
     return weights, experts
 
 
@@ -202,7 +205,9 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> t
     counts = order
     if num_chunks > 1:
         counts = torch.empty(num_chunks, shape["BLOCK_E"], dtype=torch.int32, device=experts.device)
-        _count_experts_kernel[(num_chunks,)](experts, counts, num_tokens, **launch)
+        launch_kernel(_count_experts_kernel, (num_chunks,), (experts, counts, num_tokens), **launch)
     launch["ALONE"] = num_chunks == 1
-    _sort_experts_kernel[(num_chunks,)](experts, counts, order, tiles, num_tokens, max_tiles, tile_rows, **launch)
+    launch_kernel(
+        _sort_experts_kernel, (num_chunks,), (experts, counts, order, tiles, num_tokens, max_tiles, tile_rows), **launch
+    )
     return order, tiles

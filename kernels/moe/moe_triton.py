@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .moe import expected_experts
 from .moe_route_triton import most_tiles, sort_by_expert
 
@@ -253,19 +253,30 @@ def moe_mlp_triton(
     product |= {"TOP_K": top_k, "GELU": activation != "silu"}
     features, inner = product["BLOCK_FEATURES"], product["BLOCK_INNER"]
     (weight,), product["TMA"] = _in_blocks([(gate_up.view(-1, num_hidden), (features, inner))])
-    _gate_up_experts_kernel[(max_tiles * triton.cdiv(num_inner, features),)](
-        x, weight, hidden, order, tiles, x.stride(0), max_tiles, num_inner, num_hidden,
+    launch_kernel(
+        _gate_up_experts_kernel,
+        (max_tiles * triton.cdiv(num_inner, features),),
+        (x, weight, hidden, order, tiles, x.stride(0), max_tiles, num_inner, num_hidden),
         **product,
-    )  # fmt: skip
+    )
     product = {"BLOCK_ROWS": launch.tile_rows, **launch.down, **pdl}
     features, inner = product["BLOCK_FEATURES"], product["BLOCK_INNER"]
     (rows, weight), product["TMA"] = _in_blocks(
         [(hidden, (launch.tile_rows, inner)), (down.view(-1, num_inner), (features, inner))]
     )
-    _down_experts_kernel[(max_tiles * triton.cdiv(num_hidden, features),)](
-        rows, weight, weights.contiguous(), parts, order, tiles, num_slots, max_tiles, num_hidden, num_inner, **product
+    launch_kernel(
+        _down_experts_kernel,
+        (max_tiles * triton.cdiv(num_hidden, features),),
+        (rows, weight, weights.contiguous(), parts, order, tiles, num_slots, max_tiles, num_hidden, num_inner),
+        **product,
     )
-    _combine_experts_kernel[(num_tokens, triton.cdiv(num_hidden, COMBINE_N))](
-        parts, out, num_hidden, TOP_K=top_k, BLOCK_N=COMBINE_N, num_warps=COMBINE_WARPS, **pdl  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _combine_experts_kernel,
+        (num_tokens, triton.cdiv(num_hidden, COMBINE_N)),
+        (parts, out, num_hidden),
+        TOP_K=top_k,
+        BLOCK_N=COMBINE_N,
+        num_warps=COMBINE_WARPS,
+        **pdl,
+    )
     return out

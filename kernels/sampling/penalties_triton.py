@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .penalties import PenaltySlots
 
 BLOCK_V, BLOCK_K, NUM_WARPS = 2048, 128, 8
@@ -65,16 +65,25 @@ def apply_penalties_triton(logits: torch.Tensor, slots: torch.Tensor, penalties:
     """`penalties.apply_penalties` for checked arguments."""
     num_rows, vocab_size = logits.shape
     if num_rows:
-        _apply_penalties_kernel[(triton.cdiv(vocab_size, BLOCK_V), num_rows)](
-            logits, slots, *penalties, logits.stride(0), penalties.history.stride(0), vocab_size,
-            BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=False, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+        launch_kernel(
+            _apply_penalties_kernel,
+            (triton.cdiv(vocab_size, BLOCK_V), num_rows),
+            (logits, slots, *penalties, logits.stride(0), penalties.history.stride(0), vocab_size),
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+            **pdl_launch(logits),
+        )
 
 
 def count_tokens_triton(history: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
     """`penalties.count_tokens` for checked arguments."""
     if len(slots):
-        _count_tokens_kernel[(triton.cdiv(len(slots), BLOCK_K),)](
-            history, slots, token_ids, history.stride(0), len(slots),
-            BLOCK_K=BLOCK_K, num_warps=4, **pdl_launch(history),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+        launch_kernel(
+            _count_tokens_kernel,
+            (triton.cdiv(len(slots), BLOCK_K),),
+            (history, slots, token_ids, history.stride(0), len(slots)),
+            BLOCK_K=BLOCK_K,
+            num_warps=4,
+            **pdl_launch(history),
+        )

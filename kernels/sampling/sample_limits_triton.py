@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .sample_bracket_triton import (
     PIVOTS,
     bracket,
@@ -230,22 +230,38 @@ def find_limits(
     lengths = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
     limits = torch.empty((num_rows, 2), dtype=torch.float32, device=device)
     temperature, top_k, top_p, min_p, _ = params
+    operands = (logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses)
     grid = (num_programs(num_rows, num_chunks, PROGRAMS), num_rows)
     sizes = (logits.stride(0), counts.stride(0), vocab_size, num_parts, num_chunks)
     padded = {"PARTS": most_parts, "CHUNKS": int(triton.next_power_of_2(num_chunks))}
     padded |= {"CHUNK": CHUNK, **pdl_launch(logits)}
     for second in (False, True):
-        sample_profile_kernel[grid](
-            logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, *sizes,
-            SECOND=second, FEW=CAPACITY, TURN=TURN, num_warps=PROFILE_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
-        )  # fmt: skip
-    sample_gather_kernel[grid](
-        logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, found, lengths, *sizes,
-        CAPACITY=CAPACITY, num_warps=GATHER_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
-    )  # fmt: skip
-    _sample_limits_kernel[(num_rows,)](
-        logits, rows, temperature, top_k, top_p, min_p, scores, tokens, counts, masses, found, lengths, limits, *sizes,
-        CAPACITY=CAPACITY, WIDTH=SEARCH_WIDTH, SHIFT=UNUSED_BITS[logits.dtype],
-        num_warps=LIMITS_WARPS, **padded,  # pyright: ignore[reportCallIssue, reportArgumentType]
-    )  # fmt: skip
+        launch_kernel(
+            sample_profile_kernel,
+            grid,
+            (*operands, *sizes),
+            SECOND=second,
+            FEW=CAPACITY,
+            TURN=TURN,
+            num_warps=PROFILE_WARPS,
+            **padded,
+        )
+    launch_kernel(
+        sample_gather_kernel,
+        grid,
+        (*operands, found, lengths, *sizes),
+        CAPACITY=CAPACITY,
+        num_warps=GATHER_WARPS,
+        **padded,
+    )
+    launch_kernel(
+        _sample_limits_kernel,
+        (num_rows,),
+        (*operands, found, lengths, limits, *sizes),
+        CAPACITY=CAPACITY,
+        WIDTH=SEARCH_WIDTH,
+        SHIFT=UNUSED_BITS[logits.dtype],
+        num_warps=LIMITS_WARPS,
+        **padded,
+    )
     return limits

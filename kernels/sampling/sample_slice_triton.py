@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .sample_triton import (
     NUM_WARPS,
     PROGRAMS,
@@ -112,14 +112,23 @@ def best_keys_triton(
     num_parts = num_programs(num_rows, num_chunks, PROGRAMS)
     scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
     tokens = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
-    _slice_choose_kernel[(num_parts, num_rows)](
-        logits, rows, positions, params.temperature, params.seed, scores, tokens, logits.stride(0), slice_size,
-        first_token, num_chunks, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    _slice_join_kernel[(num_rows,)](
-        rows, scores, tokens, keys, first_token, num_parts,
-        PARTS=padded_parts(num_rows, num_chunks), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    sizes = (logits.stride(0), slice_size, first_token, num_chunks)
+    launch_kernel(
+        _slice_choose_kernel,
+        (num_parts, num_rows),
+        (logits, rows, positions, params.temperature, params.seed, scores, tokens, *sizes),
+        CHUNK=chunk,
+        num_warps=NUM_WARPS,
+        **pdl_launch(logits),
+    )
+    launch_kernel(
+        _slice_join_kernel,
+        (num_rows,),
+        (rows, scores, tokens, keys, first_token, num_parts),
+        PARTS=padded_parts(num_rows, num_chunks),
+        num_warps=1,
+        **pdl_launch(logits),
+    )
     return keys
 
 
@@ -129,7 +138,12 @@ def winners_triton(keys: torch.Tensor) -> torch.Tensor:
     out = torch.empty(num_rows, dtype=torch.int64, device=keys.device)
     if num_rows == 0:
         return out
-    _winners_kernel[(triton.cdiv(num_rows, WINNERS_BLOCK),)](
-        keys, out, num_rows, num_ranks, BLOCK=WINNERS_BLOCK, num_warps=4, **pdl_launch(keys)  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _winners_kernel,
+        (triton.cdiv(num_rows, WINNERS_BLOCK),),
+        (keys, out, num_rows, num_ranks),
+        BLOCK=WINNERS_BLOCK,
+        num_warps=4,
+        **pdl_launch(keys),
+    )
     return out

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 if TYPE_CHECKING:
     from .sample import SamplingRows
@@ -239,12 +239,21 @@ def sample_rows_triton(
     for filtered in (False, True):
         if filtered:
             limits = find_limits(logits, rows, params, scores, tokens, padded_parts(num_rows, num_chunks))
-        _sample_choose_kernel[(num_parts, num_rows)](
-            logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size, num_chunks,
-            FILTERED=filtered, CHUNK=chunk, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
-    _sample_join_kernel[(num_rows,)](
-        rows, scores, tokens, out, num_parts,
-        PARTS=padded_parts(num_rows, num_chunks), num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+        launch_kernel(
+            _sample_choose_kernel,
+            (num_parts, num_rows),
+            (logits, rows, positions, *params, limits, scores, tokens, logits.stride(0), vocab_size, num_chunks),
+            FILTERED=filtered,
+            CHUNK=chunk,
+            num_warps=NUM_WARPS,
+            **pdl_launch(logits),
+        )
+    launch_kernel(
+        _sample_join_kernel,
+        (num_rows,),
+        (rows, scores, tokens, out, num_parts),
+        PARTS=padded_parts(num_rows, num_chunks),
+        num_warps=1,
+        **pdl_launch(logits),
+    )
     return out

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 CHUNK, NUM_WARPS = 4096, 8
 
@@ -108,12 +108,22 @@ def _score(
         return logprobs, totals, ranks
     highest, mass = (torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device) for _ in range(2))
     above = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
-    _score_chunks_kernel[(num_chunks, num_rows)](
-        logits, chosen, highest, mass, above, logits.stride(0), vocab_size,
-        CHUNK=CHUNK, SLICE=sliced, num_warps=NUM_WARPS, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    _score_join_kernel[(num_rows,)](
-        logits, chosen, highest, mass, above, logprobs, totals, ranks, logits.stride(0), num_chunks,
-        CHUNKS=int(triton.next_power_of_2(num_chunks)), SLICE=sliced, num_warps=1, **pdl_launch(logits),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    launch_kernel(
+        _score_chunks_kernel,
+        (num_chunks, num_rows),
+        (logits, chosen, highest, mass, above, logits.stride(0), vocab_size),
+        CHUNK=CHUNK,
+        SLICE=sliced,
+        num_warps=NUM_WARPS,
+        **pdl_launch(logits),
+    )
+    launch_kernel(
+        _score_join_kernel,
+        (num_rows,),
+        (logits, chosen, highest, mass, above, logprobs, totals, ranks, logits.stride(0), num_chunks),
+        CHUNKS=int(triton.next_power_of_2(num_chunks)),
+        SLICE=sliced,
+        num_warps=1,
+        **pdl_launch(logits),
+    )
     return logprobs, totals, ranks

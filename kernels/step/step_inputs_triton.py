@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdl_triton import pdl_launch, release_dependents, wait_for_inputs
+from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .step_inputs import PLACES, ROW_START, RowState, StepTensors
 
 # A kernel reads globals only as constexpr.
@@ -226,10 +226,15 @@ def _store_tokens_kernel(
 def apply_plan_triton(packed: torch.Tensor, state: RowState) -> None:
     """As `apply_plan_ref`."""
     tables, sampling = state.block_tables, state.sampling
-    _apply_plan_kernel[(1,)](
-        packed, tables, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed,
-        tables.stride(0), BLOCK=_CHANGES, num_warps=8, **pdl_launch(packed),  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    params = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed)
+    launch_kernel(
+        _apply_plan_kernel,
+        (1,),
+        (packed, tables, *params, tables.stride(0)),
+        BLOCK=_CHANGES,
+        num_warps=8,
+        **pdl_launch(packed),
+    )
 
 
 def expand_plan_triton(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
@@ -242,12 +247,15 @@ def expand_plan_triton(packed: torch.Tensor, state: RowState, block_size: int, o
         if getattr(out, name).stride(0) != state.block_tables.stride(0):
             raise ValueError(f"{name} has row stride {getattr(out, name).stride(0)}, the block tables {num_columns}")
     constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS}
-    _expand_plan_kernel[(num_tiles + num_decodes + num_prefills + 1,)](
-        packed, state.block_tables, state.last_tokens, *out,
-        num_rows, num_columns, num_tokens, num_decodes, num_prefills, num_samples, num_tiles,
-        (num_decodes + num_prefills).bit_length(),
-        **constants, **pdl_launch(packed),
-    )  # fmt: skip
+    search_steps = (num_decodes + num_prefills).bit_length()
+    counts = (num_tokens, num_decodes, num_prefills, num_samples, num_tiles, search_steps)
+    launch_kernel(
+        _expand_plan_kernel,
+        (num_tiles + num_decodes + num_prefills + 1,),
+        (packed, state.block_tables, state.last_tokens, *out, num_rows, num_columns, *counts),
+        **constants,
+        **pdl_launch(packed),
+    )
 
 
 def store_tokens_triton(
@@ -255,6 +263,9 @@ def store_tokens_triton(
 ) -> None:
     """As `store_tokens_ref`. Padding may write the last row more than once: it is never read."""
     launch: dict[str, Any] = {"BLOCK": 256, **pdl_launch(packed)}
-    _store_tokens_kernel[(triton.cdiv(len(tokens), 256),)](
-        tokens, rows, packed, last_tokens, ring, ring.stride(0), len(tokens), **launch
+    launch_kernel(
+        _store_tokens_kernel,
+        (triton.cdiv(len(tokens), 256),),
+        (tokens, rows, packed, last_tokens, ring, ring.stride(0), len(tokens)),
+        **launch,
     )
