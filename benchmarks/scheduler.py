@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.report import Report
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
-from shoal.replicas.engine.block_pool import BlockPool, extend_digests
+from shoal.replicas.engine.block_pool import BlockPool, extend_hashes
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.plan import StepPlan, StepResult
 from shoal.replicas.protocol import Request, SamplingParams
@@ -129,13 +129,13 @@ def time_pool(report: Report) -> None:
     add(report, "allocate + release 8 blocks", time_calls(lambda: pool.release(pool.allocate(8)), 2000))
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, 1024).astype(np.int32)
     known: list[bytes] = []
-    extend_digests(known, prompt, BLOCK_SIZE, "")
+    extend_hashes(known, prompt, BLOCK_SIZE, "")
     pool.register(pool.allocate(len(known)), known)
 
     def match() -> None:
-        digests: list[bytes] = []
-        extend_digests(digests, prompt, BLOCK_SIZE, "")
-        assert len(pool.lookup(digests)) == len(known)
+        hashes: list[bytes] = []
+        extend_hashes(hashes, prompt, BLOCK_SIZE, "")
+        assert len(pool.lookup(hashes)) == len(known)
 
     add(report, "hash and match 1,024 tokens", time_calls(match, 1000))
     add(report, "match 1,024 hashed tokens", time_calls(lambda: pool.lookup(known), 1000))

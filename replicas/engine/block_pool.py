@@ -1,15 +1,13 @@
-"""KV blocks: who holds them, which can be reused, which can be given away.
+"""KV blocks: reference counts, the prefix cache, and eviction.
 
 Every block is in exactly one of three states:
 
-- *free*: no sequence holds it and nothing is known of its content; kept on a stack, so that many are taken or
-  returned by one slice;
-- *cached*: no sequence holds it, but its content is known by a hash and may be wanted again; kept in the order in
-  which it will be evicted;
-- *used*: one or more sequences hold it. It may be known by a hash too.
+- *free*: no sequence holds it and it has no hash; kept on a stack, so that one slice takes or returns many;
+- *cached*: no sequence holds it, but it has a hash and may be reused; kept in the order of eviction;
+- *used*: one or more sequences hold it. It may have a hash too.
 
 Eviction takes the block that was released longest ago. A sequence releases the tail of its table first, so that a
-block is evicted before the one it continues: a prefix stays reachable as long as anything of it is kept.
+block is evicted before the one it continues. A prefix thus stays reachable as long as any of it is kept.
 """
 
 from __future__ import annotations
@@ -24,28 +22,26 @@ from numpy.typing import NDArray
 from ..plan import Ints
 from ..protocol import BlockReport
 
-DIGEST_BYTES = 32  # 256 bits: equal digests mean equal prefixes, also against a tenant who searches for a collision
+HASH_BYTES = 32  # 256 bits: equal hashes mean equal prefixes, even if a tenant searches for a collision
 
 
-def extend_digests(digests: list[bytes], token_ids: Ints, block_size: int, salt: str) -> None:
-    """Append to `digests` those of the full blocks of `token_ids` that it lacks.
+def extend_hashes(hashes: list[bytes], token_ids: Ints, block_size: int, salt: str) -> None:
+    """Append the missing hashes of the full blocks of `token_ids` to `hashes`.
 
-    A block's digest covers its tokens and the digest of the block before it, so it names the whole prefix up to its
-    end. The first one continues from the salt: prefixes of different salts never meet.
+    A block's hash covers its tokens and the hash of the block before it, so it identifies the whole prefix. The first
+    one continues from the salt, so that prefixes of different salts differ.
     """
     num_full = len(token_ids) // block_size
-    if num_full <= len(digests):
+    if num_full <= len(hashes):
         return
-    parent = (
-        digests[-1] if digests else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-    )
+    parent = hashes[-1] if hashes else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
     content = np.ascontiguousarray(token_ids, np.int32).tobytes()
     stride = block_size * np.dtype(np.int32).itemsize
-    for begin in range(len(digests) * stride, num_full * stride, stride):
-        digest = blake2b(parent, digest_size=DIGEST_BYTES)
-        digest.update(content[begin : begin + stride])
-        parent = digest.digest()
-        digests.append(parent)
+    for begin in range(len(hashes) * stride, num_full * stride, stride):
+        block_hash = blake2b(parent, digest_size=HASH_BYTES)
+        block_hash.update(content[begin : begin + stride])
+        parent = block_hash.digest()
+        hashes.append(parent)
 
 
 class BlockPool:
@@ -60,23 +56,23 @@ class BlockPool:
         self._stack_size = num_blocks
         self._cached: OrderedDict[int, None] = OrderedDict()  # the next to be evicted comes first
         self._hashed = np.zeros(num_blocks, bool)
-        self._digest_of: dict[int, bytes] = {}
+        self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can give: free and cached."""
+        """Blocks that `allocate` can return: free and cached."""
         return self._stack_size + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody holds and that keep a reusable prefix."""
+        """Blocks without a holder that keep a reusable prefix."""
         return len(self._cached)
 
     def allocate(self, count: int) -> Ints:
-        """Take `count` blocks, each with one holder, evicting cached ones only when the free ones are gone.
+        """Take `count` blocks, each with one holder; cached ones are evicted only when no block is free.
 
-        The caller has looked at `num_free` before.
+        The caller has checked `num_free`.
         """
         assert count <= self.num_free, f"{count} blocks wanted of {self.num_free}"
         if count > self._stack_size:
@@ -87,11 +83,11 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Ints, num_holders: int = 1) -> None:
-        """Add holders to distinct blocks that somebody holds already."""
+        """Add holders to distinct blocks that have a holder."""
         self.ref_counts[blocks] += num_holders
 
     def release(self, blocks: Ints) -> None:
-        """Give up one hold on each of one sequence's blocks, which are distinct and in the order of its table."""
+        """Drop one holder of each of a sequence's blocks, which are distinct and in the order of its table."""
         counts = self.ref_counts[blocks] - 1
         assert counts.size == 0 or counts.min() >= 0, "a block was released more often than it was held"
         self.ref_counts[blocks] = counts
@@ -101,18 +97,18 @@ class BlockPool:
         for block in idle[hashed][::-1].tolist():
             self._cached[block] = None
 
-    def lookup(self, digests: Sequence[bytes]) -> Ints:
-        """The blocks that hold the longest known prefix of the chain. Nothing is taken yet; see `acquire`."""
+    def lookup(self, hashes: Sequence[bytes]) -> Ints:
+        """The blocks of the longest cached prefix of the chain. `acquire` takes them."""
         blocks: list[int] = []
-        for digest in digests:
-            block = self._block_of.get(digest)
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
             if block is None:
                 break
             blocks.append(block)
         return np.array(blocks, np.int32)
 
     def num_copies(self, blocks: Ints) -> int:
-        """Copies that must be made if the holder of each of `blocks`, some named more than once, is to write it.
+        """Copies needed for the holders of `blocks`, which may repeat, to write them.
 
         The last of all holders of a block writes in place.
         """
@@ -120,30 +116,30 @@ class BlockPool:
         return len(blocks) - int(np.count_nonzero(self.ref_counts[distinct] == num_writers))
 
     def num_idle(self, blocks: Ints) -> int:
-        """How many of `blocks` nobody holds: acquiring them takes as many from `num_free`."""
+        """How many of `blocks` have no holder: acquiring them takes as many from `num_free`."""
         return int(np.count_nonzero(self.ref_counts[blocks] == 0))
 
     def acquire(self, blocks: Ints) -> None:
-        """Hold blocks that `lookup` found."""
+        """Add a holder to blocks that `lookup` found."""
         for block in blocks[self.ref_counts[blocks] == 0].tolist():
             del self._cached[block]
         self.ref_counts[blocks] += 1
 
-    def register(self, blocks: Ints, digests: Sequence[bytes]) -> None:
-        """Make held blocks known by their digests. Of two blocks of equal content the first one stays known."""
-        for block, digest in zip(blocks.tolist(), digests, strict=True):
-            if digest not in self._block_of and not self._hashed[block]:
-                self._block_of[digest] = block
-                self._digest_of[block] = digest
+    def register(self, blocks: Ints, hashes: Sequence[bytes]) -> None:
+        """Add used blocks to the prefix cache. Of two blocks of equal content the first one stays there."""
+        for block, block_hash in zip(blocks.tolist(), hashes, strict=True):
+            if block_hash not in self._block_of and not self._hashed[block]:
+                self._block_of[block_hash] = block
+                self._hash_of[block] = block_hash
                 self._hashed[block] = True
 
-    def forget(self, digests: Sequence[bytes]) -> None:
-        """Make the blocks of these digests unknown, held or cached, so that nobody reuses what they hold."""
-        for digest in digests:
-            block = self._block_of.pop(digest, None)
+    def forget(self, hashes: Sequence[bytes]) -> None:
+        """Remove the blocks of these hashes, used or cached, from the prefix cache."""
+        for block_hash in hashes:
+            block = self._block_of.pop(block_hash, None)
             if block is None:
                 continue
-            del self._digest_of[block]
+            del self._hash_of[block]
             self._hashed[block] = False
             if not self.ref_counts[block]:
                 del self._cached[block]
@@ -157,7 +153,7 @@ class BlockPool:
         return True
 
     def report(self) -> BlockReport:
-        """How all of the blocks in use are held."""
+        """Shared, private and copied blocks of all sequences."""
         return BlockReport(
             shared=int(np.count_nonzero(self.ref_counts > 1)),
             private=int(np.count_nonzero(self.ref_counts == 1)),
@@ -165,7 +161,7 @@ class BlockPool:
         )
 
     def check(self, tables: Iterable[Ints]) -> None:
-        """Prove that free + cached + used = all, and that the holders are exactly `tables` (one per sequence)."""
+        """Assert that free + cached + used = all, and that the holders are exactly `tables` (one per sequence)."""
         holders = np.zeros(self.num_blocks, np.int32)
         for table in tables:
             assert len(np.unique(table)) == len(table), f"a block stands twice in one table: {table}"
@@ -178,13 +174,13 @@ class BlockPool:
         assert everything == list(range(self.num_blocks)), "free + cached + used is not every block once"
         assert not self._hashed[free].any(), "a free block has a hash"
         assert all(self._hashed[block] for block in self._cached), "a cached block has no hash"
-        assert {block: digest for digest, block in self._block_of.items()} == self._digest_of
-        assert sorted(self._digest_of) == np.flatnonzero(self._hashed).tolist()
+        assert {block: block_hash for block_hash, block in self._block_of.items()} == self._hash_of
+        assert sorted(self._hash_of) == np.flatnonzero(self._hashed).tolist()
 
     def _evict(self, count: int) -> None:
         evicted = [self._cached.popitem(last=False)[0] for _ in range(count)]
         for block in evicted:
-            del self._block_of[self._digest_of.pop(block)]
+            del self._block_of[self._hash_of.pop(block)]
         blocks = np.array(evicted, np.int32)
         self._hashed[blocks] = False
         self._push(blocks)

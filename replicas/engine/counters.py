@@ -1,4 +1,4 @@
-"""What a scheduler counts, and the report that is made of it."""
+"""A scheduler's counters, and its load report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .block_pool import BlockPool
 
 @dataclass(slots=True)
 class Counters:
-    """Of a scheduler's whole life."""
+    """Counts since the scheduler's start."""
 
     steps: int = 0
     preemptions: int = 0
@@ -20,7 +20,7 @@ class Counters:
     cache_hits: int = 0
 
     def load(self, pool: BlockPool, *, num_running: int, num_waiting: int) -> ReplicaLoad:
-        """The counts for placement and metrics, with those of now."""
+        """The load report for placement and metrics."""
         return ReplicaLoad(
             num_running=num_running,
             num_waiting=num_waiting,

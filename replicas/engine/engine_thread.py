@@ -1,4 +1,4 @@
-"""An engine in a thread of its own: requests and commands from any thread, deltas by callback."""
+"""An engine in its own thread: requests and commands from any thread, deltas by callback."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .step_times import StepTimesCounter
 
 T = TypeVar("T")
 
-# Commands between two steps. A prompt of 512 tokens takes 10 us to accept: of a thousand that come at once, the device
-# has the first while the others are accepted, and streams that run are not held up.
+# Commands between two steps. A prompt of 512 tokens takes 10 us to accept. Of a thousand that arrive together the
+# device runs the first while the others are accepted, and running streams do not stall.
 _COMMANDS_PER_STEP = 128
 
 
 class EngineThread:
     """Runs the engine as long as there is work and sleeps otherwise; commands run between two steps, in order.
 
-    What a step brought is delivered after the next one is submitted: nobody who works on it, here or in another
-    thread that wants the interpreter's lock, keeps the device waiting.
+    A step's deltas are delivered after the next step is submitted, so that handling them, or another thread that
+    holds the GIL, never delays the next launch.
 
-    `on_deltas` is called from the engine's thread with what one step brought. Every sequence accepted by `submit`
+    `on_deltas` is called from the engine's thread with the deltas of one step. Every sequence accepted by `submit`
     gets exactly one terminal delta, also when its request is refused later, the engine fails or `stop` is called.
     `on_failure` is called once, after those deltas, when the engine or a callback raised.
     """
@@ -50,7 +50,7 @@ class EngineThread:
         self._stopping = False
         self._idle = True
         self._progress = time.monotonic()
-        self.step_seconds = 0.0  # what the last step took, from the one before it or from its start
+        self.step_seconds = 0.0  # of the last step, from the end of the one before it or from its start
         self._step_times = StepTimesCounter()
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
 
@@ -64,7 +64,7 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Check the request in the caller's thread and hand it over. Raises RequestError or EngineError."""
+        """Check the request in the caller's thread and queue it. Raises RequestError or EngineError."""
         self._engine.limits.check(request)
         with self._wake:
             if request.request_id in self._open:
@@ -96,8 +96,8 @@ class EngineThread:
         return future
 
     def load(self) -> ReplicaLoad:
-        """The engine's counts as they are now; any thread may ask."""
-        return replace(self._engine.load(), step_times=self._step_times.told())
+        """The engine's current counts; any thread may call."""
+        return replace(self._engine.load(), step_times=self._step_times.snapshot())
 
     def stop(self, timeout: float | None = None) -> None:
         """Abort everything, deliver the terminal deltas and end the thread. Idempotent.
@@ -121,7 +121,7 @@ class EngineThread:
     def _add(self, request: Request) -> None:
         try:
             self._engine.add_checked(request)
-        except Exception as error:  # the engine has failed since, or holds the id from a caller of its own
+        except Exception as error:  # the engine has failed since, or its own caller uses the id
             self._due += _errors(request.request_id, _samples(request), str(error))
 
     def _run(self) -> None:
@@ -129,7 +129,7 @@ class EngineThread:
         for stage in (self._loop, self._close):
             try:
                 stage()
-            except Exception as error:  # a callback raised; the engine keeps its own failure to itself
+            except Exception as error:  # a callback raised; the engine records its own failures
                 failures.append(error)
         if self._engine.failure is not None:
             failures.insert(0, self._engine.failure)
@@ -138,7 +138,7 @@ class EngineThread:
             self._on_failure(failures[0])
 
     def _close(self) -> None:
-        """Take no more commands, and end what was accepted."""
+        """Refuse commands from now on, and end the accepted requests."""
         with self._wake:
             self._accepting = False
             self._stopping = True
@@ -148,7 +148,7 @@ class EngineThread:
             command()
         self._due += self._engine.end_all()
         self._deliver()
-        # What the step that failed had ended already is known to nobody else.
+        # The engine no longer has the sequences that ended in the failed step.
         message = f"the engine failed: {self._engine.failure}"
         for request_id, samples in self._open.items():
             self._due += _errors(request_id, samples, message)
@@ -164,7 +164,7 @@ class EngineThread:
                     return
                 if self._idle:
                     self._progress = time.monotonic()
-                    self._idle = False  # in this order: whoever looks in between must not see the old time
+                    self._idle = False  # in this order: a reader in between must not see the old time
                 commands = [self._commands.popleft() for _ in range(min(len(self._commands), _COMMANDS_PER_STEP))]
             for command in commands:
                 command()

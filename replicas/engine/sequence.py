@@ -1,4 +1,27 @@
-"""Sequences as the scheduler sees them: one Python object for what is rare, one row of arrays for every step."""
+"""Sequences as the scheduler keeps them: a Python object for rare state, a row of arrays for each step's state.
+
+The token ranges of one row, in positions of its sequence:
+
+    0          context_length                known            length
+    |--------------|---------------------------|----------------|......... max_length
+    | prompt and   | sampled and read back     | to be sampled  |
+    | emitted      |                           | in flight      |
+    |---------------- computed ---------------------------->|
+      in the KV cache once all submitted steps have run: of a decoding row, all but the token at length - 1
+
+Example: a prompt of 5 tokens, two steps in flight. `t5` is the token at position 5.
+
+    event                            known  length  computed  in_flight
+    assigned to a row                   5       5         0          0
+    plan 0: prefill [0, 5) -> t5        5       6         5          1
+    plan 1: decode [5, 6) -> t6         5       7         6          2   t5 is DEVICE_TOKEN: not read back yet
+    result 0: t5                        6       7         6          1
+    plan 2: decode [6, 7) -> t7         6       8         7          2
+    result 1: t6                        7       8         7          1
+
+Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. A slice with draft tokens computes them as if all
+were accepted; its result moves `length` and `computed` back to the accepted ones (drafts.py).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +36,13 @@ from ..config import ModelFacts
 from ..plan import Ints, RowStart
 from ..protocol import FinishReason, Logprob, Request
 
+_NO_LIMIT = np.iinfo(np.int32).max
+
 SchedulingKey = tuple[int, int, int]  # (priority, arrival, sample): the lower runs first and is preempted last
 
 
 class Phase(Enum):
-    """Where a sequence stands. A fork's later samples are WAITING until the prompt's end."""
+    """Phase of a sequence. Samples but the leader are WAITING until the leader has run the prompt."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -34,19 +59,20 @@ class RequestState:
     arrival: int
     context: Ints  # [prompt + emitted] token ids
     sequences: list[Sequence] = field(default_factory=list)
-    num_open: int = 0
+    num_open: int = 0  # unfinished sequences
+    max_steps_in_flight: int | None = None  # of each of its sequences; None: no limit of its own
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_copied: int = 0
     prompt_logprobs: list[Logprob | None] | None = None  # by position, filled as chunks come back
 
     @property
     def leader(self) -> Sequence:
-        """The sequence that runs the prompt; the others are forked from it."""
+        """The sequence that runs the prompt; the others fork from it."""
         return self.sequences[0]
 
     @property
-    def rank(self) -> SchedulingKey:
-        return self.leader.rank
+    def key(self) -> SchedulingKey:
+        return self.leader.key
 
 
 @dataclass(slots=True, eq=False)
@@ -55,16 +81,16 @@ class Sequence:
 
     state: RequestState
     sample: int
-    rank: SchedulingKey
+    key: SchedulingKey
     request_id: str
     phase: Phase = Phase.WAITING
     row: int = -1
-    started: bool = False  # the shards know the row
-    digests: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
-    num_registered: int = 0  # leading blocks that the pool knows by digest
+    started: bool = False  # a RowStart has been sent
+    hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, computed on demand
+    num_registered: int = 0  # leading blocks that are in the prefix cache
 
     def row_start(self) -> RowStart:
-        """What the shards must know of the sequence before its first step."""
+        """The sequence's part of the plan that first runs it."""
         request = self.state.request
         history = request.sampling.uses_history
         return RowStart(
@@ -79,7 +105,7 @@ class Sequence:
 
 
 class FinishedSequence(NamedTuple):
-    """How a sequence ended."""
+    """A sequence that has ended, and why."""
 
     sequence: Sequence
     reason: FinishReason
@@ -88,36 +114,39 @@ class FinishedSequence(NamedTuple):
 
 
 def true_rows(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Where a vector is true: np.flatnonzero without its 0.7 us of Python, of which a step would have six."""
+    """Indices where a vector is true: np.flatnonzero without its 0.7 us of Python, six times a step."""
     return mask.nonzero()[0]
 
 
 class SequenceTable:
-    """What each step reads and writes of every sequence: one row per admitted sequence, one array per field.
+    """State that each step reads and writes: one row per admitted sequence, one array per field.
 
-    Lengths count tokens. Of a row, `known` tokens have been read back, `length` adds those that submitted steps will
-    sample, `computed` are in the KV cache once the submitted steps have run; a decoding row has
-    `computed == length - 1`.
+    The module's docstring draws the lengths, which count tokens.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int, facts: ModelFacts) -> None:
+    def __init__(
+        self, num_rows: int, max_model_len: int, block_size: int, facts: ModelFacts, max_in_flight: int | None = None
+    ) -> None:
+        self._default_in_flight = _NO_LIMIT if max_in_flight is None else max_in_flight
+        self.limits_in_flight = max_in_flight is not None  # whether any row may have such a limit
         max_blocks = -(-max_model_len // block_size)
         self.tokens: NDArray[np.int32] = np.zeros((num_rows, max_model_len), np.int32)
-        self.context_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # tokens that came with the request
-        self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)
-        self.length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
-        self.computed: NDArray[np.int32] = np.zeros(num_rows, np.int32)
-        self.in_flight: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # sampled tokens not read back
+        self.context_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # prompt and emitted tokens
+        self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # read back
+        self.length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # known and in flight
+        self.computed: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # in the KV cache after the submitted steps
+        self.in_flight: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # submitted steps that sample the row
+        self.max_in_flight: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.min_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # below it no token stops
         self.max_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.decoding: NDArray[np.bool_] = np.zeros(num_rows, bool)
-        self.lane: NDArray[np.intp] = np.zeros(num_rows, np.intp)  # of a decoding row, where there are lanes
+        self.micro_batch: NDArray[np.intp] = np.zeros(num_rows, np.intp)  # of a decoding row of a pipeline
         self.is_eos: NDArray[np.bool_] = np.zeros(facts.vocab_size, bool)  # by token id, not by row
         self.is_eos[[token for token in facts.eos_token_ids if token < facts.vocab_size]] = True
         self.stops_at_eos: NDArray[np.bool_] = np.zeros(num_rows, bool)
         self.stop_ids: NDArray[np.int32] = np.full((num_rows, 1), -1, np.int32)  # -1: none
         self.has_stop_ids: NDArray[np.bool_] = np.zeros(num_rows, bool)
-        self.epoch: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # counts the sequences that had the row
+        self.epoch: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # number of sequences that have left the row
         self.blocks: NDArray[np.int32] = np.zeros((num_rows, max_blocks), np.int32)
         self.num_blocks: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.last_block: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # blocks[row, num_blocks[row] - 1]
@@ -131,7 +160,7 @@ class SequenceTable:
         return len(self._free_rows)
 
     def assign(self, sequence: Sequence) -> None:
-        """Give the sequence a row, which it keeps until it ends."""
+        """Assign a row to the sequence until it ends."""
         request, context = sequence.state.request, sequence.state.context
         sampling, prompt_len = request.sampling, len(request.prompt_token_ids)
         row = sequence.row = self._free_rows.pop()
@@ -143,25 +172,30 @@ class SequenceTable:
         self.min_length[row] = prompt_len + sampling.min_tokens
         self.max_length[row] = prompt_len + sampling.max_tokens
         self.stops_at_eos[row] = not sampling.ignore_eos
+        self.max_in_flight[row] = self._default_in_flight
+        limit = sequence.state.max_steps_in_flight
+        if limit is not None:
+            self.max_in_flight[row] = min(limit, self._default_in_flight)
+            self.limits_in_flight = True
         self._set_stop_ids(row, sampling.stop_token_ids)
 
     def free(self, row: int) -> None:
-        """Take the row back. Results of its steps in flight are recognised by the old epoch."""
+        """Free the row. The new epoch makes results of its steps in flight void."""
         self.epoch[row] += 1
         self.sequences[row] = None
         self.decoding[row] = False
         self._free_rows.append(row)
 
     def stopped(self, rows: NDArray[np.intp], token_ids: Ints) -> NDArray[np.bool_]:
-        """Which rows got their end-of-sequence or one of their stop tokens."""
+        """Which rows sampled end-of-sequence or one of their stop tokens."""
         stopped = self.is_eos[token_ids] & self.stops_at_eos[rows]
-        watchful = true_rows(self.has_stop_ids[rows])
-        if watchful.size:
-            stopped[watchful] |= (self.stop_ids[rows[watchful]] == token_ids[watchful, None]).any(axis=1)
+        with_stops = true_rows(self.has_stop_ids[rows])
+        if with_stops.size:
+            stopped[with_stops] |= (self.stop_ids[rows[with_stops]] == token_ids[with_stops, None]).any(axis=1)
         return stopped
 
     def context(self, row: int) -> Ints:
-        """Token ids known of the row."""
+        """Known token ids of the row."""
         return self.tokens[row, : self.known[row]]
 
     def block_table(self, row: int) -> Ints:

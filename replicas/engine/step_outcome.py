@@ -1,4 +1,4 @@
-"""A step under way, and what it brought."""
+"""A step in flight, and its outcome."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import Ints
+from ..plan import Ints, StepPlan
 from .plan_builder import Chunk, Rows
 from .sequence import FinishedSequence, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """What the scheduler must remember of a plan until its result comes: whose the samples and chunks were."""
+    """The sequences of a plan whose result has not come, by row and epoch."""
 
     step: int
     sample_rows: Rows
     sample_epochs: Ints
     chunk_epochs: dict[int, int]  # by row
     scored: list[Chunk]
+    draft_rows: list[int]  # whose slices end with draft tokens
+
+    @classmethod
+    def of(cls, plan: StepPlan, chunks: list[Chunk], scored: list[Chunk], epochs: Ints) -> StepInFlight:
+        """The sequences that have the plan's rows now."""
+        sample_rows = plan.sample_rows.astype(np.intp)
+        chunk_epochs = {chunk.row: int(epochs[chunk.row]) for chunk in chunks}
+        draft_rows = [chunk.row for chunk in chunks if chunk.num_drafts]
+        return cls(plan.step, sample_rows, epochs[sample_rows], chunk_epochs, scored, draft_rows)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What a result brought: sequence `sequences[i]` got token `token_ids[i]`, sample `samples[i]` of the plan.
+    """The new tokens of a result: sequence `sequences[i]` got `token_ids[i]`, at index `samples[i]` of the result.
 
-    It is sample `sample_numbers[i]` of request `request_ids[i]`. `firsts` are those i where the token was the first
-    one; `endings` is by i where it was the last one; `failures` ended without a token.
+    The sequence is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands several
+    times, in order. `firsts` holds the i of first tokens. `finished` maps the i of last tokens. `failures` ended
+    without a token.
     """
 
     samples: Rows
@@ -37,6 +47,6 @@ class StepOutcome:
     sample_numbers: Ints
     token_ids: Ints
     firsts: Rows
-    endings: dict[int, FinishedSequence]
+    finished: dict[int, FinishedSequence]
     failures: list[FinishedSequence]
     scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended

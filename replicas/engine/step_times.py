@@ -1,4 +1,4 @@
-"""How long an engine's steps take, counted for a histogram."""
+"""Histogram of an engine's step times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..protocol import STEP_SECONDS, StepTimes
 
 
 class StepTimesCounter:
-    """Counts of one engine's life. One thread adds, others read: what they read may lack the step that just ended."""
+    """Counts since the engine's start. One thread adds, others read; a reader may miss the step that just ended."""
 
     def __init__(self) -> None:
         self._counts = list(StepTimes().counts)
@@ -18,5 +18,5 @@ class StepTimesCounter:
         self._counts[bisect_left(STEP_SECONDS, seconds)] += 1
         self._seconds += seconds
 
-    def told(self) -> StepTimes:
+    def snapshot(self) -> StepTimes:
         return StepTimes(tuple(self._counts), self._seconds)

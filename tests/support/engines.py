@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, ParallelConfig, SchedulerConfig
 from shoal.replicas.engine.engine import Engine
-from shoal.replicas.plan import StepPlan
+from shoal.replicas.engine.sequence import Sequence
+from shoal.replicas.plan import Ints, StepPlan
 from shoal.replicas.protocol import FinishReason, Request, TokenDelta
 from tests.support.fake_executor import FakeExecutor, next_token
 
@@ -91,6 +94,24 @@ def naive(request: Request) -> list[tuple[list[int], FinishReason, int | None]]:
                 break
         outputs.append((output[len(request.emitted_token_ids) :], reason, stop_reason))
     return outputs
+
+
+class NoisyProposer:
+    """Proposes up to `max_drafts` tokens. Each is the model's next token in two cases of three."""
+
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+        self.num_proposed = 0
+        self._random = Random(0)
+
+    def propose(self, sequence: Sequence, context: Ints, max_tokens: int) -> Ints:
+        """As DraftProposer says."""
+        seed, tokens = sequence.state.request.sample_seed(sequence.sample), context.tolist()
+        for _ in range(min(self.max_drafts, max_tokens)):
+            wrong = self._random.randrange(3) == 0
+            tokens.append(self._random.randrange(VOCAB_SIZE) if wrong else next_token(tokens, seed, VOCAB_SIZE))
+        self.num_proposed += len(tokens) - len(context)
+        return np.array(tokens[len(context) :], np.int32)
 
 
 class Transcript:

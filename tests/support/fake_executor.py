@@ -1,8 +1,8 @@
-"""Shards without a model: the next token is a hash of the tokens found through the block tables.
+"""Ranks without a model: the next token is a hash of the tokens read through the block tables.
 
-The fake keeps a store [num_blocks, block_size] of (token, position) and treats it as a shard treats its KV cache: it
-applies table updates and copies, writes the step's tokens, and reads each whole context back. A block that was given
-away too early, copied too late or shared wrongly changes the context that is read, and so the output.
+The fake keeps a store [num_blocks, block_size] of (token, position) and uses it as a rank uses its KV cache: it applies
+table updates and copies, writes the step's tokens, and reads each whole context back. A block that is freed too early,
+copied too late or shared wrongly changes the context, and so the output.
 """
 
 from __future__ import annotations
@@ -94,10 +94,13 @@ class FakeExecutor:
                 self._tokens[slot], self._positions[slot] = token, position
         contexts = [self._read(part.row, part.start + part.num_tokens) for part in slices]
         sampled: list[tuple[list[int], int]] = []
+        counts: list[int] = []
         for index, row in zip(plan.sample_slices.tolist(), plan.sample_rows.tolist(), strict=True):
-            token = self._sample(contexts[index], self._starts[row])
-            self._last_token[row] = token
-            sampled.append((contexts[index], token))
+            num_drafts = int(plan.num_drafts[len(counts)]) if plan.num_drafts.size else 0
+            tokens = self._verify(contexts[index], num_drafts, self._starts[row])
+            self._last_token[row] = tokens[-1][1]
+            sampled += tokens
+            counts.append(len(tokens))
         failed = [(row, self.fail_rows.pop(row)) for row in plan.sample_rows.tolist() if row in self.fail_rows]
         return StepResult(
             step=plan.step,
@@ -108,6 +111,7 @@ class FakeExecutor:
                 for index, following in zip(plan.scored_slices.tolist(), plan.scored_next.tolist(), strict=True)
             ),
             failed_rows=tuple(failed),
+            counts=np.array(counts if plan.num_drafts.size else [], np.int32),
         )
 
     def _read(self, row: int, length: int) -> list[int]:
@@ -115,6 +119,16 @@ class FakeExecutor:
         positions = self._positions[table].reshape(-1)[:length]
         assert (positions == np.arange(length)).all(), f"row {row} reads slots of positions {positions.tolist()}"
         return self._tokens[table].reshape(-1)[:length].tolist()
+
+    def _verify(self, context: list[int], num_drafts: int, start: RowStart) -> list[tuple[list[int], int]]:
+        """Contexts and samples: one after each draft that equals the sample before it."""
+        begin = len(context) - num_drafts
+        sampled: list[tuple[list[int], int]] = []
+        for length in range(begin, len(context) + 1):
+            sampled.append((context[:length], self._sample(context[:length], start)))
+            if length < len(context) and context[length] != sampled[-1][1]:
+                break
+        return sampled
 
     def _sample(self, context: list[int], start: RowStart) -> int:
         sampling = start.sampling

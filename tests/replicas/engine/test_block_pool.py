@@ -8,37 +8,37 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shoal.replicas.engine.block_pool import DIGEST_BYTES, BlockPool, extend_digests
+from shoal.replicas.engine.block_pool import HASH_BYTES, BlockPool, extend_hashes
 from shoal.replicas.protocol import BlockReport
 
 
 def digests_of(tokens: list[int], block_size: int = 2, salt: str = "") -> list[bytes]:
-    digests: list[bytes] = []
-    extend_digests(digests, np.array(tokens, np.int32), block_size, salt)
-    return digests
+    hashes: list[bytes] = []
+    extend_hashes(hashes, np.array(tokens, np.int32), block_size, salt)
+    return hashes
 
 
 def cached_chain(pool: BlockPool, tokens: list[int]) -> list[int]:
     """Fill blocks with `tokens`, register and release them; their ids, first of the chain first."""
-    digests = digests_of(tokens, pool.block_size)
-    blocks = pool.allocate(len(digests))
-    pool.register(blocks, digests)
+    hashes = digests_of(tokens, pool.block_size)
+    blocks = pool.allocate(len(hashes))
+    pool.register(blocks, hashes)
     pool.release(blocks)
     return blocks.tolist()
 
 
 def test_digests_name_whole_prefixes():
     first, second = digests_of([1, 2, 3, 4, 5])
-    assert len(first) == DIGEST_BYTES == 32
+    assert len(first) == HASH_BYTES == 32
     assert digests_of([1, 2, 3, 4]) == [first, second]
     assert digests_of([9, 2, 3, 4])[1] != second  # same block, other prefix
     assert set(digests_of([1, 2, 3, 4], salt="tenant")).isdisjoint({first, second})
 
 
 def test_digests_grow_as_tokens_do():
-    digests = digests_of([1, 2, 3])
-    extend_digests(digests, np.array([1, 2, 3, 4, 5, 6], np.int32), 2, "")
-    assert digests == digests_of([1, 2, 3, 4, 5, 6])
+    hashes = digests_of([1, 2, 3])
+    extend_hashes(hashes, np.array([1, 2, 3, 4, 5, 6], np.int32), 2, "")
+    assert hashes == digests_of([1, 2, 3, 4, 5, 6])
 
 
 def test_a_salt_may_hold_lone_surrogates():
@@ -82,13 +82,13 @@ def test_free_blocks_go_before_cached_ones_and_tails_before_parents():
 
 def test_of_equal_blocks_the_first_one_is_known():
     pool = BlockPool(4, 2)
-    digests = digests_of([1, 2])
+    hashes = digests_of([1, 2])
     first, second = pool.allocate(1), pool.allocate(1)
-    pool.register(first, digests)
-    pool.register(second, digests)
+    pool.register(first, hashes)
+    pool.register(second, hashes)
     pool.release(first)
     pool.release(second)
-    assert pool.lookup(digests).tolist() == first.tolist()
+    assert pool.lookup(hashes).tolist() == first.tolist()
     assert pool.num_cached == 1
     pool.check([])
 
@@ -144,18 +144,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=12))
     def start(self, tokens: list[int]) -> None:
-        digests = digests_of(tokens)
-        found = self.pool.lookup(digests)
+        hashes = digests_of(tokens)
+        found = self.pool.lookup(hashes)
         for i, block in enumerate(found.tolist()):
             assert self.content[block] == tuple(tokens[: 2 * i + 2]), "a hit holds other tokens"
-        count = len(digests) - len(found)
+        count = len(hashes) - len(found)
         if self.pool.num_free - self.pool.num_idle(found) < count:
             return
         self.pool.acquire(found)
         table = np.concatenate([found, self.pool.allocate(count)])
         for i, block in enumerate(table.tolist()):
             self.content[block] = tuple(tokens[: 2 * i + 2])
-        self.pool.register(table, digests)
+        self.pool.register(table, hashes)
         self.tables.append(table)
 
     @precondition(lambda self: self.tables)

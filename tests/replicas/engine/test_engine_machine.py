@@ -1,4 +1,4 @@
-"""Random lives of requests on tiny pools: forks, copies, eviction and preemption happen all the time."""
+"""Random operations on tiny pools: forks, copies, eviction, preemption and draft tokens are frequent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal.replicas.errors import RequestError
 from shoal.replicas.protocol import FinishReason, Request, SamplingParams
-from tests.support.engines import Transcript, make_engine, naive
+from tests.support.engines import NoisyProposer, Transcript, make_engine, naive
 from tests.support.fake_executor import logprob_of
 
 STEMS = ((5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 7, 8, 20, 21, 22, 23, 24), (30, 31))
@@ -21,7 +21,7 @@ def samples_of(request: Request) -> range:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Add, step, abort and fail in any order; outputs are those of the naive loop, blocks are conserved."""
+    """Add, step, abort and fail in any order; outputs equal the naive loop's, blocks are conserved."""
 
     @initialize(
         num_blocks=st.integers(12, 20),
@@ -30,6 +30,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_stages=st.sampled_from([1, 2, 4]),
         more_in_flight=st.integers(0, 4),
         enable_prefix_caching=st.booleans(),
+        max_drafts=st.integers(0, 3),
     )
     def start(
         self,
@@ -39,6 +40,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_stages: int,
         more_in_flight: int,
         enable_prefix_caching: bool,
+        max_drafts: int,
     ) -> None:
         self.engine, self.executor = make_engine(
             num_blocks=num_blocks,
@@ -50,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
             enable_prefix_caching=enable_prefix_caching,
             num_stages=num_stages,
         )
+        self.engine.scheduler.proposer = NoisyProposer(max_drafts) if max_drafts else None
         self.transcript = Transcript()
         self.accepted: list[Request] = []
         self.aborted: set[tuple[str, int]] = set()
@@ -69,10 +72,11 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         logprobs=st.sampled_from([None, 0, 2]),
         prompt_logprobs=st.sampled_from([None, 0, 2]),
+        max_steps_in_flight=st.sampled_from([None, 1, 2]),
     )
     def add(
         self, stem, stem_len, tail, n, first_sample, max_tokens, min_tokens, ignore_eos, stops, priority, salt, seed,
-        logprobs, prompt_logprobs,
+        logprobs, prompt_logprobs, max_steps_in_flight,
     ):  # fmt: skip
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -86,12 +90,12 @@ class EngineMachine(RuleBasedStateMachine):
         prompt = (*stem[:stem_len], *tail)
         name = str(len(self.accepted))
         request = Request(name, prompt, sampling, n, first_sample, priority=priority, cache_salt=salt)
-        self._accept(request)
+        self._accept(request, max_steps_in_flight)
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data(), num_emitted=st.integers(1, 6))
     def resume(self, data: st.DataObject, num_emitted: int) -> None:
-        """A request comes back with what its client has already, as after the loss of a replica."""
+        """A request returns with the tokens that its client has, as after the loss of a replica."""
         earlier = data.draw(st.sampled_from(self.accepted))
         emitted = naive(earlier)[0][0][:num_emitted]
         if earlier.emitted_token_ids or naive(earlier)[0][0] == emitted:
@@ -129,9 +133,9 @@ class EngineMachine(RuleBasedStateMachine):
         row = data.draw(st.integers(0, 3))
         self.executor.fail_rows[row] = "no token can be chosen"
 
-    def _accept(self, request: Request) -> None:
+    def _accept(self, request: Request, max_steps_in_flight: int | None = None) -> None:
         try:
-            self.engine.add_request(request)
+            self.engine.add_request(request, max_steps_in_flight=max_steps_in_flight)
         except RequestError:
             return
         self.accepted.append(request)
@@ -149,7 +153,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        for _ in range(2000):  # far more steps than any of these can need: a stall must not pass for progress
+        for _ in range(2000):  # far more steps than needed: a stall must not pass for progress
             if not self.engine.has_work:
                 break
             self.step(1)
@@ -172,23 +176,23 @@ class EngineMachine(RuleBasedStateMachine):
                 assert (got, end.finish_reason, end.stop_reason) == (tokens, reason, stop_reason)
 
     def _compare_scores(self, request: Request) -> None:
-        """What is told once is told with the first token; log-probabilities are those of the whole context."""
+        """The first delta alone has the prompt's data; log-probabilities are those of the whole context."""
         num_top, prompt = request.sampling.logprobs, request.prompt_token_ids
-        told = []
+        reported = []
         for sample in samples_of(request):
             context = [*prompt, *request.emitted_token_ids]
             deltas = [delta for delta in self.transcript.deltas[request.request_id, sample] if delta.token_ids]
             assert all(delta.num_cached_tokens == 0 for delta in deltas[1:])
             assert all(delta.num_cached_tokens < len(context) for delta in deltas[:1])
-            told += [(sample, i, d.prompt_logprobs) for i, d in enumerate(deltas) if d.prompt_logprobs is not None]
+            reported += [(sample, i, d.prompt_logprobs) for i, d in enumerate(deltas) if d.prompt_logprobs is not None]
             for delta in deltas:
                 self._compare_score(delta.logprobs, context, delta.token_ids[0], num_top)
                 context += delta.token_ids
         asked = request.sampling.prompt_logprobs is not None and not request.emitted_token_ids
         if not asked or not self.transcript.tokens(request.request_id, request.first_sample):
-            assert told == []
+            assert reported == []
             return
-        ((sample, index, entries),) = told
+        ((sample, index, entries),) = reported
         assert (sample, index, entries[0], len(entries)) == (request.first_sample, 0, None, len(prompt))
         for position, token in enumerate(prompt[1:], 1):
             entry = entries[position : position + 1]

@@ -263,4 +263,4 @@ def test_times_stand_in_the_count_of_the_least_bound_that_holds_them() -> None:
     times = StepTimesCounter()
     for seconds in (STEP_SECONDS[0], STEP_SECONDS[0] + 1e-6, STEP_SECONDS[-1] + 1):
         times.add(seconds)
-    assert times.told().counts == (1, 1, *(0,) * (len(STEP_SECONDS) - 2), 1)
+    assert times.snapshot().counts == (1, 1, *(0,) * (len(STEP_SECONDS) - 2), 1)

@@ -140,7 +140,7 @@ def test_a_lane_that_has_emptied_gets_rows_of_another():
     for i in range(6):
         pipeline.scheduler.add(request(str(i), PROMPT[i : i + 6]))
     pipeline.run(4)
-    lane = pipeline.scheduler.table.lane
+    lane = pipeline.scheduler.table.micro_batch
     for name, state in list(pipeline.scheduler.requests.items()):
         if lane[state.leader.row] == 0:
             pipeline.scheduler.abort(name)
@@ -156,7 +156,7 @@ def test_forks_share_a_prompt_across_lanes():
     pipeline.scheduler.add(request("a", PROMPT, n=4))  # 20 tokens: the third block is written by all four
     pipeline.run(6)
     state = pipeline.scheduler.requests["a"]
-    assert sorted(pipeline.scheduler.table.lane[[fork.row for fork in state.sequences]].tolist()) == [0, 0, 1, 1]
+    assert sorted(pipeline.scheduler.table.micro_batch[[fork.row for fork in state.sequences]].tolist()) == [0, 0, 1, 1]
     assert state.num_copied == 3
     pipeline.scheduler.check()
 

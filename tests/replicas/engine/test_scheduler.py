@@ -84,8 +84,8 @@ def test_no_step_is_planned_past_max_tokens():
     scheduler.add(request("a", max_tokens=2))
     plans = [plan_of(scheduler), plan_of(scheduler)]
     assert scheduler.plan() is None
-    assert not scheduler.update(answer(plans[0])).endings
-    assert len(scheduler.update(answer(plans[1])).endings) == 1
+    assert not scheduler.update(answer(plans[0])).finished
+    assert len(scheduler.update(answer(plans[1])).finished) == 1
     assert not scheduler.requests
 
 
@@ -95,7 +95,7 @@ def test_results_of_ended_rows_are_discarded_though_the_row_is_taken_again():
     scheduler.add(request("b", PROMPT[::-1]))
     prefill, decode = plan_of(scheduler), plan_of(scheduler)
     ended = scheduler.update(answer(prefill, 9))
-    assert ended.endings[0].stop_reason == 9
+    assert ended.finished[0].stop_reason == 9
     successor = plan_of(scheduler)
     assert successor.rows.tolist() == decode.rows.tolist()
     assert scheduler.update(answer(decode)).sequences.size == 0
@@ -222,11 +222,11 @@ def test_what_a_failed_row_computed_is_forgotten_though_it_was_preempted_in_betw
         while len(plans) < 2:
             plans.append(plan_of(scheduler))
     young = scheduler.requests["young"].leader
-    assert scheduler.pool.lookup(young.digests).size > 0
+    assert scheduler.pool.lookup(young.hashes).size > 0
     failed = answer(plans[0])
     outcome = scheduler.update(replace(failed, failed_rows=((young.row, "no finite logit"),)))
     assert [ending.error for ending in outcome.failures] == ["no finite logit"]
-    assert scheduler.pool.lookup(young.digests).size == 0
+    assert scheduler.pool.lookup(young.hashes).size == 0
     scheduler.check()
 
 
@@ -243,7 +243,7 @@ def test_a_request_that_waits_for_rows_does_not_hold_up_who_has_them():
         if not scheduler.requests:
             break
         outcome = scheduler.update(answer(plans.pop(0)))
-        ended += [ending.sequence.request_id for ending in outcome.endings.values()]
+        ended += [ending.sequence.request_id for ending in outcome.finished.values()]
         while len(plans) < 2 and (plan := scheduler.plan()) is not None:
             plans.append(plan)
     assert sorted(ended) == ["a", "b", "urgent", "urgent"]
