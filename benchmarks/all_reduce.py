@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 from torch.cuda import nccl
 
 from benchmarks.report import RESULTS, Report
@@ -39,6 +38,7 @@ from shoal.kernels.comm.all_reduce import (
     choose,
 )
 from shoal.kernels.linear.rms_norm import add_rms_norm
+from shoal.replicas.parallel.c10d import TCPStore
 from shoal.replicas.parallel.symmetric_memory import SymmetricMemory, open_symmetric_memory
 
 CALLS = 50  # in a graph: what a launch of it costs is a fiftieth of what it costs

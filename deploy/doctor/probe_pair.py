@@ -15,8 +15,8 @@ from itertools import permutations
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
 
+from ...replicas.parallel.c10d import FileStore
 from ...replicas.parallel.process_groups import ProcessGroups
 from ...replicas.parallel.symmetric_memory import NoSymmetricMemory, open_symmetric_memory
 from .process import begin, say

@@ -17,6 +17,7 @@ import torch
 
 from ...kernels.linear.gemm import gated_linear, linear
 from ...kernels.linear.silu_mul import silu_mul
+from .onednn import can_pack, linear_packed, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +98,15 @@ class UnquantizedLinear(LinearMethod):
 
     def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = weights["weight"]
-        if not _can_pack(weight):
+        if not can_pack(weight):
             return {"weight": weight}
-        return {"packed": torch.ops.mkldnn._reorder_linear_weight(weight.detach())}
+        return {"packed": pack(weight)}
 
     def apply(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = weights.get("packed")
         if packed is None:
             return linear(x, weights["weight"], bias, invariant=self._invariant)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return linear_packed(x, packed, bias)
 
     def apply_gated(
         self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, activation: str, bias: torch.Tensor | None
@@ -113,12 +114,3 @@ class UnquantizedLinear(LinearMethod):
         if "packed" in weights:
             return silu_mul(self.apply(weights, x, bias), activation)
         return gated_linear(x, weights["weight"], activation, bias, invariant=self._invariant)
-
-
-def _can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN takes this weight: on CPU, in fp32, or in bf16 where the processor has instructions for it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32

@@ -22,12 +22,12 @@ from functools import partial
 from itertools import count
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
 
 from ..channel.step_channel import StepChannelClient
 from ..channel.step_sockets import Address
 from ..config import ResolvedConfig
 from ..errors import ShardGroupError
+from ..parallel.c10d import Store, TCPStore
 from ..parallel.collectives import TorchCollectives
 from ..parallel.comm import ParallelContext
 from ..parallel.pipeline import PipelineLinks

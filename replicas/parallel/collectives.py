@@ -6,9 +6,9 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import AllgatherOptions
 
 from ...kernels.linear.rms_norm import add_rms_norm
+from .c10d import all_gather_into
 
 
 class Collectives(Protocol):
@@ -72,12 +72,7 @@ class TorchCollectives:
         """[ranks, ...]."""
         x = x.contiguous()
         parts = torch.empty((self.group.size(), *x.shape), dtype=x.dtype, device=x.device)
-        # Torch's function for it has one name up to 2.12 and another from 2.13 on; this is what both call.
-        options = AllgatherOptions()
-        options.asyncOp = False
-        work = self.group._allgather_base(parts.view(-1), x.view(-1), options)
-        if work is not None:
-            work.wait()
+        all_gather_into(self.group, parts, x)
         return parts
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch._C._distributed_c10d import Store
 
 from ...kernels.comm.all_reduce import (
     DTYPES,
@@ -31,6 +30,7 @@ from ...kernels.comm.all_reduce import (
 )
 from ...kernels.linear.rms_norm import add_rms_norm
 from ..errors import ShardGroupError
+from .c10d import Store
 from .collectives import Collectives
 from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric_memory
 

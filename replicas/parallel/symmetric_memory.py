@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _register_process_group
 
 from ..device import this_machine
+from .c10d import ProcessGroup, Store, empty_symmetric, named_group, rendezvous
 
 _TIMEOUT = timedelta(minutes=5)  # the ranks do this at the same point of their start, but load at different speeds
 
@@ -77,7 +77,6 @@ def open_symmetric_memory(
     Every rank of the group calls it. Raises NoSymmetricMemory, on all of them for one reason, and torch's RuntimeError
     where one does not come within 5 minutes.
     """
-    from torch._C._distributed_c10d import _SymmetricMemory
 
     def exchange(what: str, value: str) -> list[str]:
         keys = [f"symmetric memory {name} {what} {r}" for r in range(world_size)]
@@ -94,24 +93,16 @@ def open_symmetric_memory(
     group_name, own, addresses, reason = f"shoal {name}", torch.empty(0), (), ""
     group = named_group(store, group_name, rank, world_size)
     try:
-        # Not symm_mem.empty(): from torch 2.12 on that is a part of a pool, and operators want the whole.
-        own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+        own = empty_symmetric(num_bytes, device)
         own.fill_(255)
         torch.cuda.synchronize(device)
-        addresses = tuple(_SymmetricMemory.rendezvous(own, group_name).buffer_ptrs)
+        addresses = rendezvous(own, group_name)
     except RuntimeError as error:
         reason = f"rank {rank} has no symmetric memory of {num_bytes} bytes: {error}"
     if not reason and own.data_ptr() != addresses[rank]:
         reason = f"rank {rank} has its symmetric memory at {own.data_ptr():#x}, and torch says {addresses[rank]:#x}"
     agree("memory", reason)
     return SymmetricMemory(own, addresses, group_name, group)
-
-
-def named_group(store: Store, name: str, rank: int, world_size: int) -> ProcessGroup:
-    """A group without a backend, all that torch's symmetric memory wants: rank, size and store, to be had by name."""
-    group = ProcessGroup(PrefixStore(name, store), rank, world_size)
-    _register_process_group(name, group)  # pyright: ignore[reportArgumentType]
-    return group
 
 
 def _has_access(device: torch.device, uuid: str) -> bool | None:

@@ -24,8 +24,9 @@ from shoal.kernels.comm.all_reduce import (
 from shoal.kernels.linear.rms_norm import add_rms_norm
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.parallel import symmetric
+from shoal.replicas.parallel.c10d import named_group
 from shoal.replicas.parallel.symmetric import Group, SymmetricCollectives, buffer_capacity, open_collectives
-from shoal.replicas.parallel.symmetric_memory import NoSymmetricMemory, Place, named_group, why_unreachable
+from shoal.replicas.parallel.symmetric_memory import NoSymmetricMemory, Place, why_unreachable
 from tests.support.symmetric_ranks import run_ranks
 
 ON_TRITON = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
