@@ -61,3 +61,17 @@ class DecoderSpec:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """The distinct widths of the MLPs: of dense ones, and of one expert."""
+        widths = (layer.experts.intermediate_size if layer.experts else self.intermediate_size for layer in self.layers)
+        return tuple(dict.fromkeys(widths))
+
+    @property
+    def mlp_features(self) -> tuple[int, ...]:
+        """Intermediate features of each layer, summed over its experts."""
+        return tuple(
+            layer.experts.num_experts * layer.experts.intermediate_size if layer.experts else self.intermediate_size
+            for layer in self.layers
+        )

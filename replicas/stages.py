@@ -15,12 +15,8 @@ from .model_spec import DecoderSpec
 
 def stage_layers(spec: DecoderSpec, num_stages: int) -> list[range]:
     """The layers of every stage of `spec`, each stage having one at least."""
-    features = [
-        layer.experts.num_experts * layer.experts.intermediate_size if layer.experts else spec.intermediate_size
-        for layer in spec.layers
-    ]
     heads = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-    costs = [layer_cost(spec.hidden_size, *heads, one) for one in features]
+    costs = [layer_cost(spec.hidden_size, *heads, one) for one in spec.mlp_features]
     return split_costs(costs, spec.vocab_size * spec.hidden_size, num_stages)
 
 

@@ -51,6 +51,7 @@ WITHOUT_TORCH = (
     "replicas.plan",
     "replicas.text.tokenizer",
     "replicas.models.checkpoint",
+    "replicas.models.families",
     "cluster.wire.frames",
     "cluster.wire.directory",
     "cluster.router.policies",

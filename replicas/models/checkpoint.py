@@ -1,8 +1,6 @@
-"""What can be told of a checkpoint without loading it: where it is, what it is, which tensors its files hold.
+"""A checkpoint before it is loaded: where it is, the model's facts, and the tensors that its files hold.
 
-Nothing here imports torch, because routers read models' facts too. transformers' AutoConfig imports torch (its rope
-helpers do so at module level), hence config.json is read as plain JSON, with the defaults that transformers gives to
-absent keys. Loading a model (loader.py) goes through AutoConfig; a test holds both to the same facts.
+Nothing here imports torch, because routers read models' facts too.
 """
 
 from __future__ import annotations
@@ -10,58 +8,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ModelFacts
 from ..errors import ModelError
+from ..model_spec import QKNorm
+from .families import TextConfig, text_config
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
-# No model comes near these; a config.json that does would have memory allocated for it before its tensors are seen.
-MAX_SIZE = 1 << 28
-_LIMITS = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "num_attention_heads": 1 << 16, "head_dim": 1 << 16}
-
-# Architecture, as config.json spells it -> family of models/families.py, which is the text config's model_type.
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3_text",
-    "Gemma3ForConditionalGeneration": "gemma3_text",
-    "Phi3ForCausalLM": "phi3",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Olmo2ForCausalLM": "olmo2",
-}
-
-# What transformers takes for keys that config.json leaves out. Only those that checkpoints in use do leave out:
-# the multimodal Gemma 3 writes no more of its text part than differs from the defaults.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "gemma2": {"head_dim": 256, "eos_token_id": 1},
-    "gemma3_text": {
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131_072,
-        "eos_token_id": 1,
-    },
-    "qwen3": {"head_dim": 128},
-    "mixtral": {"max_position_embeddings": 131_072, "eos_token_id": 2},
-    "mistral": {"max_position_embeddings": 131_072, "eos_token_id": 2},
-    "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
-    "phi3": {"eos_token_id": 32_000},
-    "olmo2": {"eos_token_id": 50_279},
-}
-
-# How many experts a layer has; which of the keys is written depends on the version of transformers.
-_NUM_EXPERTS = {"num_local_experts", "num_experts"}
-
 # Bytes of an element of every dtype that safetensors has in whole bytes.
 _ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -123,104 +80,38 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def family_of(architectures: list[str] | None, model_type: str | None) -> str:
-    """The family of the first architecture; a text config without one is named by its model_type."""
-    if architectures and not (isinstance(architectures, list) and isinstance(architectures[0], str)):
-        raise ModelError(f"architectures is {architectures!r}; expected a list of names")
-    if not architectures and model_type in ARCHITECTURES.values():
-        return str(model_type)
-    architecture = architectures[0] if architectures else None
-    if architecture not in ARCHITECTURES:
-        named = f"architecture {architecture!r}" if architecture else f"model_type {model_type!r}"
-        raise ModelError(f"{named} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[architecture]
-
-
 def read_model_facts(folder: Path) -> ModelFacts:
-    """What the engine must know of the model in `folder`, from config.json and generation_config.json.
+    """The facts of the model in `folder`, from config.json and generation_config.json.
 
-    Raises ModelError for an architecture that is not supported or a key that is missing or no integer.
+    Raises ModelError for an architecture that is not supported or a key that is missing or malformed.
     """
     path = folder / "config.json"
     config = read_json(path)
-    try:
-        family = family_of(config.get("architectures"), config.get("model_type"))
-    except ModelError as error:
-        raise ModelError(f"{path}: {error.message}") from None
-    text = config.get("text_config") or config
-    if not isinstance(text, dict):
-        raise ModelError(f"{path}: text_config is {text!r}; expected an object")
-    text = {**_DEFAULTS.get(family, {}), **text}
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = text.get(key)
-        value = default if value is None else value
-        limit = _LIMITS.get(key, MAX_SIZE)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise ModelError(f"{path}: {key} is {value!r}; expected a positive integer, at most {limit}")
-        return value
-
-    heads = integer("num_attention_heads")
-    kv_heads = integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ModelError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    for key in _NUM_EXPERTS & text.keys():
-        if (chosen := integer("num_experts_per_tok", 1)) > (experts := integer(key)):
-            raise ModelError(f"{path}: num_experts_per_tok {chosen} is above {key} {experts}")
-    hidden_size = integer("hidden_size")
+    family, text = text_config(path, config)
+    spec = family.spec(text)
     tensors = list_tensors(folder) if any(folder.glob("*.safetensors")) else {}
-    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype", "torch_dtype")
     if dtype is None:
         dtype = next((_DTYPES[info.dtype] for info in tensors.values() if info.dtype in _DTYPES), "float32")
     return ModelFacts(
-        architecture=(config.get("architectures") or [family])[0],
-        num_layers=integer("num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_attention_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=integer("head_dim", hidden_size // heads),
-        vocab_size=integer("vocab_size"),
-        max_position_embeddings=integer("max_position_embeddings"),
+        architecture=(config.get("architectures") or [text.get("model_type")])[0],
+        num_layers=len(spec.layers),
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_kv_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        max_position_embeddings=text.integer("max_position_embeddings"),
         eos_token_ids=_eos_token_ids(folder, config, text),
         dtype=str(dtype),
         num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
-        intermediate_sizes=tuple(integer(key) for key in _intermediate_keys(family, text) if text.get(key) is not None),
-        mlp_features=_mlp_features(family, text, integer),
-        norms_all_kv_heads=family == "olmo2",
+        intermediate_sizes=spec.mlp_widths,
+        mlp_features=spec.mlp_features,
+        norms_all_kv_heads=spec.qk_norm is QKNorm.PROJECTION,
     )
 
 
-def _intermediate_keys(family: str, text: dict[str, Any]) -> list[str]:
-    """The keys that give the widths of a model's MLPs: one, or two where some layers have experts and others none."""
-    if family != "qwen3_moe":
-        return ["intermediate_size"]
-    dense = bool(text.get("mlp_only_layers")) or text.get("decoder_sparse_step", 1) != 1
-    return ["moe_intermediate_size", *(["intermediate_size"] if dense else [])]
-
-
-def _mlp_features(family: str, text: dict[str, Any], integer: Callable[[str], int]) -> tuple[int, ...]:
-    """Intermediate features of each layer, those of all its experts; empty where config.json leaves a number out.
-
-    integer: the number that a key has. Raises ModelError for one that has none.
-    """
-    experts, own = sorted(_NUM_EXPERTS & text.keys()), _intermediate_keys(family, text)
-    sparse = family in ("mixtral", "qwen3_moe")
-    if any(text.get(key) is None for key in own) or (sparse and not experts):
-        return ()
-    num_layers = integer("num_hidden_layers")
-    if not sparse:
-        return (integer(own[0]),) * num_layers
-    mixture = integer(own[0]) * integer(experts[0])
-    if len(own) == 1:
-        return (mixture,) * num_layers
-    step = integer("decoder_sparse_step") if "decoder_sparse_step" in text else 1
-    dense = text.get("mlp_only_layers") or []
-    if not isinstance(dense, list):  # what is wrong with it is told as the model is loaded
-        return ()
-    return tuple(mixture if i not in dense and (i + 1) % step == 0 else integer(own[1]) for i in range(num_layers))
-
-
-def _eos_token_ids(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, config: dict[str, Any], text: TextConfig) -> tuple[int, ...]:
     """End-of-sequence ids: of generation_config.json where it names any, as `generate` does, else of config.json."""
     generation = folder / "generation_config.json"
     ids = read_json(generation).get("eos_token_id") if generation.exists() else None

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from ...kernels.linear.silu_mul import ACTIVATIONS
 from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
 from ..config import ResolvedConfig
 from ..errors import ModelError, ServingError
 from ..layers.weights import Source, WeightSlot
 from ..parallel.comm import ParallelContext
-from .checkpoint import TensorInfo, list_tensors
+from .checkpoint import TensorInfo, list_tensors, read_json
 from .decoder import DecoderModel
 from .families import decoder_spec
 
@@ -58,10 +59,15 @@ def load_model(config: ResolvedConfig, device: torch.device, comm: ParallelConte
 def _build(config: ResolvedConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
     """The model that config.json describes, its weights not yet set."""
     text_config = _text_config(folder)
+    path = folder / "config.json"
+    spec = decoder_spec(path, read_json(path))
+    if spec.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError(f"{path}: activation {spec.hidden_act!r} is not supported; known: {known}")
     method = _linear_method(folder, text_config, config.batch_invariant)
     try:
         return DecoderModel(
-            decoder_spec(text_config),
+            spec,
             text_config,
             comm,
             method,

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from shoal.replicas.errors import ModelError
 from shoal.replicas.model_spec import QKNorm
-from shoal.replicas.models.checkpoint import ARCHITECTURES, list_tensors, read_model_facts, resolve_model_path
+from shoal.replicas.models.checkpoint import list_tensors, read_json, read_model_facts, resolve_model_path
 from shoal.replicas.models.families import FAMILIES as KNOWN_FAMILIES
 from shoal.replicas.models.families import decoder_spec
 from shoal.replicas.stages import stage_layers
@@ -34,7 +34,7 @@ def edit_json(path: Path, **changes: object) -> None:
 def test_facts_are_those_of_autoconfig(family, tmp_path):
     folder = FAMILIES[family](tmp_path / family)
     facts, config = read_model_facts(folder), AutoConfig.from_pretrained(folder).get_text_config()
-    assert facts.architecture in ARCHITECTURES
+    assert any(facts.architecture in known.architectures for known in KNOWN_FAMILIES.values())
     assert facts.num_layers == config.num_hidden_layers
     assert facts.hidden_size == config.hidden_size
     assert facts.num_attention_heads == config.num_attention_heads
@@ -44,7 +44,9 @@ def test_facts_are_those_of_autoconfig(family, tmp_path):
     assert facts.max_position_embeddings == config.max_position_embeddings
     assert facts.eos_token_ids == (config.eos_token_id,)
     assert facts.dtype == "float32"
-    spec = decoder_spec(config)
+    path = folder / "config.json"
+    spec = decoder_spec(path, config.to_dict())
+    assert decoder_spec(path, read_json(path)) == spec
     assert facts.norms_all_kv_heads == (spec.qk_norm is QKNorm.PROJECTION)
     layers = spec.layers
     widths = [layer.experts.intermediate_size if layer.experts else config.intermediate_size for layer in layers]
@@ -98,8 +100,22 @@ def test_keys_that_are_left_out_have_transformers_defaults(architecture, config,
     assert facts.dtype == config.get("torch_dtype", "float32")
 
 
-def test_every_architecture_has_a_family():
-    assert set(ARCHITECTURES.values()) == set(KNOWN_FAMILIES)
+@pytest.mark.parametrize("name", KNOWN_FAMILIES)
+def test_defaults_are_those_of_transformers(name):
+    """A config.json that leaves out what it may is the spec of transformers' configuration class."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 7, "num_attention_heads": 8, "vocab_size": 1000}
+    required = sizes | ({"num_key_value_heads": 4} if name.startswith("qwen") else {})
+    whole = AutoConfig.for_model(name, **required)
+    sparse = {"model_type": name, **required}
+    assert decoder_spec(Path(), sparse) == decoder_spec(Path(), whole.to_dict())
+    for key, value in KNOWN_FAMILIES[name].defaults.items():
+        if key not in required and key != "sliding_window":  # Qwen's classes drop a window that is not used
+            assert getattr(whole, key) == value, key
+
+
+def test_every_architecture_has_one_family():
+    architectures = [name for family in KNOWN_FAMILIES.values() for name in family.architectures]
+    assert len(set(architectures)) == len(architectures)
 
 
 def test_generation_config_says_where_sequences_end(llama):
