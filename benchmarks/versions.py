@@ -9,7 +9,9 @@ says that this checkout is faster than CHECKOUT. Each side runs the worker.py of
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +80,8 @@ def compare(group: Group, report: Report, out: Path, checkouts: Mapping[str, Pat
             worker = checkout / "benchmarks" / "worker.py"
             workers[name] = stack.enter_context(started_worker("shoal", dict(settings), log(name), python, worker))
         ready = wait_for_all(workers, Worker.wait, log)
+        if len(ready) < len(workers):
+            sys.exit("versions: both checkouts must start")
         for name, said in ready.items():
             report.settings[f"{name} ready s"] = round(said["ready_s"], 1)
             report.device = said["device"]
@@ -91,7 +95,7 @@ def _importable(checkout: Path) -> Iterator[str]:
     """A PYTHONPATH on which `shoal` is the checkout, ahead of any installed one."""
     with tempfile.TemporaryDirectory(prefix="shoal-versions-") as folder:
         Path(folder, "shoal").symlink_to(checkout.resolve(), target_is_directory=True)
-        yield folder
+        yield os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
