@@ -92,7 +92,7 @@ class Replica:
         if self._shards is not None:
             self._shards.watch(self._on_failure)
         self._closed = False
-        await self._tell_directory(self._directory.register(self._server.info))
+        await self._notify_directory(self._directory.register(self._server.info))
         self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
 
     def build_engine(self, config: EngineConfig) -> Engine:
@@ -155,7 +155,7 @@ class Replica:
     async def drain(self) -> None:
         """Takes no more requests, tells routers and directory so, and returns when the last request has ended."""
         self._server.start_drain()
-        await self._tell_directory(self._directory.register(self._server.info))
+        await self._notify_directory(self._directory.register(self._server.info))
         await self._server.drained()
 
     async def close(self) -> None:
@@ -166,7 +166,7 @@ class Replica:
         for task in self._tasks:
             task.cancel()
         self._server.start_drain()
-        await self._tell_directory(self._directory.deregister(self._server.info))
+        await self._notify_directory(self._directory.deregister(self._server.info))
         try:
             async with asyncio.timeout(self._options.drain_timeout):
                 await self._server.drained()
@@ -209,7 +209,7 @@ class Replica:
                 with suppress(TimeoutError):  # they also leave by themselves, unless they are stopped
                     async with asyncio.timeout(_KILL_TIMEOUT):
                         await asyncio.to_thread(self._shards.kill)
-            await self._tell_directory(self._directory.deregister(self._server.info))
+            await self._notify_directory(self._directory.deregister(self._server.info))
         finally:
             self.exit_process()
 
@@ -220,12 +220,12 @@ class Replica:
     async def _keep_registered(self) -> None:
         while True:
             await asyncio.sleep(REGISTER_INTERVAL)
-            await self._tell_directory(self._directory.register(self._server.info))
+            await self._notify_directory(self._directory.register(self._server.info))
 
-    async def _tell_directory(self, telling: Coroutine[Any, Any, None]) -> None:
+    async def _notify_directory(self, call: Coroutine[Any, Any, None]) -> None:
         try:
             async with asyncio.timeout(REGISTER_INTERVAL):
-                await telling
+                await call
         except (DirectoryUnavailable, TimeoutError) as error:
             logger.warning("the directory could not be told: %s", error or "no answer")
 

@@ -75,8 +75,8 @@ class _Session:
     connection: Connection
     router_id: str
     engine_ids: dict[int, str] = field(default_factory=dict)  # stream -> the engine's request id
-    told: ReplicaLoad | None = None
-    told_at: float = 0.0
+    reported_load: ReplicaLoad | None = None
+    reported_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -223,7 +223,7 @@ class ReplicaServer:
 
     def _submit(self, session: _Session, items: list[SubmitItem]) -> None:
         # The router has counted these as load; a report, be it equal to the last one, puts right what never ran.
-        session.told = None
+        session.reported_load = None
         rejections: list[Rejection] = []
         for item in items:
             if item.stream in session.engine_ids:
@@ -329,11 +329,11 @@ class ReplicaServer:
 
     def _load_for(self, session: _Session, now: float) -> ReplicaLoad | None:
         """The load, where the router has not been told for a while; else None."""
-        if now - session.told_at < self._options.load_interval:
+        if now - session.reported_at < self._options.load_interval:
             return None
-        session.told_at = now
-        session.told = self.engine.load()
-        return session.told
+        session.reported_at = now
+        session.reported_load = self.engine.load()
+        return session.reported_load
 
     async def _report_loads(self) -> None:
         """Tells routers of loads that changed while no step of theirs told them."""
@@ -341,7 +341,7 @@ class ReplicaServer:
             await asyncio.sleep(self._options.load_interval)
             now = self._loop.time()
             for session in list(self._sessions):
-                told = session.told
+                reported_load = session.reported_load
                 load = self._load_for(session, now)
-                if load is not None and load != told:
+                if load is not None and load != reported_load:
                     session.connection.send(Step([], load))

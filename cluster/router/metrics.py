@@ -61,7 +61,7 @@ class ModelRouterMetrics:
     replicas_lost: int = 0
 
 
-class PoolView(NamedTuple):
+class ModelView(NamedTuple):
     """One model at the moment of a scrape."""
 
     model_id: str
@@ -77,7 +77,7 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelRouterMetrics], Histogram]], .
     ("shoal_request_prefill_time_seconds", "From dispatch to the first token", lambda m: m.prefill_time),
     ("shoal_router_pick_seconds", "Choosing a replica for a request", lambda m: m.pick_time),
 )
-_GAUGES: tuple[tuple[str, str, Callable[[PoolView], int]], ...] = (
+_GAUGES: tuple[tuple[str, str, Callable[[ModelView], int]], ...] = (
     ("shoal_router_queued_requests", "Requests in the router's admission queue", lambda v: v.num_queued),
     ("shoal_router_replicas", "Replicas that the router is connected to", lambda v: v.num_replicas),
 )
@@ -86,7 +86,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[PoolView], int]], ...] = (
 class RouterCollector(Collector):
     """Reads a router's state when it is scraped; register it with the registry that `/metrics` renders."""
 
-    def __init__(self, views: Callable[[], Iterable[PoolView]]) -> None:
+    def __init__(self, views: Callable[[], Iterable[ModelView]]) -> None:
         self._views = views
 
     def collect(self) -> Iterator[Metric]:
@@ -104,7 +104,7 @@ class RouterCollector(Collector):
         yield from _counters(views)
 
 
-def _counters(views: Sequence[PoolView]) -> Iterator[Metric]:
+def _counters(views: Sequence[ModelView]) -> Iterator[Metric]:
     rejected = CounterMetricFamily(
         "shoal_router_rejections", "Requests that the router gave up, by error", labels=["model_name", "error"]
     )

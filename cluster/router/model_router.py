@@ -17,7 +17,7 @@ from .options import RouterOptions
 from .policies import RequestFacts, chain_hashes, least_cost, num_blocks_needed
 from .queue import AdmissionQueue, BatchWindow, DepartureRate
 from .replica_client import ReplicaClient
-from .routed_request import InFlight, QueuedSample, RoutedRequest
+from .routed_request import InFlight, QueuedSample, ReplicaConnection, RoutedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class ModelRouter:
     def __init__(self, model_id: str, secret: bytes, router_id: str, options: RouterOptions) -> None:
         self.model_id = model_id
         self.metrics = ModelRouterMetrics()
-        self.links: dict[tuple[str, int], ReplicaClient] = {}
+        self.clients: dict[tuple[str, int], ReplicaClient] = {}
         self._secret = secret
         self._router_id = router_id
         self._options = options
@@ -58,95 +58,95 @@ class ModelRouter:
         if stopping:
             self._empty_queue()
         listed = {info.key: info for info in replicas}
-        for key, link in list(self.links.items()):
-            link.listed = key in listed
-            if not link.listed and not link.connected:
-                del self.links[key]
-                link.task.cancel()
+        for key, client in list(self.clients.items()):
+            client.listed = key in listed
+            if not client.listed and not client.connected:
+                del self.clients[key]
+                client.task.cancel()
         for key, info in listed.items():
-            if key in self.links:
-                self.links[key].draining |= info.draining
+            if key in self.clients:
+                self.clients[key].draining |= info.draining
             else:
-                self.links[key] = ReplicaClient(info, self._secret, self._router_id, self._options, self)
+                self.clients[key] = ReplicaClient(info, self._secret, self._router_id, self._options, self)
 
     async def close(self) -> None:
-        links, self.links = list(self.links.values()), {}
-        await asyncio.gather(*(link.stop() for link in links))
+        clients, self.clients = list(self.clients.values()), {}
+        await asyncio.gather(*(client.stop() for client in clients))
         if self._dispatching is not None:
             self._dispatching.cancel()
         self._empty_queue()
 
     def _empty_queue(self) -> None:
-        while (ticket := self._queue.peek()) is not None:
-            self._leave_queue(ticket)
-            ticket.generation.fail(ticket.samples, _closing())
+        while (queued := self._queue.peek()) is not None:
+            self._leave_queue(queued)
+            queued.routed.fail(queued.samples, _closing())
 
     # Requests
 
-    def admit(self, generation: RoutedRequest) -> None:
+    def admit(self, routed: RoutedRequest) -> None:
         """Queues a new request; raises QueueFull, and NoReplica where the model is being stopped."""
         if self._stopping:
             self.metrics.rejected[NoReplica.__name__] += 1
             raise _closing()
         self._arrivals += 1
-        ticket = QueuedSample(generation, generation.log.request, self._arrivals)
+        queued = QueuedSample(routed, routed.log.request, self._arrivals)
         try:
-            self._queue.push(ticket, retry_after=self._rate.retry_after(len(self._queue)))
+            self._queue.push(queued, retry_after=self._rate.retry_after(len(self._queue)))
         except CapacityError as error:
             self.metrics.rejected[type(error).__name__] += 1
             raise
-        generation.tickets.add(ticket)
-        self._set_deadline(ticket, self._options.queue_timeout)
+        routed.queued_samples.add(queued)
+        self._set_deadline(queued, self._options.queue_timeout)
         self._dispatch_soon()
 
-    def release(self, generation: RoutedRequest) -> None:
+    def release(self, routed: RoutedRequest) -> None:
         """The reader is gone: what is unfinished is aborted. Nothing happens for a finished request."""
-        for ticket in list(generation.tickets):
-            self._leave_queue(ticket)
-        by_link: dict[ReplicaClient, list[InFlight]] = {}
-        for flight, link in generation.flights.items():
-            by_link.setdefault(link, []).append(flight)
-        generation.flights.clear()
-        for link, flights in by_link.items():
-            link.abort(flights)
+        for queued in list(routed.queued_samples):
+            self._leave_queue(queued)
+        by_client: dict[ReplicaConnection, list[InFlight]] = {}
+        for in_flight, client in routed.in_flights.items():
+            by_client.setdefault(client, []).append(in_flight)
+        routed.in_flights.clear()
+        for client, in_flights in by_client.items():
+            client.abort(in_flights)
 
-    def end_sample(self, generation: RoutedRequest, sample: int) -> None:
+    def end_sample(self, routed: RoutedRequest, sample: int) -> None:
         """The reader wants no more of one sample, of which it has had tokens; the others go on."""
-        generation.log.finish([sample], FinishReason.ABORT)
-        if not generation.log.num_open:
-            generation.times.finished = self._loop.time()
-            self.release(generation)
-            generation.wake()
+        routed.log.finish([sample], FinishReason.ABORT)
+        if not routed.log.num_open:
+            routed.times.finished = self._loop.time()
+            self.release(routed)
+            routed.wake()
             return
         # A sample that has had tokens goes on alone after the loss of its replica: a ticket of it has no other.
-        for ticket in [ticket for ticket in generation.tickets if sample in ticket.samples]:
-            self._leave_queue(ticket)
-        for flight, link in generation.flights.items():
-            if sample in flight.samples:
-                link.abort_sample(flight, sample)
+        for queued in [queued for queued in routed.queued_samples if sample in queued.samples]:
+            self._leave_queue(queued)
+        for in_flight, client in routed.in_flights.items():
+            if sample in in_flight.samples:
+                client.abort_sample(in_flight, sample)
 
-    def _set_deadline(self, ticket: QueuedSample, seconds: float) -> None:
-        ticket.deadline = self._loop.call_later(seconds, self._expire, ticket, seconds)
+    def _set_deadline(self, queued: QueuedSample, seconds: float) -> None:
+        queued.deadline = self._loop.call_later(seconds, self._expire, queued, seconds)
 
-    def _expire(self, ticket: QueuedSample, seconds: float) -> None:
-        self._leave_queue(ticket)
-        num_ready = sum(link.ready for link in self.links.values())
+    def _expire(self, queued: QueuedSample, seconds: float) -> None:
+        self._leave_queue(queued)
+        num_ready = sum(client.ready for client in self.clients.values())
         error = NoReplica(
-            f"no replica of {self.model_id} had room within {seconds:g} s ({num_ready} of {len(self.links)} are "
+            f"no replica of {self.model_id} had room within {seconds:g} s ({num_ready} of {len(self.clients)} are "
             "reachable); retry, or add replicas",
             retry_after=self._rate.retry_after(len(self._queue)),
         )
-        self._fail(ticket.generation, ticket.samples, error)
+        self._fail(queued.routed, queued.samples, error)
 
-    def _leave_queue(self, ticket: QueuedSample) -> None:
-        self._queue.remove(ticket)
-        ticket.generation.tickets.discard(ticket)
-        if ticket.deadline is not None:
-            ticket.deadline.cancel()
+    def _leave_queue(self, queued: QueuedSample) -> None:
+        self._queue.remove(queued)
+        queued.routed.queued_samples.discard(queued)
+        if queued.deadline is not None:
+            queued.deadline.cancel()
 
-    def _fail(self, generation: RoutedRequest, samples: range, error: ServingError) -> None:
+    def _fail(self, routed: RoutedRequest, samples: range, error: ServingError) -> None:
         self.metrics.rejected[type(error).__name__] += 1
-        generation.fail(samples, error)
+        routed.fail(samples, error)
 
     # Dispatch
 
@@ -162,28 +162,28 @@ class ModelRouter:
     def _dispatch(self) -> None:
         """Sends every queued request that a replica has room for, in order, in one frame per replica."""
         self._dispatching = None
-        ready = [link for link in self.links.values() if link.ready]
-        by_link: dict[ReplicaClient, list[InFlight]] = {}
+        ready = [client for client in self.clients.values() if client.ready]
+        by_client: dict[ReplicaClient, list[InFlight]] = {}
         now = self._loop.time()
         count = 0
-        while ready and (ticket := self._queue.peek()) is not None:
-            link = self._place(ready, ticket.request)
-            if link is None:
+        while ready and (queued := self._queue.peek()) is not None:
+            client = self._place(ready, queued.request)
+            if client is None:
                 break
-            self._leave_queue(ticket)
-            num_samples = ticket.request.num_samples
-            flight = InFlight(ticket.generation, ticket.request, ticket.arrival, ticket.num_replays, num_samples)
-            ticket.generation.flights[flight] = link
-            if ticket.generation.times.dispatched is None:
-                ticket.generation.times.dispatched = now
-                self.metrics.queue_time.observe(now - ticket.generation.times.arrived)
-            by_link.setdefault(link, []).append(flight)
+            self._leave_queue(queued)
+            num_samples = queued.request.num_samples
+            in_flight = InFlight(queued.routed, queued.request, queued.arrival, queued.num_replays, num_samples)
+            queued.routed.in_flights[in_flight] = client
+            if queued.routed.times.dispatched is None:
+                queued.routed.times.dispatched = now
+                self.metrics.queue_time.observe(now - queued.routed.times.arrived)
+            by_client.setdefault(client, []).append(in_flight)
             count += 1
         if count:
             self._window.open(now)
             self._rate.add(count, now)
-        for link, flights in by_link.items():
-            link.submit(flights)
+        for client, in_flights in by_client.items():
+            client.submit(in_flights)
 
     def _place(self, ready: Sequence[ReplicaClient], request: Request) -> ReplicaClient | None:
         """The replica for a request, with room reserved for it; None when it must wait."""
@@ -191,95 +191,95 @@ class ModelRouter:
         context = (*request.prompt_token_ids, *request.emitted_token_ids)
         # With one replica there is nothing to choose, and a cached prefix only makes its room larger.
         block_size = ready[0].info.block_size
-        hashes = chain_hashes(context, block_size, request.cache_salt) if len(self.links) > 1 else []
+        hashes = chain_hashes(context, block_size, request.cache_salt) if len(self.clients) > 1 else []
         facts = RequestFacts(len(context), request.num_samples)
-        candidates = [link.candidate(hashes) for link in ready]
+        candidates = [client.candidate(hashes) for client in ready]
         ranking = self._policy(candidates, facts)
-        link = None
+        client = None
         if ranking:
-            link = ready[ranking[0]]
-            link.reserve(request.num_samples, num_blocks_needed(candidates[ranking[0]], facts))
-            link.prefixes.add(hashes)
+            client = ready[ranking[0]]
+            client.reserve(request.num_samples, num_blocks_needed(candidates[ranking[0]], facts))
+            client.prefixes.add(hashes)
         self.metrics.pick_time.observe(perf_counter() - began)
-        return link
+        return client
 
-    # What links tell
+    # Reports of the replica clients
 
-    def on_room(self, link: ReplicaClient) -> None:
+    def on_capacity(self, client: ReplicaClient) -> None:
         if len(self._queue):
             self._dispatch_soon()
 
-    def on_delta(self, link: ReplicaClient, flight: InFlight, delta: StreamDelta, now: float) -> None:
-        generation = flight.generation
-        if not flight.num_open:
-            generation.flights.pop(flight, None)
-        token_delta = generation.log.record(delta)
+    def on_delta(self, client: ReplicaClient, in_flight: InFlight, delta: StreamDelta, now: float) -> None:
+        routed = in_flight.routed
+        if not in_flight.num_open:
+            routed.in_flights.pop(in_flight, None)
+        token_delta = routed.log.record(delta)
         if token_delta is None:  # its reader has ended the sample
             return
-        times = generation.times
+        times = routed.times
         if times.first_token is None and delta.token_ids:
             times.first_token = now
             if times.dispatched is not None:
                 self.metrics.prefill_time.observe(now - times.dispatched)
-        if not generation.log.num_open:
+        if not routed.log.num_open:
             times.finished = now
-        generation.push(token_delta)
-        if generation.overflown:
-            self._cut_slow_reader(generation)
+        routed.push(token_delta)
+        if routed.overflown:
+            self._cut_slow_reader(routed)
 
-    def _cut_slow_reader(self, generation: RoutedRequest) -> None:
-        self.release(generation)
+    def _cut_slow_reader(self, routed: RoutedRequest) -> None:
+        self.release(routed)
         error = EngineError(
             f"{self._options.max_pending_deltas} parts of the response were not read, and the request was aborted; "
             "read it as it streams"
         )
-        generation.fail(generation.log.samples, error)
+        routed.fail(routed.log.samples, error)
 
-    def on_rejected(self, link: ReplicaClient, flight: InFlight, error: ServingError) -> None:
-        flight.generation.flights.pop(flight, None)
-        if isinstance(error, CapacityError) and link.draining and not self._stopping:
-            self._requeue(flight, flight.request, self._options.queue_timeout)
+    def on_rejected(self, client: ReplicaClient, in_flight: InFlight, error: ServingError) -> None:
+        in_flight.routed.in_flights.pop(in_flight, None)
+        if isinstance(error, CapacityError) and client.draining and not self._stopping:
+            self._requeue(in_flight, in_flight.request, self._options.queue_timeout)
         else:
-            self._fail(flight.generation, flight.samples, error)
+            self._fail(in_flight.routed, in_flight.samples, error)
 
-    def on_lost(self, link: ReplicaClient, flights: Sequence[InFlight]) -> None:
-        if not link.listed:
-            self.links.pop(link.info.key, None)
-        if not link.draining:
+    def on_lost(self, client: ReplicaClient, in_flights: Sequence[InFlight]) -> None:
+        if not client.listed:
+            self.clients.pop(client.info.key, None)
+        if not client.draining:
             self.metrics.replicas_lost += 1
-        for flight in flights:
-            flight.generation.flights.pop(flight, None)
-            self._replay(link, flight)
+        for in_flight in in_flights:
+            in_flight.routed.in_flights.pop(in_flight, None)
+            self._replay(client, in_flight)
 
     # Replay
 
-    def _replay(self, link: ReplicaClient, flight: InFlight) -> None:
+    def _replay(self, client: ReplicaClient, in_flight: InFlight) -> None:
         """Goes on with what is unfinished of a flight whose replica is lost."""
-        generation, log = flight.generation, flight.generation.log
-        flight.num_replays += 1
-        for delta in log.complete(flight.samples):
-            generation.push(delta)
-        if flight.num_replays > self._options.replay_limit:
+        routed, log = in_flight.routed, in_flight.routed.log
+        in_flight.num_replays += 1
+        for delta in log.complete(in_flight.samples):
+            routed.push(delta)
+        if in_flight.num_replays > self._options.replay_limit:
             error = ReplicaLost(
-                f"request {log.request.request_id} lost {flight.num_replays} replicas, the last one "
-                f"{link.info.replica_id}, and is not tried again"
+                f"request {log.request.request_id} lost {in_flight.num_replays} replicas, the last one "
+                f"{client.info.replica_id}, and is not tried again"
             )
-            self._fail(generation, flight.samples, error)
+            self._fail(routed, in_flight.samples, error)
             return
         if self._stopping:
-            self._fail(generation, flight.samples, _closing())
+            self._fail(routed, in_flight.samples, _closing())
             return
-        for request in log.remaining(flight.samples):
+        for request in log.remaining(in_flight.samples):
             self.metrics.migrated["replica_lost"] += 1
             self.metrics.tokens_recomputed += len(request.prompt_token_ids) + len(request.emitted_token_ids)
-            self._requeue(flight, request, self._options.replay_timeout)
+            self._requeue(in_flight, request, self._options.replay_timeout)
 
-    def _requeue(self, flight: InFlight, request: Request, timeout: float) -> None:
+    def _requeue(self, in_flight: InFlight, request: Request, timeout: float) -> None:
         """Puts an accepted request back, in the place that its arrival gives it."""
-        ticket = QueuedSample(flight.generation, request, flight.arrival, flight.num_replays)
-        flight.generation.tickets.add(ticket)
-        self._queue.push_accepted(ticket)
-        self._set_deadline(ticket, timeout)
+        queued = QueuedSample(in_flight.routed, request, in_flight.arrival, in_flight.num_replays)
+        in_flight.routed.queued_samples.add(queued)
+        self._queue.push_accepted(queued)
+        self._set_deadline(queued, timeout)
         self._dispatch_soon()
 
 

@@ -49,7 +49,7 @@ def num_blocks_needed(candidate: Candidate, facts: RequestFacts) -> int:
     return -(-uncached // candidate.block_size) + facts.num_samples
 
 
-def has_room(candidate: Candidate, facts: RequestFacts, max_waiting: int) -> bool:
+def has_capacity(candidate: Candidate, facts: RequestFacts, max_waiting: int) -> bool:
     """Whether the request would start at once or wait behind at most `max_waiting` sequences.
 
     An idle replica always has room, and so has any for a request that would not fit it when idle: the engine
@@ -76,8 +76,8 @@ def least_cost(max_waiting: int) -> RoutingPolicy:
     """The default policy: those with room by `cost`, ties to the one with more free blocks."""
 
     def rank(candidates: Sequence[Candidate], facts: RequestFacts) -> list[int]:
-        roomy = [i for i, candidate in enumerate(candidates) if has_room(candidate, facts, max_waiting)]
-        return sorted(roomy, key=lambda i: (cost(candidates[i], facts), -candidates[i].num_free_blocks))
+        able = [i for i, candidate in enumerate(candidates) if has_capacity(candidate, facts, max_waiting)]
+        return sorted(able, key=lambda i: (cost(candidates[i], facts), -candidates[i].num_free_blocks))
 
     return rank
 

@@ -40,25 +40,25 @@ from .routed_request import InFlight
 logger = logging.getLogger(__name__)
 
 
-class LinkOwner(Protocol):
+class ReplicaListener(Protocol):
     """Who is told what happens on a link."""
 
-    def on_delta(self, link: ReplicaClient, flight: InFlight, delta: StreamDelta, now: float) -> None: ...
+    def on_delta(self, client: ReplicaClient, in_flight: InFlight, delta: StreamDelta, now: float) -> None: ...
 
-    def on_rejected(self, link: ReplicaClient, flight: InFlight, error: ServingError) -> None: ...
+    def on_rejected(self, client: ReplicaClient, in_flight: InFlight, error: ServingError) -> None: ...
 
-    def on_room(self, link: ReplicaClient) -> None:
+    def on_capacity(self, client: ReplicaClient) -> None:
         """The replica may have room that it did not have before."""
         ...
 
-    def on_lost(self, link: ReplicaClient, flights: Sequence[InFlight]) -> None: ...
+    def on_lost(self, client: ReplicaClient, in_flights: Sequence[InFlight]) -> None: ...
 
 
 class ReplicaClient:
     """Connects to `info`'s replica, again and again until `stop`."""
 
     def __init__(
-        self, info: ReplicaInfo, secret: bytes, router_id: str, options: RouterOptions, owner: LinkOwner
+        self, info: ReplicaInfo, secret: bytes, router_id: str, options: RouterOptions, listener: ReplicaListener
     ) -> None:
         self.info = info
         self.load = ReplicaLoad(num_blocks=info.num_blocks, block_size=info.block_size)
@@ -69,10 +69,10 @@ class ReplicaClient:
         self._secret = secret
         self._router_id = router_id
         self._options = options
-        self._owner = owner
+        self._listener = listener
         self._connection: Connection | None = None
         self._lost = asyncio.Event()
-        self._flights: dict[int, InFlight] = {}  # by stream
+        self._in_flights: dict[int, InFlight] = {}  # by stream
         self._next_stream = 0
         self._calls: dict[int, tuple[CallName, asyncio.Future[Any]]] = {}
         self._next_call = 0
@@ -123,27 +123,27 @@ class ReplicaClient:
         self._recent_blocks = 0
         self._recent_ends = 0
 
-    def submit(self, flights: Sequence[InFlight]) -> None:
+    def submit(self, in_flights: Sequence[InFlight]) -> None:
         """Sends the flights in one frame."""
         assert self._connection is not None, "a link that is not connected is not a candidate"
         items = []
-        for flight in flights:
+        for in_flight in in_flights:
             self._next_stream += 1
-            flight.stream = self._next_stream
-            self._flights[flight.stream] = flight
-            items.append(SubmitItem(self._next_stream, flight.request))
+            in_flight.stream = self._next_stream
+            self._in_flights[in_flight.stream] = in_flight
+            items.append(SubmitItem(self._next_stream, in_flight.request))
         self._connection.send(Submit(items))
 
-    def abort(self, flights: Sequence[InFlight]) -> None:
+    def abort(self, in_flights: Sequence[InFlight]) -> None:
         """Forgets the flights and tells the replica to end them."""
-        known = [flight for flight in flights if self._flights.pop(flight.stream, None) is not None]
+        known = [in_flight for in_flight in in_flights if self._in_flights.pop(in_flight.stream, None) is not None]
         if known and self._connection is not None:
-            self._connection.send(Abort([AbortItem(flight.stream) for flight in known]))
+            self._connection.send(Abort([AbortItem(in_flight.stream) for in_flight in known]))
 
-    def abort_sample(self, flight: InFlight, sample: int) -> None:
+    def abort_sample(self, in_flight: InFlight, sample: int) -> None:
         """Tells the replica to end one sample; its terminal delta comes as any other does."""
-        if flight.stream in self._flights and self._connection is not None:
-            self._connection.send(Abort([AbortItem(flight.stream, sample)]))
+        if in_flight.stream in self._in_flights and self._connection is not None:
+            self._connection.send(Abort([AbortItem(in_flight.stream, sample)]))
 
     async def call(self, name: CallName) -> Any:
         """The replica's answer, of the type CALL_RESULTS gives; raises its ServingError, or ReplicaLost."""
@@ -175,7 +175,7 @@ class ReplicaClient:
                 self.attempted.set()
             else:
                 self.attempted.set()
-                self._owner.on_room(self)
+                self._listener.on_capacity(self)
                 try:
                     await self._heartbeat(connection)
                 finally:
@@ -240,8 +240,8 @@ class ReplicaClient:
         for _, future in calls.values():
             if not future.done():
                 future.set_exception(ReplicaLost(f"replica {self.info.replica_id} is gone"))
-        flights, self._flights = list(self._flights.values()), {}
-        self._owner.on_lost(self, flights)
+        in_flights, self._in_flights = list(self._in_flights.values()), {}
+        self._listener.on_lost(self, in_flights)
 
     # Messages
 
@@ -253,9 +253,9 @@ class ReplicaClient:
                 self._step(deltas, load)
             case Rejected(rejections):
                 for rejection in rejections:
-                    flight = self._flights.pop(rejection.stream, None)
-                    if flight is not None:
-                        self._owner.on_rejected(self, flight, from_remote_error(rejection.error))
+                    in_flight = self._in_flights.pop(rejection.stream, None)
+                    if in_flight is not None:
+                        self._listener.on_rejected(self, in_flight, from_remote_error(rejection.error))
             case Reply() as reply:
                 self._reply(reply)
             case Draining():
@@ -266,22 +266,22 @@ class ReplicaClient:
     def _step(self, deltas: list[StreamDelta], load: ReplicaLoad | None) -> None:
         num_ended = 0
         for delta in deltas:
-            flight = self._flights.get(delta.stream)
-            if flight is None:  # aborted in between
+            in_flight = self._in_flights.get(delta.stream)
+            if in_flight is None:  # aborted in between
                 continue
             if delta.finish_reason is not None:
                 num_ended += 1
-                flight.num_open -= 1
-                if not flight.num_open:
-                    del self._flights[delta.stream]
-            self._owner.on_delta(self, flight, delta, self._heard_at)
+                in_flight.num_open -= 1
+                if not in_flight.num_open:
+                    del self._in_flights[delta.stream]
+            self._listener.on_delta(self, in_flight, delta, self._heard_at)
         if load is not None:
             self.load = load
             self._forget_recent()
         else:
             self._recent_ends += num_ended
         if num_ended or load is not None:
-            self._owner.on_room(self)
+            self._listener.on_capacity(self)
 
     def _reply(self, reply: Reply) -> None:
         name, future = self._calls.get(reply.call_id, (None, None))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ...replicas.errors import CapacityError, RequestError, ServingError
 from ...replicas.protocol import FinishReason, Request, TokenDelta
 from .replay import ReplayLog
-
-if TYPE_CHECKING:
-    from .replica_client import ReplicaClient
 
 
 @dataclass(slots=True)
@@ -33,17 +31,17 @@ class RoutedRequest:
         "_max_pending",
         "_pending",
         "_waiter",
-        "flights",
+        "in_flights",
         "log",
-        "tickets",
+        "queued_samples",
         "times",
     )
 
     def __init__(self, request: Request, times: RequestTimes, max_pending: int) -> None:
         self.log = ReplayLog(request)
         self.times = times
-        self.tickets: set[QueuedSample] = set()
-        self.flights: dict[InFlight, ReplicaClient] = {}
+        self.queued_samples: set[QueuedSample] = set()
+        self.in_flights: dict[InFlight, ReplicaConnection] = {}
         self._pending: list[TokenDelta] = []
         self._max_pending = max_pending
         self._delivered = False
@@ -98,7 +96,7 @@ class RoutedRequest:
 class QueuedSample:
     """A request, or what is left of one, that waits in the admission queue."""
 
-    generation: RoutedRequest
+    routed: RoutedRequest
     request: Request
     arrival: int
     num_replays: int = 0  # replicas that were lost under it
@@ -121,7 +119,7 @@ class QueuedSample:
 class InFlight:
     """A ticket's request on a replica."""
 
-    generation: RoutedRequest
+    routed: RoutedRequest
     request: Request
     arrival: int
     num_replays: int
@@ -131,6 +129,18 @@ class InFlight:
     @property
     def samples(self) -> range:
         return _samples(self.request)
+
+
+class ReplicaConnection(Protocol):
+    """The connection to the replica that runs an in-flight request."""
+
+    def abort(self, in_flights: Sequence[InFlight]) -> None:
+        """End all samples of the requests; no further delta arrives."""
+        ...
+
+    def abort_sample(self, in_flight: InFlight, sample: int) -> None:
+        """End one sample; its terminal delta arrives as any other."""
+        ...
 
 
 def _samples(request: Request) -> range:

@@ -14,7 +14,7 @@ from ...replicas.protocol import ReplicaLoad, Request, TokenDelta
 from ..wire.errors import ReplicaLost
 from ..wire.frames import CallName
 from ..wire.membership import Membership, MembershipSource, ReplicaInfo
-from .metrics import PoolView, RouterCollector
+from .metrics import ModelView, RouterCollector
 from .model_router import ModelRouter
 from .options import RouterOptions
 from .replica_client import ReplicaClient
@@ -38,7 +38,7 @@ class Router:
         self.collector = RouterCollector(self._views)
         self._source = source
         self._secret = secret
-        self._pools: dict[str, ModelRouter] = {}
+        self._model_routers: dict[str, ModelRouter] = {}
         self._running: dict[str, tuple[ModelRouter, RoutedRequest]] = {}  # by request id
         self._watcher: asyncio.Task[None] | None = None
 
@@ -47,22 +47,28 @@ class Router:
         membership = await self._source.watch(None)
         self._update(membership)
         self._watcher = asyncio.create_task(self._watch(membership.version))
-        await asyncio.gather(*(link.attempted.wait() for pool in self._pools.values() for link in pool.links.values()))
+        await asyncio.gather(
+            *(
+                client.attempted.wait()
+                for model_router in self._model_routers.values()
+                for client in model_router.clients.values()
+            )
+        )
 
     async def close(self) -> None:
         """Drops every connection; replicas abort what this router asked of them."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+        await asyncio.gather(*(model_router.close() for model_router in self._model_routers.values()))
 
     def models(self) -> list[str]:
         """The models that are or were served, in order of name."""
-        return sorted(self._pools)
+        return sorted(self._model_routers)
 
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
         """The connected replicas of a model, with their last reports. Raises UnknownModel."""
-        return [(link.info, link.load) for link in self._connected(model)]
+        return [(client.info, client.load) for client in self._connected(model)]
 
     async def generate(
         self, model: str, request: Request, *, times: RequestTimes | None = None
@@ -74,18 +80,18 @@ class Router:
         request's seed is part of what a replay needs, so it must be drawn before. `times`, when given, is filled in.
         The request's id is unique among those that run here.
         """
-        pool = self._pool(model)
+        model_router = self._model_router(model)
         times = times if times is not None else RequestTimes()
         times.arrived = asyncio.get_running_loop().time()
-        generation = RoutedRequest(request, times, self.options.max_pending_deltas)
-        pool.admit(generation)
-        self._running[request.request_id] = pool, generation
+        routed = RoutedRequest(request, times, self.options.max_pending_deltas)
+        model_router.admit(routed)
+        self._running[request.request_id] = model_router, routed
         try:
-            while deltas := await generation.next():
+            while deltas := await routed.next():
                 yield deltas
         finally:
             self._running.pop(request.request_id, None)
-            pool.release(generation)
+            model_router.release(routed)
 
     def end_sample(self, request_id: str, sample: int) -> None:
         """The reader of a request has had tokens of a sample and wants no more: it stops to cost, and no delta comes.
@@ -93,67 +99,67 @@ class Router:
         Nothing happens where the sample or the request has ended.
         """
         if request_id in self._running:
-            pool, generation = self._running[request_id]
-            pool.end_sample(generation, sample)
+            model_router, routed = self._running[request_id]
+            model_router.end_sample(routed, sample)
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]:
         """For every replica: its id, its whole pool's report, and one per running request. Raises UnknownModel."""
-        links = self._connected(model)
-        answers = await self._call_all(links, "block_reports")
+        clients = self._connected(model)
+        answers = await self._call_all(clients, "block_reports")
         return [
             {
-                "replica_id": link.info.replica_id,
-                "num_blocks": link.load.num_blocks,
-                "num_free_blocks": link.load.num_free_blocks,
-                "blocks": asdict(link.load.blocks),
+                "replica_id": client.info.replica_id,
+                "num_blocks": client.load.num_blocks,
+                "num_free_blocks": client.load.num_free_blocks,
+                "blocks": asdict(client.load.blocks),
                 "requests": {request_id: asdict(report) for request_id, report in answer.items()},
             }
-            for link, answer in zip(links, answers, strict=True)
+            for client, answer in zip(clients, answers, strict=True)
             if answer is not None
         ]
 
     async def reset_prefix_cache(self, model: str) -> bool:
         """Empties the prefix caches; False where a replica could not, for requests are running. Raises UnknownModel."""
-        links = self._connected(model)
-        for link in links:
-            link.prefixes.clear()
-        return all(await self._call_all(links, "reset_prefix_cache"))
+        clients = self._connected(model)
+        for client in clients:
+            client.prefixes.clear()
+        return all(await self._call_all(clients, "reset_prefix_cache"))
 
     async def drain(self, model: str, replica_id: str) -> bool:
         """Tells a replica to take no more requests; False when it is not connected. Raises UnknownModel."""
-        links = [link for link in self._connected(model) if link.info.replica_id == replica_id]
-        await self._call_all(links, "drain")
-        return bool(links)
+        clients = [client for client in self._connected(model) if client.info.replica_id == replica_id]
+        await self._call_all(clients, "drain")
+        return bool(clients)
 
     # Inside
 
-    def _pool(self, model: str) -> ModelRouter:
-        pool = self._pools.get(model)
-        if pool is None:
+    def _model_router(self, model: str) -> ModelRouter:
+        model_router = self._model_routers.get(model)
+        if model_router is None:
             raise UnknownModel(
                 f"model {model!r} is not served; the models are: {', '.join(self.models()) or 'none yet'}"
             )
-        return pool
+        return model_router
 
     def _connected(self, model: str) -> list[ReplicaClient]:
-        return [link for link in self._pool(model).links.values() if link.connected]
+        return [client for client in self._model_router(model).clients.values() if client.connected]
 
-    async def _call_all(self, links: Sequence[ReplicaClient], name: CallName) -> list[Any]:
+    async def _call_all(self, clients: Sequence[ReplicaClient], name: CallName) -> list[Any]:
         """Every replica's answer, None for one that was lost meanwhile."""
-        answers = await asyncio.gather(*(link.call(name) for link in links), return_exceptions=True)
+        answers = await asyncio.gather(*(client.call(name) for client in clients), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLost):
                 raise answer
         return [None if isinstance(answer, ReplicaLost) else answer for answer in answers]
 
     def _update(self, membership: Membership) -> None:
-        by_model: dict[str, list[ReplicaInfo]] = {model: [] for model in self._pools}
+        by_model: dict[str, list[ReplicaInfo]] = {model: [] for model in self._model_routers}
         for info in membership.replicas:
             by_model.setdefault(info.model_id, []).append(info)
         for model, infos in by_model.items():
-            if model not in self._pools:
-                self._pools[model] = ModelRouter(model, self._secret, self.router_id, self.options)
-            self._pools[model].update(infos, stopping=model in membership.stopping)
+            if model not in self._model_routers:
+                self._model_routers[model] = ModelRouter(model, self._secret, self.router_id, self.options)
+            self._model_routers[model].update(infos, stopping=model in membership.stopping)
 
     async def _watch(self, version: int) -> None:
         while True:
@@ -168,8 +174,8 @@ class Router:
                 version = membership.version
                 self._update(membership)
 
-    def _views(self) -> list[PoolView]:
+    def _views(self) -> list[ModelView]:
         return [
-            PoolView(model, pool.metrics, pool.num_queued, len(self._connected(model)))
-            for model, pool in self._pools.items()
+            ModelView(model, model_router.metrics, model_router.num_queued, len(self._connected(model)))
+            for model, model_router in self._model_routers.items()
         ]

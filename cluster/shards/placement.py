@@ -71,40 +71,40 @@ class RankAssignment:
     """
 
     actor: int
-    place: ActorPlacement
+    placement: ActorPlacement
     local_rank: int  # among the group's ranks on this node; with GPUs, the index of this rank's among visible_gpus
     visible_gpus: tuple[str, ...]
 
 
-def seat(places: list[ActorPlacement], parallel: ParallelConfig, home: str) -> list[RankAssignment]:
+def assign_ranks(placements: list[ActorPlacement], parallel: ParallelConfig, driver_node: str) -> list[RankAssignment]:
     """The seats by world rank (stage x tensor_parallel_size + tensor-parallel rank).
 
     A node takes as many whole stages as it has actors for, the replica's node `home` first; only what remains of the
     nodes makes stages that are spread over several (`spread_stages` names them). Ranks of a node follow its GPUs.
     """
     nodes: dict[str, list[int]] = {}
-    for actor, place in enumerate(places):
-        nodes.setdefault(place.node_id, []).append(actor)
+    for actor, placement in enumerate(placements):
+        nodes.setdefault(placement.node_id, []).append(actor)
     for actors in nodes.values():
-        actors.sort(key=lambda actor: [(len(gpu), gpu) for gpu in places[actor].gpus])  # "10" follows "9"
+        actors.sort(key=lambda actor: [(len(gpu), gpu) for gpu in placements[actor].gpus])  # "10" follows "9"
     tp = parallel.tensor_parallel_size
     whole: list[int] = []
     rest: list[int] = []
-    for node in sorted(nodes, key=lambda node: node != home):
+    for node in sorted(nodes, key=lambda node: node != driver_node):
         split = len(nodes[node]) // tp * tp
         whole += nodes[node][:split]
         rest += nodes[node][split:]
-    seats = []
+    assignments = []
     for actor in whole + rest:
-        place = places[actor]
-        neighbours = nodes[place.node_id]
-        visible = tuple(gpu for neighbour in neighbours for gpu in places[neighbour].gpus)
-        seats.append(RankAssignment(actor, place, neighbours.index(actor), visible))
-    return seats
+        placement = placements[actor]
+        neighbours = nodes[placement.node_id]
+        visible = tuple(gpu for neighbour in neighbours for gpu in placements[neighbour].gpus)
+        assignments.append(RankAssignment(actor, placement, neighbours.index(actor), visible))
+    return assignments
 
 
-def spread_stages(seats: list[RankAssignment], parallel: ParallelConfig) -> list[int]:
+def spread_stages(assignments: list[RankAssignment], parallel: ParallelConfig) -> list[int]:
     """The pipeline stages whose ranks lie on more than one node."""
     tp = parallel.tensor_parallel_size
-    stages = [seats[first : first + tp] for first in range(0, len(seats), tp)]
-    return [i for i, stage in enumerate(stages) if len({seat.place.node_id for seat in stage}) > 1]
+    stages = [assignments[first : first + tp] for first in range(0, len(assignments), tp)]
+    return [i for i, stage in enumerate(stages) if len({assignment.placement.node_id for assignment in stage}) > 1]

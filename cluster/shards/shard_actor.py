@@ -44,7 +44,7 @@ class ShardActor:
     def __init__(self, log: RankLog | None = None) -> None:
         self._log = log
 
-    def place(self) -> ActorPlacement:
+    def placement(self) -> ActorPlacement:
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
         return ActorPlacement(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
@@ -92,7 +92,7 @@ class ShardActorHandle:
         self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote(log)
         self._name = f"the actor of bundle {bundle}"
         self._title = "shard"  # what Ray and lists of processes call it
-        self._place: ActorPlacement | None = None
+        self._placement: ActorPlacement | None = None
         self._process: int | None = None  # a descriptor of its process, where that is on this node
         self._ending = threading.Lock()  # two threads may end the group at once
 
@@ -114,16 +114,16 @@ class ShardActorHandle:
     def __str__(self) -> str:
         return self._name
 
-    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
-        self._name = f"rank {rank} of {world_size} ({place})"
+    def assigned(self, rank: int, world_size: int, placement: ActorPlacement) -> None:
+        self._name = f"rank {rank} of {world_size} ({placement})"
         self._title = f"shard {rank} of replica {os.getpid()}"
-        self._place = place
-        if place.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
+        self._placement = placement
+        if placement.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
             with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
-                self._process = os.pidfd_open(place.pid)
+                self._process = os.pidfd_open(placement.pid)
 
     def is_stopped(self) -> bool:
-        return self._process is not None and self._place is not None and is_stopped(self._place.pid)
+        return self._process is not None and self._placement is not None and is_stopped(self._placement.pid)
 
     def kill(self) -> None:
         with self._ending:
@@ -165,13 +165,13 @@ def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Eng
     Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
     """
     group = _own_placement_group(config.parallel.world_size)
-    home = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    driver_node = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
     log = RankLog.of_this_replica()
     made: list[ShardGroup] = []
 
     def start(resolved: ResolvedConfig) -> ShardGroup:
         made.append(
-            start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1, log), home, timeout_s=timeout_s)
+            start_shard_group(resolved, lambda i: ShardActorHandle(group, i + 1, log), driver_node, timeout_s=timeout_s)
         )
         return made[0]
 

@@ -14,7 +14,7 @@ from ...replicas.config import ResolvedConfig
 from ...replicas.errors import ShardGroupError
 from ...replicas.executors.group_executor import GroupExecutor
 from ...replicas.executors.group_start import GroupStart, Loaded, RankHandle
-from .placement import ActorPlacement, seat, spread_stages
+from .placement import ActorPlacement, assign_ranks, spread_stages
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more 
 class ShardHandle(RankHandle, Protocol):
     """One shard actor, as its group drives it: `call` is of ShardActor's methods. `shard_actor.py` has Ray's."""
 
-    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+    def assigned(self, rank: int, world_size: int, placement: ActorPlacement) -> None:
         """Is told which rank the actor will be, and where it is."""
         ...
 
@@ -63,7 +63,7 @@ class ShardGroup(GroupExecutor):
 
 
 def start_shard_group(
-    config: ResolvedConfig, launch: Callable[[int], ShardHandle], home: DriverNode, *, timeout_s: float
+    config: ResolvedConfig, launch: Callable[[int], ShardHandle], driver_node: DriverNode, *, timeout_s: float
 ) -> ShardGroup:
     """Makes a group of as many shard actors as the configuration has ranks.
 
@@ -78,14 +78,14 @@ def start_shard_group(
     try:
         for index in range(config.parallel.world_size):
             actors.append(launch(index))
-        places: list[ActorPlacement] = start.call_all("start", actors, "place")
-        ranks = _assign_ranks(start, config, actors, places, home)
-        nodes = [rank.place.node_id for rank in ranks]
+        placements: list[ActorPlacement] = start.call_all("start", actors, "placement")
+        ranks = _assign_ranks(start, config, actors, placements, driver_node)
+        nodes = [rank.placement.node_id for rank in ranks]
         # The store is reached from no further than the ranks are.
-        meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].place.host
+        meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].placement.host
         shards = [rank.shard for rank in ranks]
         loaded = start.load(shards, meeting_host)
-        server, runs = start.connect(shards, [node != home.node_id for node in nodes], home.host)
+        server, runs = start.connect(shards, [node != driver_node.node_id for node in nodes], driver_node.host)
     except BaseException:
         _kill(actors)
         raise
@@ -96,35 +96,37 @@ def start_shard_group(
 
 class _Rank(NamedTuple):
     shard: ShardHandle
-    place: ActorPlacement
+    placement: ActorPlacement
 
 
 def _assign_ranks(
     start: GroupStart,
     config: ResolvedConfig,
     actors: Sequence[ShardHandle],
-    places: list[ActorPlacement],
-    home: DriverNode,
+    placements: list[ActorPlacement],
+    driver_node: DriverNode,
 ) -> list[_Rank]:
     """Makes ranks of the actors; in their order."""
     parallel = config.parallel
-    seats = seat(places, parallel, home.node_id)
-    ranks = [_Rank(actors[taken.actor], taken.place) for taken in seats]
-    for rank, (shard, place) in enumerate(ranks):
-        shard.assigned(rank, parallel.world_size, place)
-        if config.device == "cuda" and len(place.gpus) != 1:
+    assignments = assign_ranks(placements, parallel, driver_node.node_id)
+    ranks = [_Rank(actors[assignment.actor], assignment.placement) for assignment in assignments]
+    for rank, (shard, placement) in enumerate(ranks):
+        shard.assigned(rank, parallel.world_size, placement)
+        if config.device == "cuda" and len(placement.gpus) != 1:
             raise ShardGroupError(
-                f"{shard} has been given {len(place.gpus)} GPUs ({', '.join(place.gpus) or 'none'}); every rank needs "
-                "exactly one: put GPU: 1 into each bundle but the first"
+                f"{shard} has been given {len(placement.gpus)} GPUs ({', '.join(placement.gpus) or 'none'}); each rank "
+                "needs exactly one: put GPU: 1 into each bundle but the first"
             )
-    for stage in spread_stages(seats, parallel):
+    for stage in spread_stages(assignments, parallel):
         logger.warning(
             "the %d tensor-parallel ranks of stage %d lie on several nodes, which makes every layer wait for the "
             "network; use the placement strategy STRICT_PACK, or a smaller tensor_parallel_size with more stages",
             parallel.tensor_parallel_size,
             stage,
         )
-    arguments = [(config, rank, taken.local_rank, taken.visible_gpus) for rank, taken in enumerate(seats)]
+    arguments = [
+        (config, rank, assignment.local_rank, assignment.visible_gpus) for rank, assignment in enumerate(assignments)
+    ]
     start.call_each("prepare", [rank.shard for rank in ranks], "assign", arguments)
     return ranks
 

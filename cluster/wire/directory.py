@@ -40,14 +40,14 @@ class Directory:
         self._replicas: dict[tuple[str, int], tuple[ReplicaInfo, float]] = {}  # with the loop's time of expiry
         self._stopping: frozenset[str] = frozenset()
         self._version = secrets.randbits(48)  # never one that a predecessor gave to a watcher
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
 
     async def secret(self) -> bytes:
         return self._secret
 
     async def register(self, info: ReplicaInfo) -> None:
         """Adds or renews a replica. An earlier life of the same replica is forgotten."""
-        async with self._news:
+        async with self._changed:
             expires = asyncio.get_running_loop().time() + self._time_to_live
             stale = [key for key in self._replicas if key[0] == info.replica_id and key != info.key]
             known = self._replicas.get(info.key)
@@ -62,14 +62,14 @@ class Directory:
 
     async def deregister(self, replica_id: str, epoch: int) -> None:
         """Forgets a replica that goes; no error when it is unknown."""
-        async with self._news:
+        async with self._changed:
             if self._replicas.pop((replica_id, epoch), None) is not None:
                 logger.info("replica %s leaves", replica_id)
                 self._announce()
 
     async def stop(self, models: frozenset[str]) -> None:
         """Says that the replicas of these models are about to go, and that no others will come."""
-        async with self._news:
+        async with self._changed:
             logger.info("served no longer: %s", ", ".join(sorted(models)))
             self._stopping |= models
             self._announce()
@@ -78,7 +78,7 @@ class Directory:
         """The membership once its version is not `version`, or as it is after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        async with self._news:
+        async with self._changed:
             while True:
                 self._expire(loop.time())
                 left = deadline - loop.time()
@@ -87,7 +87,7 @@ class Directory:
                     return Membership(self._version, replicas, self._stopping)
                 try:
                     async with asyncio.timeout(min(left, _EXPIRY_CHECK)):
-                        await self._news.wait()
+                        await self._changed.wait()
                 except TimeoutError:
                     continue
 
@@ -101,7 +101,7 @@ class Directory:
 
     def _announce(self) -> None:
         self._version += 1
-        self._news.notify_all()
+        self._changed.notify_all()
 
 
 class DirectoryActor(Directory):
@@ -160,18 +160,18 @@ class DirectoryClient:
 
     async def secret(self) -> bytes:
         """The cluster's secret, for Router and ReplicaServer."""
-        return await self._ask("secret")
+        return await self._call("secret")
 
     async def register(self, info: ReplicaInfo) -> None:
-        await self._ask("register", info)
+        await self._call("register", info)
 
     async def deregister(self, info: ReplicaInfo) -> None:
-        await self._ask("deregister", info.replica_id, info.epoch)
+        await self._call("deregister", info.replica_id, info.epoch)
 
     async def watch(self, version: int | None) -> Membership:
-        return await self._ask("watch", version)
+        return await self._call("watch", version)
 
-    async def _ask(self, method: str, *args: object) -> Any:
+    async def _call(self, method: str, *args: object) -> Any:
         try:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(get_or_create_directory, self._name)

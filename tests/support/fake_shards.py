@@ -18,17 +18,17 @@ from tests.support.engines import facts
 from tests.support.step_group import answer
 
 NUM_BLOCKS = 64
-METHODS = ("place", "assign", "open_store", "join", "load", "serve")
+METHODS = ("placement", "assign", "open_store", "join", "load", "serve")
 
 
 class FakeShard:
     """A ShardHandle. `before` is called with a method's name ahead of the method, in the shard's own thread."""
 
-    def __init__(self, place: ActorPlacement, before: Callable[[str], None] = lambda _: None) -> None:
-        self._place = place
+    def __init__(self, placement: ActorPlacement, before: Callable[[str], None] = lambda _: None) -> None:
+        self._placement = placement
         self._before = before
         self.rank: int | None = None
-        self.seat: tuple[int, tuple[str, ...]] | None = None
+        self.assignment: tuple[int, tuple[str, ...]] | None = None
         self.assigned_rank: tuple[int, int, ActorPlacement] | None = None
         self.stopped = False
         self.killed = threading.Event()
@@ -58,8 +58,8 @@ class FakeShard:
     def __str__(self) -> str:
         return "an actor" if self.assigned_rank is None else "rank {} of {} ({})".format(*self.assigned_rank)
 
-    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
-        self.assigned_rank = rank, world_size, place
+    def assigned(self, rank: int, world_size: int, placement: ActorPlacement) -> None:
+        self.assigned_rank = rank, world_size, placement
 
     def is_stopped(self) -> bool:
         return self.stopped
@@ -74,11 +74,11 @@ class FakeShard:
         if self._client is not None:
             self._client.close()
 
-    def _place_now(self) -> ActorPlacement:
-        return self._place
+    def _placement_now(self) -> ActorPlacement:
+        return self._placement
 
     def _assign_now(self, config: ResolvedConfig, rank: int, local_rank: int, visible: tuple[str, ...]) -> None:
-        self.rank, self.seat = rank, (local_rank, visible)
+        self.rank, self.assignment = rank, (local_rank, visible)
         self._world_size = config.parallel.world_size
         self._answers = rank == self._world_size - config.parallel.tensor_parallel_size
 

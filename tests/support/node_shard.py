@@ -25,7 +25,7 @@ class NodeShard:
         self._process: RankProcess | None = None
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        if method == "place":
+        if method == "placement":
             return _done(ActorPlacement(self._node.address, self._node.address, 0, ()))
         if method == "assign":
             config, rank, local_rank, _ = args
@@ -38,7 +38,7 @@ class NodeShard:
     def __str__(self) -> str:
         return f"{self._process} on {self._node.address}"
 
-    def assigned(self, rank: int, world_size: int, place: ActorPlacement) -> None:
+    def assigned(self, rank: int, world_size: int, placement: ActorPlacement) -> None:
         pass
 
     def is_stopped(self) -> bool:
@@ -55,22 +55,22 @@ class NodeShard:
 
 
 class Group:
-    """An engine on the node `home`, and its ranks one by one on `nodes`."""
+    """An engine on the node `driver_at`, and its ranks one by one on `nodes`."""
 
-    def __init__(self, config: EngineConfig, home: Namespace, nodes: Sequence[Namespace]) -> None:
+    def __init__(self, config: EngineConfig, driver_at: Namespace, nodes: Sequence[Namespace]) -> None:
         facts = read_model_facts(Path(config.model.path))
         resolved = config.resolve(facts, "cpu")
         self.shards = [NodeShard(node) for node in nodes]
         launch = self.shards.__getitem__
-        with home.entered():
-            place = DriverNode(home.address, home.address)
-            self.group: ShardGroup = start_shard_group(resolved, launch, place, timeout_s=120)
+        with driver_at.entered():
+            node = DriverNode(driver_at.address, driver_at.address)
+            self.group: ShardGroup = start_shard_group(resolved, launch, node, timeout_s=120)
         self.engine = Engine(resolved, facts, self.group)
 
 
 @contextmanager
-def group_on(config: EngineConfig, home: Namespace, nodes: Sequence[Namespace]) -> Iterator[Group]:
-    made = Group(config, home, nodes)
+def group_on(config: EngineConfig, driver_at: Namespace, nodes: Sequence[Namespace]) -> Iterator[Group]:
+    made = Group(config, driver_at, nodes)
     try:
         yield made
     finally:

@@ -24,12 +24,12 @@ class Failing:
         self._error = error
         self.asked = 0
 
-    def _ask(self, *_: object) -> None:
+    def _call(self, *_: object) -> None:
         self.asked += 1
         if self._error is not None:
             raise self._error
 
-    fail = kill = _ask
+    fail = kill = _call
     info = None
 
 

@@ -223,7 +223,7 @@ async def test_room_reserved_for_a_refused_request_is_given_back() -> None:
     options = ServerOptions(load_interval=0.01)
     async with cluster(server_options=options, num_blocks=4, max_model_len=64) as c:
         (session,) = c.replicas[0].server._sessions
-        await eventually(lambda: session.told is not None)
+        await eventually(lambda: session.reported_load is not None)
         await c.router.block_reports("fake")  # the load has arrived before this answer, and no other is due
         with pytest.raises(PromptTooLong):
             await c.generate(request("large", prompt=(1,) * 60))

@@ -7,7 +7,15 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.router.policies import Candidate, PrefixIndex, RequestFacts, chain_hashes, cost, has_room, least_cost
+from shoal.cluster.router.policies import (
+    Candidate,
+    PrefixIndex,
+    RequestFacts,
+    chain_hashes,
+    cost,
+    has_capacity,
+    least_cost,
+)
 
 IDLE = Candidate(num_running=0, num_waiting=0, num_blocks=100, num_free_blocks=100, block_size=16, max_num_seqs=8)
 FACTS = RequestFacts(num_context_tokens=160)
@@ -36,21 +44,21 @@ def test_ties_go_to_the_one_with_more_free_blocks() -> None:
 
 def test_room() -> None:
     busy = replace(IDLE, num_running=8)
-    assert not has_room(busy, FACTS, max_waiting=0)
-    assert has_room(busy, FACTS, max_waiting=1)
-    assert not has_room(replace(busy, num_free_blocks=10), FACTS, max_waiting=1)
-    assert has_room(replace(busy, num_free_blocks=11), FACTS, max_waiting=1)
-    assert has_room(replace(busy, num_free_blocks=10, num_cached_tokens=16), FACTS, max_waiting=1)
+    assert not has_capacity(busy, FACTS, max_waiting=0)
+    assert has_capacity(busy, FACTS, max_waiting=1)
+    assert not has_capacity(replace(busy, num_free_blocks=10), FACTS, max_waiting=1)
+    assert has_capacity(replace(busy, num_free_blocks=11), FACTS, max_waiting=1)
+    assert has_capacity(replace(busy, num_free_blocks=10, num_cached_tokens=16), FACTS, max_waiting=1)
     # An idle replica, and a request that would never fit, go to the engine: it knows the reason.
-    assert has_room(replace(IDLE, num_free_blocks=0), FACTS, max_waiting=0)
-    assert has_room(busy, RequestFacts(num_context_tokens=1600), max_waiting=0)
+    assert has_capacity(replace(IDLE, num_free_blocks=0), FACTS, max_waiting=0)
+    assert has_capacity(busy, RequestFacts(num_context_tokens=1600), max_waiting=0)
 
 
 @given(st.lists(CANDIDATES, max_size=6), st.integers(1, 4))
 def test_the_ranking_holds_exactly_those_with_room_by_cost(candidates: list[Candidate], num_samples: int) -> None:
     facts = RequestFacts(160, num_samples)
     ranking = least_cost(4)(candidates, facts)
-    assert sorted(ranking) == [i for i, candidate in enumerate(candidates) if has_room(candidate, facts, 4)]
+    assert sorted(ranking) == [i for i, candidate in enumerate(candidates) if has_capacity(candidate, facts, 4)]
     costs = [cost(candidates[i], facts) for i in ranking]
     assert costs == sorted(costs)
 

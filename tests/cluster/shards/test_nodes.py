@@ -110,8 +110,8 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one_process(
     engine = build_engine(config(checkpoint, 1, 1))
     expected = generate(engine, requests())
     engine.shutdown()
-    places = [here] * (tp * pp - num_far) + [there] * num_far
-    with group_on(config(checkpoint, tp, pp), here, places) as group:
+    placements = [here] * (tp * pp - num_far) + [there] * num_far
+    with group_on(config(checkpoint, tp, pp), here, placements) as group:
         found = generate(group.engine, requests())
     assert {key: [each.token_ids for each in some] for key, some in found.items()} == {
         key: [each.token_ids for each in some] for key, some in expected.items()

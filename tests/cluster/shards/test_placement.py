@@ -5,9 +5,9 @@ from __future__ import annotations
 from shoal.cluster.shards.placement import (
     ActorPlacement,
     RankAssignment,
+    assign_ranks,
     bundles,
     ray_actor_options,
-    seat,
     spread_stages,
     strategy,
 )
@@ -35,47 +35,47 @@ def test_stages_may_lie_on_several_nodes_and_the_ranks_of_one_may_not() -> None:
     assert strategy(ParallelConfig(2, 2)) == strategy(ParallelConfig(1, 2)) == "PACK"
 
 
-def seats(names: str, parallel: ParallelConfig) -> list[RankAssignment]:
+def assignments(names: str, parallel: ParallelConfig) -> list[RankAssignment]:
     """The seats of actors at "a1 b10 ...": node a's GPU 1, node b's GPU 10. The engine is on node a."""
-    places = [
+    placements = [
         ActorPlacement(name[0], f"host-{name[0]}", i, tuple(filter(None, [name[1:]])))
         for i, name in enumerate(names.split())
     ]
-    return seat(places, parallel, "a")
+    return assign_ranks(placements, parallel, "a")
 
 
-def told(found: list[RankAssignment]) -> list[str]:
-    return [taken.place.node_id + "".join(taken.place.gpus) for taken in found]
+def names(found: list[RankAssignment]) -> list[str]:
+    return [assignment.placement.node_id + "".join(assignment.placement.gpus) for assignment in found]
 
 
 def test_ranks_follow_the_gpus_of_their_node() -> None:
-    found = seats("a10 a3 a9 a0", ParallelConfig(4))
-    assert told(found) == ["a0", "a3", "a9", "a10"]
-    assert [taken.actor for taken in found] == [3, 1, 2, 0]
-    assert [taken.local_rank for taken in found] == [0, 1, 2, 3]
-    assert {taken.visible_gpus for taken in found} == {("0", "3", "9", "10")}
+    found = assignments("a10 a3 a9 a0", ParallelConfig(4))
+    assert names(found) == ["a0", "a3", "a9", "a10"]
+    assert [assignment.actor for assignment in found] == [3, 1, 2, 0]
+    assert [assignment.local_rank for assignment in found] == [0, 1, 2, 3]
+    assert {assignment.visible_gpus for assignment in found} == {("0", "3", "9", "10")}
 
 
 def test_a_stage_sits_on_one_node_and_the_first_beside_the_engine() -> None:
     parallel = ParallelConfig(2, 2)
-    found = seats("b1 a0 b0 a1", parallel)
-    assert told(found) == ["a0", "a1", "b0", "b1"]
-    assert [taken.local_rank for taken in found] == [0, 1, 0, 1]
-    assert [taken.visible_gpus for taken in found] == [("0", "1")] * 4
+    found = assignments("b1 a0 b0 a1", parallel)
+    assert names(found) == ["a0", "a1", "b0", "b1"]
+    assert [assignment.local_rank for assignment in found] == [0, 1, 0, 1]
+    assert [assignment.visible_gpus for assignment in found] == [("0", "1")] * 4
     assert spread_stages(found, parallel) == []
 
 
 def test_a_stage_is_spread_only_where_it_must_be() -> None:
     parallel = ParallelConfig(2, 3)
-    found = seats("a0 b0 b1 b2 c0 c1", parallel)
-    assert told(found) == ["b0", "b1", "c0", "c1", "a0", "b2"]
+    found = assignments("a0 b0 b1 b2 c0 c1", parallel)
+    assert names(found) == ["b0", "b1", "c0", "c1", "a0", "b2"]
     assert spread_stages(found, parallel) == [2]
-    assert [taken.local_rank for taken in found] == [0, 1, 0, 1, 0, 2]
+    assert [assignment.local_rank for assignment in found] == [0, 1, 0, 1, 0, 2]
 
 
 def test_without_gpus_ranks_keep_the_order_of_their_bundles() -> None:
-    found = seats("b a b a", ParallelConfig(2, 2))
-    assert [(taken.actor, taken.local_rank, taken.visible_gpus) for taken in found] == [
+    found = assignments("b a b a", ParallelConfig(2, 2))
+    assert [(assignment.actor, assignment.local_rank, assignment.visible_gpus) for assignment in found] == [
         (1, 0, ()),
         (3, 1, ()),
         (0, 0, ()),

@@ -95,7 +95,7 @@ def test_the_end_of_a_rank_is_told_in_one_line(actor: FakeActor) -> None:
 
 def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor) -> None:
     handle = a_handle()
-    handle.call("place")
+    handle.call("placement")
     handle.assigned(3, 4, ActorPlacement("elsewhere", "10.0.0.1", 1, ()))
     handle.call("load")
     assert str(handle) == "rank 3 of 4 (node 10.0.0.1, process 1)"

@@ -26,7 +26,7 @@ HOME = DriverNode("node-0", "127.0.0.1")
 PATIENCE = 20.0  # seconds; only a failing test waits so long
 
 
-def place(node: int = 0, gpu: int | None = None, pid: int = 100) -> ActorPlacement:
+def placement(node: int = 0, gpu: int | None = None, pid: int = 100) -> ActorPlacement:
     return ActorPlacement(f"node-{node}", f"10.0.0.{node}", pid, () if gpu is None else (str(gpu),))
 
 
@@ -39,13 +39,15 @@ class Maker:
         self.faults: dict[tuple[int, str], Callable[[], object]] = {}
         self.groups: list[ShardGroup] = []
 
-    def start(self, config: ResolvedConfig, places: list[ActorPlacement], timeout_s: float = PATIENCE) -> ShardGroup:
+    def start(
+        self, config: ResolvedConfig, placements: list[ActorPlacement], timeout_s: float = PATIENCE
+    ) -> ShardGroup:
         def launch(index: int) -> FakeShard:
             def before(method: str) -> None:
                 if (fault := self.faults.get((index, method))) is not None:
                     fault()
 
-            self.shards.append(FakeShard(places[index], before))
+            self.shards.append(FakeShard(placements[index], before))
             return self.shards[-1]
 
         self.groups.append(start_shard_group(config, launch, HOME, timeout_s=timeout_s))
@@ -88,7 +90,7 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
 
 
 def test_a_group_runs_plans(maker: Maker) -> None:
-    group = maker.start(group_config(2, 2), [place()] * 4)
+    group = maker.start(group_config(2, 2), [placement()] * 4)
     assert (group.num_blocks, group.startup_seconds) == (NUM_BLOCKS, {"weights": 0.0})
     for step in range(3):
         group.submit(decode_plan(step))
@@ -100,11 +102,11 @@ def test_a_group_runs_plans(maker: Maker) -> None:
 
 
 def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Maker) -> None:
-    group = maker.start(group_config(1, 2), [place(1), place(0)])
+    group = maker.start(group_config(1, 2), [placement(1), placement(0)])
     first, second = sorted(maker.shards, key=lambda shard: shard.rank or 0)
     [server] = maker.servers
     # The first stage is on the engine's node.
-    assert [first.assigned_rank, second.assigned_rank] == [(0, 2, place(0)), (1, 2, place(1))]
+    assert [first.assigned_rank, second.assigned_rank] == [(0, 2, placement(0)), (1, 2, placement(1))]
     assert [dict(shard.calls)["serve"][0] for shard in (first, second)] == [server.path, server.address]
     assert dict(second.calls)["join"][0] == ("10.0.0.0", 1)
     group.submit(decode_plan(0))
@@ -112,7 +114,7 @@ def test_ranks_on_other_nodes_come_by_tcp_and_meet_at_rank_0s_address(maker: Mak
 
 
 def test_on_one_node_nothing_listens_on_the_network(maker: Maker) -> None:
-    maker.start(group_config(2), [place()] * 2)
+    maker.start(group_config(2), [placement()] * 2)
     assert maker.servers[0].address is None
     assert maker.open_channels == {maker.servers[0].path}
     assert dict(maker.shards[1].calls)["join"][0] == ("127.0.0.1", 1)
@@ -125,8 +127,8 @@ def test_a_step_that_fails_on_one_rank_ends_all(maker: Maker, method: str, actor
         return  # rank 0 alone opens it
     maker.fault(actor, method, ShardGroupError("NCCL 2.27.3 here, 2.26.1 on rank 0"))
     with pytest.raises(ShardGroupError, match=r"NCCL 2\.27\.3 here") as caught:
-        maker.start(group_config(2), [place(pid=100), place(pid=101)])
-    who = "an actor" if method == "place" else rf"rank {actor} of 2 .*10\.0\.0\.0, process 10{actor}"
+        maker.start(group_config(2), [placement(pid=100), placement(pid=101)])
+    who = "an actor" if method == "placement" else rf"rank {actor} of 2 .*10\.0\.0\.0, process 10{actor}"
     assert caught.match(who)
     assert maker.nothing_left
 
@@ -138,10 +140,10 @@ def test_a_rank_that_dies_while_the_group_starts_ends_all(
     monkeypatch.setattr(group_start, "_LAST_WORDS_SECONDS", 0.1)  # which the hanging rank has none of
     hangs = threading.Event()
     maker.fault(0, method, lambda: maker.shards[0].kill())
-    if method not in ("open_store", "place"):
+    if method not in ("open_store", "placement"):
         maker.fault(1, method, lambda: hangs.wait(PATIENCE))  # as a rank whose peer is gone
     with pytest.raises(ShardGroupError, match="its process has ended"):
-        maker.start(group_config(2), [place()] * 2)
+        maker.start(group_config(2), [placement()] * 2)
     assert maker.nothing_left
     hangs.set()
 
@@ -151,8 +153,8 @@ def test_a_rank_that_says_nothing_ends_all(maker: Maker, method: str) -> None:
     hangs = threading.Event()
     maker.fault(0, method, lambda: hangs.wait(PATIENCE))
     with pytest.raises(ShardGroupError, match=r"within 0\.[345]|no answer from") as caught:
-        maker.start(group_config(2), [place()] * 2, timeout_s=0.5)
-    assert caught.match(r"an actor" if method == "place" else r"rank 0 of 2|ranks \[0\] of 2")
+        maker.start(group_config(2), [placement()] * 2, timeout_s=0.5)
+    assert caught.match(r"an actor" if method == "placement" else r"rank 0 of 2|ranks \[0\] of 2")
     assert maker.nothing_left
     hangs.set()
 
@@ -171,7 +173,7 @@ def test_a_rank_that_is_stopped_while_the_group_starts_ends_all(
 
     maker.fault(0, method, stop)
     with pytest.raises(ShardGroupError, match=r"stopped \(as by SIGSTOP\) for 0\.1 s: (an actor|rank 0 of 2)"):
-        maker.start(group_config(2), [place()] * 2, timeout_s=10 * PATIENCE)
+        maker.start(group_config(2), [placement()] * 2, timeout_s=10 * PATIENCE)
     assert maker.nothing_left
     goes_on.set()
 
@@ -191,7 +193,7 @@ def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(maker: Maker, monkeyp
     monkeypatch.setattr(group_start, "_LOOK_SECONDS", 0.02)
     monkeypatch.setattr(FakeShard, "is_stopped", is_stopped)
     maker.fault(0, "load", lambda: goes_on.wait(PATIENCE))
-    maker.start(group_config(2), [place()] * 2)
+    maker.start(group_config(2), [placement()] * 2)
     assert goes_on.is_set()
 
 
@@ -211,29 +213,29 @@ def test_what_is_wrong_with_the_model_keeps_its_class(maker: Maker, kind: type[S
     maker.fault(0, "load", reset)
     maker.fault(1, "load", say)
     with pytest.raises(kind, match=r"rank 1 .*is truncated; rank 0 .*RuntimeError: Connection reset by peer at gloo"):
-        maker.start(group_config(2), [place()] * 2)
+        maker.start(group_config(2), [placement()] * 2)
 
 
 def test_every_rank_has_one_gpu(maker: Maker) -> None:
     with pytest.raises(ShardGroupError, match=r"rank 0 of 2 .* 0 GPUs \(none\).*exactly one"):
-        maker.start(group_config(2, device="cuda"), [place(gpu=0), place()])
+        maker.start(group_config(2, device="cuda"), [placement(gpu=0), placement()])
     assert maker.nothing_left
 
 
 def test_ranks_must_agree_on_their_blocks(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeShard, "_load_now", lambda shard: Loaded(NUM_BLOCKS + shard.rank, {}))
     with pytest.raises(ShardGroupError, match=r"KV blocks: \[64, 65\]"):
-        maker.start(group_config(2), [place()] * 2)
+        maker.start(group_config(2), [placement()] * 2)
 
 
 def test_an_actor_that_cannot_be_launched_ends_the_others(maker: Maker) -> None:
     with pytest.raises(IndexError):
-        maker.start(group_config(2), [place()])
+        maker.start(group_config(2), [placement()])
     assert [shard.killed.is_set() for shard in maker.shards] == [True]
 
 
 def test_a_failing_kill_spares_no_other_rank(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     kill = FakeShard.kill
 
     def kill_and_fail(shard: FakeShard) -> None:
@@ -247,7 +249,7 @@ def test_a_failing_kill_spares_no_other_rank(maker: Maker, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_in_a_step_fails_the_step(maker: Maker, rank: int) -> None:
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     group.submit(decode_plan(0))
     assert same(group.result(), answer(decode_plan(0)))
     maker.shards[rank].kill()
@@ -263,7 +265,7 @@ def test_a_rank_that_dies_in_a_step_fails_the_step(maker: Maker, rank: int) -> N
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_while_there_is_nothing_to_do_is_told(maker: Maker, rank: int) -> None:
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     lost: Future[ServingError] = Future()
     group.watch(lost.set_result)
     maker.shards[rank].kill()
@@ -271,7 +273,7 @@ def test_a_rank_that_dies_while_there_is_nothing_to_do_is_told(maker: Maker, ran
 
 
 def test_stopped_ranks_are_named(maker: Maker) -> None:
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     assert group.stopped() == []
     maker.shards[1].stopped = True
     assert group.stopped() == ["rank 1 of 2 (node 10.0.0.0, process 100)"]
@@ -279,7 +281,7 @@ def test_stopped_ranks_are_named(maker: Maker) -> None:
 
 @pytest.mark.parametrize("end", [ShardGroup.shutdown, ShardGroup.kill])
 def test_a_group_that_is_taken_down_is_not_lost(maker: Maker, end: Callable[[ShardGroup], None]) -> None:
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     lost: list[ServingError] = []
     group.watch(lost.append)
     [watcher] = [thread for thread in threading.enumerate() if thread.name == "shoal-ranks"]
@@ -291,7 +293,7 @@ def test_a_group_that_is_taken_down_is_not_lost(maker: Maker, end: Callable[[Sha
 def test_whoever_waits_for_a_result_is_released_by_the_end(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = threading.Event()
     monkeypatch.setattr("tests.support.fake_shards.answer", lambda _: hangs.wait(PATIENCE))
-    group = maker.start(group_config(2), [place()] * 2)
+    group = maker.start(group_config(2), [placement()] * 2)
     group.submit(decode_plan(0))
     waiting = blocked(group.result)
     GroupExecutor.shutdown(group)
