@@ -14,16 +14,16 @@ from ..plan import StepPlan, StepResult
 from .group_start import Loaded, RankHandle, ended
 from .step_watchdog import StepWatchdog
 
-_REASON_SECONDS = 1.0  # after the channel has lost a rank, for its process's end to be known
+_REASON_SECONDS = 1.0  # after the channel lost a rank, until its process's end is known
 
 
 class GroupExecutor:
     """Runs plans on ranks that have loaded their model and are connected; implements `Executor`.
 
-    A rank that fails or is gone makes `submit` or `result` raise EngineError, and the group is of no use then. While
-    there is nothing to run, `watch` tells of it. Whoever has started the processes says in a subclass how they end.
-    runs: futures, each done when its rank runs no plans any more. watchdog: ends a wait for a step that is stuck; None
-    where another thread sees to that.
+    If a rank fails or ends, `submit` or `result` raises EngineError and the group is unusable; while no step runs,
+    `watch` reports it. Subclasses start the processes and end them in `shutdown`.
+    runs: futures, each done when its rank has stopped running plans.
+    watchdog: ends the wait for a stuck step; None if another thread does that.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class GroupExecutor:
     ) -> None:
         self.num_blocks, self.startup_seconds = loaded
         self.runs = tuple(runs)
-        self.failed = False  # ranks that are left may then wait for ever for one that is gone
+        self.failed = False  # the remaining ranks may then wait forever for a lost one
         self._server = server
         self._ranks = tuple(ranks)
         self._leaving = threading.Event()
@@ -44,12 +44,12 @@ class GroupExecutor:
         self._waits_since = 0.0  # time.monotonic()
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every rank; returns at once. Raises EngineError when one is gone."""
+        """Send a plan to every rank; returns at once. Raises EngineError if a rank is gone."""
         self._waits_since = time.monotonic()
         try:
-            self._server.submit(plan, self._look)
+            self._server.submit(plan, self._check_step)
         except EngineError as error:
-            raise self._explained(error) from error
+            raise self._with_reason(error) from error
 
     def result(self) -> StepResult:
         """The result of the oldest plan not yet answered.
@@ -58,19 +58,19 @@ class GroupExecutor:
         """
         self._waits_since = begin = time.monotonic()
         try:
-            result = self._server.result(self._look)
+            result = self._server.result(self._check_step)
         except EngineError as error:
-            raise self._explained(error) from error
+            raise self._with_reason(error) from error
         if self._watchdog is not None:
             self._watchdog.step_ended(time.monotonic() - begin)
         return result
 
     def stopped(self) -> list[str]:
-        """The ranks whose processes are stopped, as far as that can be seen."""
+        """The ranks whose processes are visibly stopped."""
         return [str(rank) for rank in self._ranks if rank.is_stopped()]
 
     def watch(self, on_lost: Callable[[ServingError], None]) -> None:
-        """Calls `on_lost` once, from a thread of its own, if a rank ends before `shutdown`."""
+        """Call `on_lost` once, from a new thread, if a rank ends before `shutdown`."""
 
         def wait_for_one() -> None:
             wait(self.runs, return_when=FIRST_COMPLETED)
@@ -80,17 +80,17 @@ class GroupExecutor:
         threading.Thread(target=wait_for_one, name="shoal-ranks", daemon=True).start()
 
     def shutdown(self) -> None:
-        """Tell the ranks that there are no more plans: they leave by themselves. Idempotent; from any thread."""
+        """Close the step channel, so that the ranks exit. Idempotent; from any thread."""
         self._leaving.set()
         self._server.close()
 
-    def _look(self) -> None:
-        """Raises EngineError if the step that is waited for is stuck."""
+    def _check_step(self) -> None:
+        """Raise EngineError if the awaited step is stuck."""
         if self._watchdog is not None:
             self._watchdog.check(time.monotonic() - self._waits_since, self.stopped)
 
-    def _explained(self, error: EngineError) -> EngineError:
-        """The error, and whose process has ended: the channel knows no more than that a rank hung up."""
+    def _with_reason(self, error: EngineError) -> EngineError:
+        """The error, with the ranks whose processes ended: the channel only knows that a rank hung up."""
         self.failed = True
         if not self._leaving.is_set():
             wait(self.runs, _REASON_SECONDS, return_when=FIRST_COMPLETED)

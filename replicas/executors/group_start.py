@@ -1,4 +1,4 @@
-"""How the ranks of a model copy become a group, whoever has started their processes: all of them, or none."""
+"""Start of a group of ranks: all of them or none. The caller has started their processes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from ..channel.step_sockets import Address, ChannelClosed
 from ..config import ResolvedConfig
 from ..errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 
-_LAST_WORDS_SECONDS = 2.0  # after one rank has failed, for the one that made it fail to be known
-_LOOK_SECONDS = 1.0  # between two looks for ranks that are stopped
-_STOPPED_LOOKS = 5  # in a row, after which nobody is waited for who may be stopped for good
+_ROOT_CAUSE_SECONDS = 2.0  # grace period after a failed rank, so that the root cause is reported
+_POLL_SECONDS = 1.0  # between two checks for stopped ranks
+_STOPPED_POLLS = 5  # a rank seen stopped this many times in a row fails the start
 _TOKEN_BYTES = 32
 
 
 class RankHandle(Protocol):
-    """A rank's process, as its group drives it; `str` names the rank, where it is, and its process."""
+    """Control of a rank's process; `str` names the rank, its node and its process."""
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
         """Calls a method of ShardRank. The future fails with what it raises, or when the process ends."""
         ...
 
     def is_stopped(self) -> bool:
-        """Whether its process is on this node and stopped, as by SIGSTOP; a mere look at it."""
+        """Whether its process is on this node and stopped (as by SIGSTOP); does not block."""
         ...
 
 
 class Loaded(NamedTuple):
-    """What a rank says when it has loaded its part of the model."""
+    """A rank's report after loading its part of the model."""
 
-    num_blocks: int  # KV blocks that every rank has room for
-    startup_seconds: dict[str, float]  # what each stage of it took
+    num_blocks: int  # KV blocks of every rank
+    startup_seconds: dict[str, float]  # by stage of the start
 
 
 class GroupStart:
-    """The steps before the first plan. Every rank takes each of them; one that fails on one rank fails for all.
+    """The steps before the first plan; a step that fails on one rank fails the start.
 
-    config: resolved. timeout_s: for all steps together. Every method raises what a rank says of the configuration or
-    the model (ConfigError, ModelError), else ShardGroupError, and names the rank. The processes are the caller's to
-    end then.
+    timeout_s: for all steps together. Every method raises ConfigError or ModelError if a rank did, else
+    ShardGroupError, and names the rank. The caller then ends the processes.
     """
 
     def __init__(self, config: ResolvedConfig, timeout_s: float) -> None:
@@ -51,23 +50,23 @@ class GroupStart:
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
 
     def load(self, ranks: Sequence[RankHandle], meeting_host: str) -> Loaded:
-        """Lets the ranks meet and load the model; what rank 0 says of it. meeting_host: an address of that."""
+        """Form the process group and load the model; returns rank 0's report. meeting_host: rank 0's address."""
         store = self.call_all("open the store", ranks[:1], "open_store", meeting_host)[0]
         left = self._left()
-        # A rank that gives up before the group does says for whom it has waited.
-        self.call_all("meet", ranks, "join", store, max(left - _LAST_WORDS_SECONDS, left / 2))
+        # A rank times out before the group does, and names the ranks that it waited for.
+        self.call_all("form the process group", ranks, "join", store, max(left - _ROOT_CAUSE_SECONDS, left / 2))
         loaded: list[Loaded] = self.call_all("load the model", ranks, "load")
         blocks = [one.num_blocks for one in loaded]
         if len(set(blocks)) != 1:
-            raise ShardGroupError(f"the ranks have not agreed on their number of KV blocks: {blocks}")
+            raise ShardGroupError(f"the ranks differ in their number of KV blocks: {blocks}")
         return loaded[0]
 
     def connect(
         self, ranks: Sequence[RankHandle], elsewhere: Sequence[bool], host: str
     ) -> tuple[StepChannelServer, list[Future[Any]]]:
-        """Lets the ranks run the plans of a step channel; returns it, and their runs, each done when its rank is gone.
+        """Connect the ranks to a step channel; returns it, and a future for each rank, done when the rank is gone.
 
-        elsewhere: which ranks are not on this node; they come by TCP, to this node's address `host`.
+        elsewhere: which ranks are on other nodes; they connect by TCP to this node's address `host`.
         """
         parallel, token = self._config.parallel, secrets.token_bytes(_TOKEN_BYTES)
         server = StepChannelServer(
@@ -88,35 +87,35 @@ class GroupStart:
     def _accept(self, server: StepChannelServer, ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> None:
         pool = ThreadPoolExecutor(1)
         accepting = pool.submit(server.accept, self._left())
-        pool.shutdown(wait=False)  # an interrupt is not held up by it; closing the server ends it
+        pool.shutdown(wait=False)  # do not delay an interrupt; closing the server ends it
         for seconds in self._poll("connect", ranks):
             if wait([accepting, *runs], seconds, return_when=FIRST_COMPLETED).done:
                 break
         if lost := any(run.done() for run in runs):
-            server.close()  # nobody need wait for the others
+            server.close()  # do not wait for the others
         try:
             accepting.result()
         except ChannelClosed:
             pass  # by the line above
         except EngineError as error:
             raise ShardGroupError(f"the ranks could not connect: {error}") from error
-        if lost:  # perhaps after it had been accepted, as the last one
+        if lost:  # perhaps the last one, after it was accepted
             raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}")
 
     def call_all(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
-        """Every rank's answer to the same call. what: what cannot be done if it fails."""
+        """Every rank's answer to the same call. what: names the step in errors."""
         return self.call_each(what, ranks, method, [arguments] * len(ranks))
 
     def call_each(
         self, what: str, ranks: Sequence[RankHandle], method: str, arguments: Sequence[tuple[object, ...]]
     ) -> list[Any]:
-        """Every rank's answer to a call with arguments of its own."""
+        """Every rank's answer to a call, each with its own arguments."""
         calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
         silent = set(calls)
         for seconds in self._poll(what, ranks):
             silent = wait(calls, seconds, return_when=FIRST_EXCEPTION).not_done
             if any(call.done() and call.exception() for call in calls):
-                wait(calls, _LAST_WORDS_SECONDS)
+                wait(calls, _ROOT_CAUSE_SECONDS)
                 raise _failure(what, ranks, calls)
             if not silent:
                 return [call.result() for call in calls]
@@ -127,22 +126,22 @@ class GroupStart:
         )
 
     def _poll(self, what: str, ranks: Sequence[RankHandle]) -> Iterator[float]:
-        """For how long to wait before the ranks are looked at again, until the time for the start is over.
+        """Yield seconds to wait before the next check, until the start's time is over.
 
-        Raises ShardGroupError where one has been stopped at several looks in a row: it would take all of that time.
+        Raises ShardGroupError if a rank is stopped at several checks in a row; it would use up that time.
         """
         num_stopped = [0] * len(ranks)
         left = self._left()
         while True:
-            yield min(left, _LOOK_SECONDS)
-            if left <= _LOOK_SECONDS:
+            yield min(left, _POLL_SECONDS)
+            if left <= _POLL_SECONDS:
                 return
             num_stopped = [num + 1 if rank.is_stopped() else 0 for rank, num in zip(ranks, num_stopped, strict=True)]
-            names = [str(rank) for rank, num in zip(ranks, num_stopped, strict=True) if num == _STOPPED_LOOKS]
+            names = [str(rank) for rank, num in zip(ranks, num_stopped, strict=True) if num == _STOPPED_POLLS]
             if names:
                 raise ShardGroupError(
-                    f"the ranks could not {what}: stopped (as by SIGSTOP) for {_STOPPED_LOOKS * _LOOK_SECONDS:g} s: "
-                    f"{', '.join(names)}; let nothing stop a group's processes while it starts"
+                    f"the ranks could not {what}: stopped (as by SIGSTOP) for {_STOPPED_POLLS * _POLL_SECONDS:g} s: "
+                    f"{', '.join(names)}; do not stop a group's processes while it starts"
                 )
             left = self._left()
 
@@ -153,13 +152,13 @@ class GroupStart:
 def ended(ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> str:
     """The ranks whose runs are done, and why."""
     failed = [(rank, run.exception()) for rank, run in zip(ranks, runs, strict=True) if run.done()]
-    # What a rank says on purpose stands before what befell it, mostly because of another's end.
+    # Errors that a rank raised itself stand before lost connections, which mostly follow from another rank's end.
     failed.sort(key=lambda one: not isinstance(one[1], ServingError))
-    return "; ".join(f"{rank}: {'it has left' if error is None else _words(error)}" for rank, error in failed)
+    return "; ".join(f"{rank}: {'it exited' if error is None else _one_line(error)}" for rank, error in failed)
 
 
 def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]]) -> ServingError:
-    """The error of calls of which some failed: the class of what was said of configuration or model, words of all."""
+    """One error for failed calls: ConfigError or ModelError if one is among them, with all messages."""
     failed = {rank: call for rank, call in zip(ranks, calls, strict=True) if call.done() and call.exception()}
     errors = [call.exception() for call in failed.values()]
     kind = next((type(error) for error in errors if isinstance(error, ConfigError | ModelError)), ShardGroupError)
@@ -168,7 +167,7 @@ def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]
     return made
 
 
-def _words(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, ServingError):
         return error.message

@@ -1,7 +1,6 @@
 """A rank's loop: plans in, results out.
 
-A plan is launched as soon as it has come, while the results of those before it are still to be waited for: another
-thread does that, where there are any to send.
+A plan is launched as soon as it is received. Another thread waits for the results of earlier plans and sends them.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from ..worker.shard import Shard
 
 
 def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None], *, answers: bool) -> None:
-    """Runs plans until the engine has no more. answers: this rank sends the results; the others send failures alone.
-    check: raises where the results so far are not to be believed.
+    """Run plans until the engine closes the channel.
 
-    Raises PeerLost when the engine is gone, and whatever makes a step fail, after it has told the engine.
+    answers: whether this rank sends results; the others send failures only. check: raises if results may be invalid.
+    Raises PeerLost if the engine is gone, and a step's error after sending it to the engine.
     """
     launched: SimpleQueue[PendingStep | None] = SimpleQueue()
     sender = threading.Thread(target=_send_results, args=(client, launched, check), name="shoal-results", daemon=True)
@@ -31,7 +30,7 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
             check()
             step = shard.launch(plan)
         except Exception as error:
-            with contextlib.suppress(PeerLost, ChannelClosed):  # why it failed is to be known all the same
+            with contextlib.suppress(PeerLost, ChannelClosed):  # the error is raised in any case
                 client.send_failure(plan.step, f"{type(error).__name__}: {error}")
             raise
         if answers:
@@ -44,7 +43,7 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
 def _send_results(
     client: StepChannelClient, launched: SimpleQueue[PendingStep | None], check: Callable[[], None]
 ) -> None:
-    """Ends with the last result, or with the first that cannot be had: the engine then ends the work of all ranks."""
+    """Send results until the last one, or the first failure, after which the engine ends all ranks."""
     try:
         while (step := launched.get()) is not None:
             try:
@@ -56,5 +55,5 @@ def _send_results(
             except Exception as error:
                 client.send_failure(step.plan.step, f"{type(error).__name__}: {error}")
                 return
-    except (PeerLost, ChannelClosed):  # the loop notices it too, and says so
+    except (PeerLost, ChannelClosed):  # the loop raises it too
         return

@@ -1,7 +1,7 @@
-"""A process that is a rank: what `shard_processes.py` starts, and its end of the talk with it.
+"""Main of a rank's process, which `shard_processes.py` starts.
 
-Calls come over a socket that only the two processes have: pairs of a ShardRank's method and its arguments, one answered
-before the next. When the parent is gone, however it went, so is this process: the socket tells.
+Calls arrive over a socket pair: a method of ShardRank and its arguments, answered one by one. The process exits when
+the socket closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _EXIT_PARENT_GONE = 72
 
 
 def main(descriptor: int) -> None:
-    """Answers calls on that socket until `serve` has returned."""
-    # Of the whole foreground group; the parent decides what it means.
+    """Answer calls on that socket until `serve` has returned."""
+    # Ctrl-C reaches the whole foreground group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = Connection(descriptor)
     calls: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
     threading.Thread(target=_receive, args=(control, calls), name="shoal-parent", daemon=True).start()
-    from .shard_rank import ShardRank  # loads torch, which takes seconds: the parent is watched meanwhile
+    from .shard_rank import ShardRank  # loading torch takes seconds: the thread above watches the parent
 
     config, rank, local_rank, level = calls.get()[1]
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
@@ -40,7 +40,7 @@ def main(descriptor: int) -> None:
         except Exception as error:
             answer = None, error
         _answer(control, answer)
-    # Not by way of the interpreter's end, which destroys process groups and graphs: that may wait for who is gone.
+    # A normal exit would destroy process groups and graphs, which may wait for lost ranks.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,7 +64,7 @@ def _answer(control: Connection, answer: tuple[Any, Exception | None]) -> None:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error, or its words where the parent could not read it: some can be written and not read."""
+    """The error, or its message if it cannot be unpickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

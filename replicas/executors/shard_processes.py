@@ -1,7 +1,6 @@
-"""The ranks of a model copy as processes of this machine: for use without a cluster, and for tests.
+"""The ranks of a model copy as child processes on this machine: for use without a cluster, and for tests.
 
-They are children of the engine's process, started by its interpreter. None outlives it: each of them watches a socket
-that ends with the parent, also when that is killed.
+None outlives the engine's process: each watches a socket that closes with the parent, even if that is killed.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ from .group_start import GroupStart, Loaded
 from .step_watchdog import StepWatchdog, is_stopped
 
 _HOST = "127.0.0.1"
-_LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more plans
-# Run by the interpreter with the parent's path, and not as a module: the folder that the process is started in is then
-# no place to import from, and the parent's main module is not run again.
+_LEAVE_SECONDS = 5.0  # for ranks to exit after the last plan
+# Not `python -m`: nothing is imported from the working directory, and the parent's main module is not run again.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from {package}.rank_process import main; main(int(sys.argv[1]))"
 
 
 class RankProcess:
-    """A child process that is a rank, and the calls to it: one at a time."""
+    """A rank's child process, and the calls to it: one at a time."""
 
     def __init__(self, config: ResolvedConfig, rank: int, local_rank: int) -> None:
         self.rank = rank
@@ -51,7 +49,7 @@ class RankProcess:
         self._end: ShardGroupError | None = None  # set once the process has ended
         self._listener = threading.Thread(target=self._listen, name=f"shoal-rank-{rank}", daemon=True)
         self._listener.start()
-        with contextlib.suppress(OSError):  # its end is what the first call is told
+        with contextlib.suppress(OSError):  # the first call reports its end
             level = logging.getLogger(__package__).getEffectiveLevel()
             self._control.send(("become", (config, rank, local_rank, level)))
 
@@ -63,14 +61,14 @@ class RankProcess:
         return self._process.pid
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
-        """Calls a method of ShardRank. The future fails with what it raises, or with ShardGroupError at its end."""
+        """Call a method of ShardRank. The future fails with its error, or with ShardGroupError if the process ends."""
         call: Future[Any] = Future()
         with self._lock:
             self._call = call
             if self._end is not None:
                 call.set_exception(self._end)
                 return call
-        with contextlib.suppress(OSError):  # whoever listens hears of the end too
+        with contextlib.suppress(OSError):  # the listener reports the end
             self._control.send((method, arguments))
         return call
 
@@ -78,7 +76,7 @@ class RankProcess:
         return is_stopped(self.pid)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the process has ended, in that time."""
+        """Wait; whether the process has ended."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -86,18 +84,18 @@ class RankProcess:
         return True
 
     def kill(self) -> None:
-        """Ends the process, also one that is stopped, and waits for that. Idempotent."""
+        """Kill the process, even a stopped one, and wait for its end. Idempotent."""
         self._process.kill()
         self._process.wait()
         self._listener.join()
 
     def _listen(self) -> None:
-        """Passes answers on until the process ends."""
+        """Deliver answers until the process ends."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 value, error = self._control.recv()
                 call = self._call
-                assert call is not None, "nothing was asked"
+                assert call is not None, "an answer without a call"
                 call.set_result(value) if error is None else call.set_exception(error)
         status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"has ended with status {status}"
@@ -123,13 +121,13 @@ class ShardProcesses(GroupExecutor):
         self.ranks = tuple(ranks)
 
     def shutdown(self) -> None:
-        """Tells the ranks that no more plans come, and ends those that do not leave by themselves. Idempotent."""
+        """Close the channel and kill ranks that do not exit. Idempotent."""
         super().shutdown()
         _end_all(self.ranks, 0.0 if self.failed else _LEAVE_SECONDS)
 
 
 def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = 1800.0) -> ShardProcesses:
-    """Starts as many processes as the configuration has ranks, and loads the model in them.
+    """Start one process for each rank and load the model in them.
 
     config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,
     ModelError), else ShardGroupError. No process is left then.
@@ -149,7 +147,7 @@ def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = 1800.0) 
 
 
 def _check_gpus(config: ResolvedConfig) -> None:
-    """Raises ConfigError where this machine has no GPU for each rank."""
+    """Raise ConfigError if this machine has fewer GPUs than ranks."""
     if config.device != "cuda":
         return
     from torch.cuda import device_count

@@ -1,14 +1,13 @@
-"""A rank of a shard group, in the rank's own process: it meets the others, loads its part, and runs plans.
+"""A rank of a shard group, in its own process: joins the process group, loads its part, runs plans.
 
     rank = ShardRank(config, rank, local_rank)       config: resolved, the same for every rank
-    rank.open_store(host)                            rank 0 alone; its answer is for all
+    rank.open_store(host)                            rank 0 only; its result goes to every rank
     rank.join(store, timeout_s)
     rank.load()
     rank.serve(address, token)                       until there are no more plans
 
-Whoever starts the processes calls these, in each of them, in this order: local processes (shard_processes.py) or Ray
-actors. A rank that loses its engine or another rank ends its process: a collective whose peer is gone may wait for
-ever, and the others are of no use without it.
+Local processes (shard_processes.py) and Ray actors call these in this order. A rank that loses its engine or another
+rank exits: a collective with a lost peer may wait forever.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from .rank_facts import RankFacts, check_facts
 logger = logging.getLogger(__name__)
 
 EXIT_GROUP_LOST = 71
-_LEAVE_SECONDS = 3.0  # for the plans that came before the engine hung up
-_ABORT_SECONDS = 2.0  # NCCL's abort may hang as what it aborts did
-_LOAD_TIMEOUT = timedelta(hours=2)  # whoever started the ranks has a limit of its own, which is shorter
+_LEAVE_SECONDS = 3.0  # to finish plans received before the engine hung up
+_ABORT_SECONDS = 2.0  # NCCL's abort may hang too
+_LOAD_TIMEOUT = timedelta(hours=2)  # GroupStart has a shorter limit
 
 
 class ShardRank:
@@ -63,14 +62,14 @@ class ShardRank:
         self._left = threading.Event()
 
     def open_store(self, host: str) -> tuple[str, int]:
-        """Opens the store where the ranks meet, on an address of this machine; returns where it is."""
+        """Open the store of the group on an address of this machine; returns its address."""
         self._store, port = open_store(host)
         return host, port
 
     def join(self, store: tuple[str, int], timeout_s: float) -> None:
-        """Meets the other ranks and connects to them.
+        """Join the process group.
 
-        Raises ShardGroupError when one does not come within `timeout_s`, or does not fit the others.
+        Raises ShardGroupError if a rank does not join within `timeout_s`, or differs from the others.
         """
         begin = time.monotonic()
         deadline = begin + timeout_s
@@ -100,7 +99,7 @@ class ShardRank:
         self._context = self._make_context(self._groups)
         connected_s = time.monotonic() - begin - met_s
         logger.info(
-            "rank %d of %d has met the others in %.1f s, and connected to them in %.1f s",
+            "rank %d of %d joined the process group in %.1f s and connected in %.1f s",
             self._rank, self._world_size, met_s, connected_s,
         )  # fmt: skip
 
@@ -134,19 +133,19 @@ class ShardRank:
         return ParallelContext(self._tp_rank, tp_size, self._pp_rank, pp_size, tp, pp)
 
     def load(self) -> Loaded:
-        """Loads this rank's part of the model, and agrees with the others on the number of KV blocks.
+        """Load this rank's part of the model, and agree with the other ranks on the number of KV blocks.
 
         Raises ModelError and ConfigError as Shard does.
         """
         self._shard = Shard(
-            self._config, self._context, self._device, agree=self._least, num_neighbours=self._num_neighbours
+            self._config, self._context, self._device, agree=self._agree_on_least, num_neighbours=self._num_neighbours
         )
         return Loaded(self._shard.num_blocks, self._shard.startup_seconds)
 
     def serve(self, address: Address, token: bytes) -> None:
-        """Runs the engine's plans until it has no more. address: of its step channel.
+        """Run the engine's plans until it closes its step channel at `address`.
 
-        Raises EngineError where the engine cannot be reached. A loss after that ends the process.
+        Raises EngineError if the engine is unreachable. A later loss ends the process.
         """
         assert self._shard is not None, "load() comes first"
         client = StepChannelClient(address, self._rank, self._world_size, token)
@@ -161,30 +160,30 @@ class ShardRank:
         client.close()
 
     def abort(self) -> None:
-        """Ends the process groups, also under a collective that waits. They are never destroyed: that may wait."""
+        """Abort the process groups, even under a waiting collective. They are never destroyed: that may block."""
         if self._groups is not None:
             self._groups.abort()
 
     def _watch_engine(self, client: StepChannelClient) -> None:
-        """The main thread notices by itself that the engine is gone, unless it waits for a rank that is gone too."""
+        """Exit if the engine is gone while the main thread waits for a lost rank."""
         client.wait_for_hang_up()
         if not self._left.wait(_LEAVE_SECONDS):
             self._leave(f"the engine hung up {_LEAVE_SECONDS:g} s ago, and this rank still waits for another one")
 
     def _leave(self, why: str) -> None:
-        logger.error("rank %d of %d leaves: %s", self._rank, self._world_size, why)
+        logger.error("rank %d of %d exits: %s", self._rank, self._world_size, why)
         aborting = threading.Thread(target=self.abort, daemon=True)
         aborting.start()
         aborting.join(_ABORT_SECONDS)
         os._exit(EXIT_GROUP_LOST)
 
-    def _least(self, value: int) -> int:
-        """The least of all ranks' values; every rank asks as often as the others."""
+    def _agree_on_least(self, value: int) -> int:
+        """The least of all ranks' values; every rank calls it equally often."""
         answers = self._exchange(f"agreement {next(self._agreements)}", str(value), _LOAD_TIMEOUT)
         return min(int(answer) for answer in answers)
 
     def _exchange(self, what: str, value: str, timeout: timedelta) -> list[bytes]:
-        """Every rank's value. Raises ShardGroupError, naming those that are missing after `timeout`."""
+        """Every rank's value. Raises ShardGroupError with the ranks missing after `timeout`."""
         assert self._store is not None
         keys = [f"{what} of {rank}" for rank in range(self._world_size)]
         begin = time.monotonic()
@@ -192,7 +191,7 @@ class ShardRank:
             self._store.set(keys[self._rank], value)
             self._store.wait(keys, timeout)
             return [self._store.get(key) for key in keys]
-        except RuntimeError as error:  # torch's errors of stores and networks are all of them that
+        except RuntimeError as error:  # torch's store and network errors
             missing = self._missing(keys)
             raise ShardGroupError(
                 f"rank {self._rank} has waited {time.monotonic() - begin:.1f} s for the {what} of ranks {missing} of "
@@ -204,4 +203,4 @@ class ShardRank:
         try:
             return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         except RuntimeError:
-            return "that cannot be told, since the store is gone with rank 0,"
+            return "(unknown: the store is gone with rank 0)"

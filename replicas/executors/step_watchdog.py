@@ -1,4 +1,4 @@
-"""Tells a step that hangs from one that is slow."""
+"""Detects stuck steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Lock
 from ..config import ResolvedConfig
 from ..errors import EngineError
 
-_STOPPED = 5.0  # seconds that a step may wait for a rank whose process can be seen to be stopped
+_STOPPED = 5.0  # seconds for a step that waits for a visibly stopped process
 _TIMES_P99 = 20.0
 _MEMORY = 1000  # steps
 _WARM_UP_STEPS = 20
@@ -18,19 +18,19 @@ _WARM_UP_FLOOR = 120.0  # seconds: first steps load kernels and fill caches
 
 
 class StepWatchdog:
-    """A step is stuck when it takes longer than `floor` seconds and 20 times the 99th percentile of those before it.
+    """A step is stuck if it exceeds `floor` seconds and 20 times the 99th percentile of earlier steps.
 
-    The first steps are given more time, and steps that wait for a stopped process less.
+    The first steps get more time, steps that wait for a stopped process less.
     """
 
     def __init__(self, floor: float) -> None:
         self._floor = floor
         self._durations: deque[float] = deque(maxlen=_MEMORY)
-        self._lock = Lock()  # steps may end in one thread and be judged in another
+        self._lock = Lock()  # steps end in one thread and are checked in another
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> StepWatchdog:
-        """The one that a resolved configuration asks for."""
+        """The watchdog of a configuration."""
         return cls(config.step_limit_s)
 
     def step_ended(self, seconds: float) -> None:
@@ -47,7 +47,7 @@ class StepWatchdog:
         return max(self._floor, _TIMES_P99 * durations[int(0.99 * (len(durations) - 1))])
 
     def check(self, seconds: float, stopped: Callable[[], list[str]]) -> None:
-        """Raises EngineError if a step that has taken so long is stuck. stopped: names the ranks that are stopped."""
+        """Raise EngineError if a step of that duration is stuck. stopped: returns the stopped ranks."""
         limit = self.limit
         if seconds > limit:
             raise EngineError(f"a step has taken {seconds:.1f} s, above the limit of {limit:.1f} s (step_limit_s)")
@@ -56,7 +56,7 @@ class StepWatchdog:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process of this machine is stopped, as by SIGSTOP; a mere look at it."""
+    """Whether a process of this machine is stopped (as by SIGSTOP); does not block."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # it has ended

@@ -1,4 +1,4 @@
-"""What the ranks of one tensor-parallel group do together, and the plain implementation of it by torch.distributed."""
+"""Collectives of a tensor-parallel group, and their implementation by torch.distributed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from .c10d import all_gather_into
 
 
 class Collectives(Protocol):
-    """Operations of all ranks of a tensor-parallel group, in the same order on each of them.
+    """Collective operations; every rank calls them in the same order, and every rank gets the same bits.
 
-    Every rank gets the same bits. On a GPU all of them run on the current stream, wait for nothing on the host, and can
-    be captured in a CUDA graph.
+    On a GPU they run on the current stream, never block the host, and can be captured in a CUDA graph.
     """
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,24 +26,28 @@ class Collectives(Protocol):
         ...
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [ranks, ...], a block for each rank -> [ranks, ...], the block that each rank had for this one."""
+        """x [ranks, ...], one block for each rank -> [ranks, ...], the block of each rank for this one."""
         ...
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Adds the sum of x [T, N] over the ranks to `residual` [T, N] in place; returns it normalised by RMSNorm with
-        weight [N], as kernels.rms_norm.add_rms_norm does. x is of no use afterwards."""
+        """Add the sum of x [T, N] over the ranks to `residual` [T, N] in place; return its RMSNorm with weight [N].
+
+        As kernels.linear.rms_norm.add_rms_norm. x is overwritten.
+        """
         ...
 
     def check(self) -> None:
-        """Raises ShardGroupError once an operation has ended without the other ranks: what it made is NaN. Called on
-        the host before each step, and before a step's tokens are believed; costs no more than a read of memory."""
+        """Raise ShardGroupError if an operation gave up waiting for another rank; its result is NaN.
+
+        Called on the host before each step and before its tokens are used; costs a read of memory.
+        """
         ...
 
 
 class TorchCollectives:
-    """By a process group: gloo for tensors on CPU, NCCL for those of a GPU."""
+    """A process group's collectives: gloo on a CPU, NCCL on a GPU."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -56,8 +59,10 @@ class TorchCollectives:
         return x
 
     def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
-        """In place, in order of rank: gloo sums each part of a message in another order, so that a token's bits would
-        depend on the tokens beside it. As quick for few tokens; at 8 MB and four ranks 190 ms against 30 (two cores).
+        """Sum in place, in order of rank.
+
+        gloo sums each part of a message in another order, so a token's bits would depend on the tokens beside it. As
+        fast for few tokens; 190 ms against 30 for 8 MB and four ranks (two cores).
         """
         parts = self._gather(x)
         torch.add(parts[0], parts[1], out=x)
@@ -86,4 +91,4 @@ class TorchCollectives:
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
     def check(self) -> None:
-        """Nothing to look for: what a process group cannot do raises, or never ends."""
+        """Do nothing: a failed collective of a process group raises or never ends."""

@@ -1,7 +1,4 @@
-"""A rank's place among the ranks of one model copy, and the collectives that its layers call.
-
-Layers name the collective where the mathematics needs it; with one rank it is the identity.
-"""
+"""A rank's parallel coordinates, and the collectives that its layers call; with one rank they are the identity."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ if TYPE_CHECKING:
 class ParallelContext:
     """Tensor- and pipeline-parallel coordinates; world rank = pp_rank * tp_size + tp_rank.
 
-    tp: what the ranks of this stage do together; None where there is one. pp: the links to the neighbouring stages;
-    None where there is one stage.
+    tp: collectives of this stage's ranks; None with one rank. pp: links to other stages; None with one stage.
     """
 
     tp_rank: int = 0
@@ -45,22 +41,22 @@ class ParallelContext:
         return x if self.tp is None else self.tp.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every tensor-parallel rank's x [..., n], joined along the last axis: [..., tp_size * n]."""
+        """Every rank's x [..., n], joined along the last axis: [..., tp_size * n]."""
         return x if self.tp is None else self.tp.all_gather(x)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tp_size, ...], a block for each tensor-parallel rank -> the blocks that they had for this one."""
+        """x [tp_size, ...], one block for each rank -> each rank's block for this one."""
         return x if self.tp is None else self.tp.all_to_all(x)
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Adds the sum of x over the tensor-parallel ranks to `residual` in place; returns it normalised."""
+        """Add the sum of x over the ranks to `residual` in place; return its RMSNorm."""
         if self.tp is None:
             return add_rms_norm(x, residual, weight, eps)
         return self.tp.all_reduce_add_rms_norm(x, residual, weight, eps)
 
     def check(self) -> None:
-        """Raises ShardGroupError once an operation has ended without the other ranks; see Collectives."""
+        """Raise ShardGroupError if an operation gave up waiting for another rank; see Collectives."""
         if self.tp is not None:
             self.tp.check()

@@ -1,16 +1,15 @@
-"""What the stages of a pipeline hand to each other: hidden states forward, sampled tokens back to the first stage.
+"""Transfers between pipeline stages: hidden states forward, sampled tokens back to the first stage.
 
-Nothing here stops the host of a GPU: transfers are queued, and streams wait for them. Three rules keep stages from
-waiting for each other in a circle, with any number of stages and of plans in flight:
+On a GPU transfers are queued and streams wait for them; the host never blocks. Three rules prevent a deadlock, for any
+number of stages and of plans in flight:
 
-- Every stage runs all plans in the order of their steps. Stage s of step n waits for stage s - 1 of step n, for its own
-  step n - 1 and, the next stage being slow to take what it is sent, for stage s + 1 of step n - 1. All of them come
-  before (n, s) in the order of steps, then stages.
-- The first stage waits for tokens only right before the step that reads them, a step after the one that sampled them.
-- The last stage never waits for its tokens to be taken: they leave on a stream and a communicator of their own, from a
-  copy. So it can take the next hidden states, which the first stage sends before it asks for tokens.
+- Every stage runs all plans in the order of their steps. Stage s of step n waits for stage s - 1 of step n and for its
+  own step n - 1. If the next stage receives slowly, it also waits for stage s + 1 of step n - 1.
+- The first stage waits for tokens only right before the step that reads them.
+- The last stage never waits for a receiver of its tokens: it sends a copy on its own stream and communicator. So it can
+  receive the next hidden states, which the first stage sends before it waits for tokens.
 
-Thus whatever is waited for comes earlier in that order, and the earliest unfinished (step, stage) can always go on.
+So each wait is for an earlier (step, stage), and the earliest unfinished one can always proceed.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ _TAG = 0
 
 
 class PipelineLink(NamedTuple):
-    """A pair of ranks, as one of them sees it. A group of its own keeps its transfers from queueing behind others."""
+    """One rank's end of a connection to another. Its own process group keeps transfers from queueing behind others."""
 
     group: dist.ProcessGroup
-    peer: int  # the other one's rank in the group
+    peer: int  # the other rank, in the group
 
 
 class PipelineLinks:
     """A rank's links to the neighbouring stages, and between the last stage and the first; all of one tp_rank.
 
-    Tensors are those of the rank's device: on a CPU transfers go by gloo, on a GPU by NCCL on the current stream.
+    gloo on a CPU, NCCL on the current stream on a GPU.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class PipelineLinks:
         self._previous, self._following, self._first, self._last = previous, following, first, last
         self._on_cpu = device.type == "cpu"
         self._max_in_flight = max_in_flight
-        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # on a CPU: transfers that may not be over
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # on a CPU: sends that may be unfinished
         self._side = None if self._on_cpu or first is None else torch.cuda.Stream(device)
 
     @classmethod
@@ -66,11 +65,11 @@ class PipelineLinks:
         pp_size: int,
         max_in_flight: int,
     ) -> PipelineLinks:
-        """Make the links of world rank `rank`, as all ranks do at the same time.
+        """Make the links of world rank `rank`; all ranks call it at the same time.
 
-        open_group(name, ranks): waits for those ranks and gives their group. max_in_flight: plans that may be under
-        way at once. Each link is used once, the first stage's first: NCCL connects two ranks at their first transfer,
-        and both wait for that on the host, which later might be in the middle of something else.
+        open_group(name, ranks): waits for those ranks and returns their group. max_in_flight: plans in flight at once.
+        Each link is used once here, the first stage's first: NCCL connects two ranks at their first transfer, and that
+        blocks both hosts.
         """
         stage, tp_rank = divmod(rank, tp_size)
         is_first, is_last = stage == 0, stage == pp_size - 1
@@ -105,16 +104,16 @@ class PipelineLinks:
 
     def send_hidden(self, x: Tensor) -> None:
         """Send contiguous x to the next stage; later work may overwrite it."""
-        assert self._following is not None, "the last stage has none after it"
+        assert self._following is not None, "the last stage has no stage after it"
         self._send(x, self._following)
 
     def receive_hidden(self, out: Tensor) -> None:
-        """Receive into contiguous `out` what the stage before sent next, which has its size."""
-        assert self._previous is not None, "the first stage has none before it"
+        """Receive the previous stage's next hidden states into contiguous `out`, of their size."""
+        assert self._previous is not None, "the first stage has no stage before it"
         _receive(out, self._previous)
 
     def return_tokens(self, tokens: Tensor) -> None:
-        """Send tokens from the last stage to the first, beside the work that follows; that may overwrite them."""
+        """Send tokens from the last stage to the first, in parallel with later work, which may overwrite them."""
         assert self._first is not None, "tokens come from the last stage"
         if self._side is None:
             self._send(tokens, self._first)
@@ -126,12 +125,12 @@ class PipelineLinks:
             self._send(copy, self._first)
 
     def receive_tokens(self, out: Tensor) -> None:
-        """Receive, on the first stage, what the last one returned next."""
+        """Receive the last stage's next tokens on the first stage."""
         assert self._last is not None, "tokens go to the first stage"
         _receive(out, self._last)
 
     def finish(self) -> None:
-        """Wait, on a CPU, until all that was sent has been taken."""
+        """Wait until all sends are received (CPU only)."""
         while self._sent:
             self._sent.popleft()[0].wait()
 
@@ -141,8 +140,7 @@ class PipelineLinks:
             return
         copy = x.clone()
         self._sent.append((link.group.send([copy], link.peer, _TAG), copy))
-        # A stage sends one thing a plan: hidden states or, the last one, tokens. No more can be waiting to be taken
-        # than there are plans in flight.
+        # A stage sends once a plan, so at most max_in_flight sends are unreceived.
         while len(self._sent) > self._max_in_flight:
             self._sent.popleft()[0].wait()
 

@@ -1,7 +1,7 @@
-"""Collectives whose sums over ranks are taken over symmetric memory, where that is faster than NCCL.
+"""All-reduce over symmetric memory, for sizes where it is faster than NCCL.
 
-`open_collectives` gives a group what its configuration asks for and its machine can do. The table of sizes is that of
-kernels/comm/all_reduce.py; what is too large for it, and everything that is not a sum, goes to the plain collectives.
+`open_collectives` picks the backend that the configuration asks for and the machine supports. The table of sizes is in
+kernels/comm/all_reduce.py. Larger messages and all other collectives use the plain backend.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric
 
 logger = logging.getLogger(__name__)
 
-# Turns of a wait before it ends, some 0.5 us each on an H200: 260 s, of the order of the limit that NCCL has. Ranks
-# start at different speeds, and once they serve the engine's watchdog is far quicker.
+# Iterations of a spin-wait before it gives up, about 0.5 us each on an H200: 260 s, about NCCL's timeout, since ranks
+# start at different speeds. Once they serve, the engine's watchdog is far quicker.
 _SPIN_LIMIT = 1 << 29
 _LONGEST_ROW = 1 << 16  # bytes
 _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +45,7 @@ _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A tensor-parallel group as one of its ranks sees it. `name` is the group's own in `store`, and in the process."""
+    """One rank's view of a tensor-parallel group. `name` is unique in `store` and in the process."""
 
     store: Store
     name: str
@@ -57,11 +57,11 @@ class Group:
 def open_collectives(
     plain: Collectives, group: Group, kind: str = "auto", *, quantized: bool = False, batch_invariant: bool = False
 ) -> Collectives:
-    """What sums for a group. `kind` and `quantized` are `all_reduce` and `quantized_all_reduce` of ParallelConfig.
+    """The collectives of a group. kind, quantized: `all_reduce` and `quantized_all_reduce` of ParallelConfig.
 
-    Every rank calls it with the same arguments. batch_invariant: messages of all sizes are summed in one order. `plain`
-    itself is the answer where NCCL is asked for, on a CPU, and, with a warning that says why, where the ranks cannot
-    write each other's memory. Raises ShardGroupError where they cannot and what is asked for needs it.
+    Every rank calls it with the same arguments. batch_invariant: messages of all sizes are summed in one order. Returns
+    `plain` for kind "nccl" and on a CPU. Without symmetric memory it logs a warning and returns `plain`, or raises
+    ShardGroupError if the arguments require it.
     """
     if kind == "nccl" or group.device.type != "cuda":
         return plain
@@ -74,12 +74,12 @@ def open_collectives(
         )
     except NoSymmetricMemory as none:
         if kind != "auto":
-            raise ShardGroupError(f"all_reduce {kind!r} cannot be had: {none}; use auto or nccl") from none
+            raise ShardGroupError(f"all_reduce {kind!r} is not available: {none}; use auto or nccl") from none
         if batch_invariant and group.world_size > 2:  # two numbers have one sum
             raise ShardGroupError(
-                f"batch_invariant cannot be had of {group.world_size} ranks over NCCL: {none}"
+                f"batch_invariant is not available for {group.world_size} ranks over NCCL: {none}"
             ) from none
-        logger.warning("%s has no symmetric memory, and all its sums are left to NCCL: %s", group.name, none)
+        logger.warning("%s has no symmetric memory; NCCL does every all-reduce: %s", group.name, none)
         return plain
     if kind == "symm_mem":
         return TorchSymmetricCollectives(plain, memory)
@@ -90,7 +90,7 @@ def open_collectives(
         memory=memory.own,
         peers=torch.tensor(memory.addresses, dtype=torch.int64, device=group.device),
         state=torch.zeros(STATE_SIZE, dtype=torch.int64, device=group.device),
-        # The kernels write into it when a wait has failed; on the host, it can be looked at without a copy.
+        # Kernels set it when a wait gave up. It is in host memory, where reading it needs no copy.
         alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         spin_limit=_SPIN_LIMIT,
         multiprocessors=torch.cuda.get_device_properties(group.device).multi_processor_count,
@@ -100,17 +100,16 @@ def open_collectives(
 
 
 def buffer_capacity(world_size: int) -> int:
-    """Bytes of a buffer that holds every message of the table, slices being a row longer than their share of it."""
+    """Bytes of a buffer for every message of the table; a slice may be one row longer than its share."""
     one_shot, two_shot = LIMITS_KIB[world_size]
     return (max(world_size * one_shot, 2 * two_shot) << 10) + 2 * world_size * _LONGEST_ROW
 
 
 class SymmetricCollectives:
-    """By the kernels of kernels/comm/all_reduce.py for messages of their table, by `plain` for all others.
+    """Kernels of kernels/comm/all_reduce.py for messages of their table, `plain` for all others.
 
-    every_size: larger ones too, in parts. quantized: those above INT8_ABOVE_KIB, in parts and with 8 bits an element.
-    fused: a norm that follows is a part of the kernel; apart from it, all messages are normed by one kernel, to the
-    same bits.
+    every_size: larger messages too, in parts. quantized: those above INT8_ABOVE_KIB in parts, with 8 bits an element.
+    fused: the kernel includes the following norm; otherwise one kernel norms messages of all sizes, to the same bits.
     """
 
     def __init__(
@@ -130,9 +129,9 @@ class SymmetricCollectives:
         algorithm = self._choose(x)
         if algorithm is not None:
             flat = x.view(-1)
-            for part in (flat,) if self._holds(algorithm, *as_rows(x.numel()), x) else flat.split(self._part_size(x)):
+            for part in (flat,) if self._fits(algorithm, *as_rows(x.numel()), x) else flat.split(self._part_size(x)):
                 all_reduce(part, self._exchange, algorithm)
-        elif self._goes_in_8_bits(x):
+        elif self._is_quantized(x):
             for part in x.view(-1).split(int8_part_size(self._exchange.capacity, self._exchange.world_size)):
                 all_reduce_int8(part, self._exchange)
         else:
@@ -143,7 +142,7 @@ class SymmetricCollectives:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         algorithm = self._choose(x) if self._fused else None
-        if algorithm is not None and self._holds(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
+        if algorithm is not None and self._fits(algorithm, x.numel() // x.shape[-1], x.shape[-1], x):
             return all_reduce_add_rms_norm(x, residual, weight, eps, self._exchange, algorithm)
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
@@ -157,33 +156,33 @@ class SymmetricCollectives:
         if self._alarm[0]:
             raise ShardGroupError(
                 f"rank {self._exchange.rank} of {self._exchange.world_size} has waited {self._exchange.spin_limit} "
-                "turns, some 0.5 us each, for another rank's part of a sum; look at the other ranks' logs"
+                "turns of about 0.5 us each for another rank's part of an all-reduce; look at the other ranks' logs"
             )
 
     def _choose(self, x: torch.Tensor) -> Algorithm | None:
         algorithm = choose(x.nbytes, self._exchange.world_size)
-        if not self._takes(x) or self._goes_in_8_bits(x):
+        if not self._supports(x) or self._is_quantized(x):
             return None
         return Algorithm.TWO_SHOT if algorithm is None and self._every_size else algorithm
 
-    def _goes_in_8_bits(self, x: torch.Tensor) -> bool:
-        return self._quantized and self._takes(x) and x.nbytes > INT8_ABOVE_KIB << 10
+    def _is_quantized(self, x: torch.Tensor) -> bool:
+        return self._quantized and self._supports(x) and x.nbytes > INT8_ABOVE_KIB << 10
 
-    def _takes(self, x: torch.Tensor) -> bool:
+    def _supports(self, x: torch.Tensor) -> bool:
         return x.is_contiguous() and x.dtype in DTYPES and x.numel() > 0
 
-    def _holds(self, algorithm: Algorithm, num_rows: int, num_features: int, x: torch.Tensor) -> bool:
+    def _fits(self, algorithm: Algorithm, num_rows: int, num_features: int, x: torch.Tensor) -> bool:
         needed = buffer_bytes(algorithm, num_rows, num_features, x.itemsize, self._exchange.world_size)
         return needed <= self._exchange.capacity
 
     def _part_size(self, x: torch.Tensor) -> int:
-        """Elements that a buffer surely holds, in two shots: a power of two, so that all slices are alike."""
+        """Elements that fit into a buffer with the two-shot algorithm; a power of two, so that all slices are equal."""
         size = 1 << (self._exchange.capacity // (2 * x.itemsize)).bit_length() - 1
         return size if as_rows(size)[0] >= self._exchange.world_size else size // self._exchange.world_size
 
 
 class TorchSymmetricCollectives:
-    """Sums by torch's operators over symmetric memory, `torch.ops.symm_mem`, up to the table's largest message."""
+    """All-reduce by `torch.ops.symm_mem`, up to the table's largest message."""
 
     def __init__(self, plain: Collectives, memory: SymmetricMemory) -> None:
         self._plain, self._memory = plain, memory

@@ -1,8 +1,7 @@
-"""Memory of a GPU that the other ranks of a group can write, by torch's symmetric memory.
+"""GPU memory that the other ranks of a group can write: torch's symmetric memory.
 
-The ranks agree first on whether it can be had: all of them get it, or all of them the same reason why not. What they
-say to each other goes through a store. NVLink multicast is not used; torch prepares it where it can, unless
-TORCH_SYMM_MEM_DISABLE_MULTICAST=1 says otherwise.
+The ranks first agree through a store: either all of them get it, or all of them get the same reason why not. NVLink
+multicast is not used; torch sets it up if it can, unless TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ import torch
 from ..device import this_machine
 from .c10d import ProcessGroup, Store, empty_symmetric, named_group, rendezvous
 
-_TIMEOUT = timedelta(minutes=5)  # the ranks do this at the same point of their start, but load at different speeds
+_TIMEOUT = timedelta(minutes=5)  # ranks get here at different times: they load at different speeds
 
 
 class NoSymmetricMemory(Exception):
-    """A rank cannot write another one's memory; says which, and why."""
+    """A rank cannot write another one's memory; the message names both and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank is."""
+    """A rank's host and GPU."""
 
     host: str
     boot: str  # of the host's kernel: two hosts may have one name
@@ -39,21 +38,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class SymmetricMemory:
-    """`own` uint8 [bytes] is this rank's; `addresses` [W] those of every rank's, as this device sees them.
-
-    The memory goes when `own` does.
-    """
+    """own: uint8 [bytes] of this rank, freed with the tensor. addresses: every rank's, as this device sees them."""
 
     own: torch.Tensor
     addresses: tuple[int, ...]
     group_name: str
-    group: ProcessGroup  # found by its name, until nobody has it any more
+    group: ProcessGroup  # torch finds it by its name while it is referenced
 
 
 def why_unreachable(places: Sequence[Place], rank: int, has_access: Callable[[str], bool | None]) -> str:
-    """Why `rank` cannot write the memory of all others; empty where it can.
+    """Why `rank` cannot write the memory of all others; empty if it can.
 
-    has_access(uuid): whether its device reaches that one; None where its process does not see that device.
+    has_access(uuid): peer access to that GPU; None if the process does not see it.
     """
     own = places[rank]
     for peer, place in enumerate(places):
@@ -72,10 +68,10 @@ def why_unreachable(places: Sequence[Place], rank: int, has_access: Callable[[st
 def open_symmetric_memory(
     store: Store, name: str, rank: int, world_size: int, device: torch.device, num_bytes: int
 ) -> SymmetricMemory:
-    """`num_bytes` on each rank's device, all bits set. `name`: of the group, in this process and in the store.
+    """Allocate `num_bytes` on each rank's device, all bits set; every rank of group `name` calls it.
 
-    Every rank of the group calls it. Raises NoSymmetricMemory, on all of them for one reason, and torch's RuntimeError
-    where one does not come within 5 minutes.
+    Raises NoSymmetricMemory, with the same reason on all ranks, and torch's RuntimeError if a rank does not come within
+    5 minutes.
     """
 
     def exchange(what: str, value: str) -> list[str]:

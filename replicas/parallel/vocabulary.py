@@ -1,4 +1,4 @@
-"""A rank's slice of the vocabulary, and what the ranks of a stage exchange of their slices' logits."""
+"""A rank's slice of the vocabulary, and exchanges of logits between the ranks of a stage."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch.nn.functional as F
 
 from .comm import ParallelContext
 
-# Slices are a multiple of so many tokens: four share their sampling noise, and a row of logits in half precision is
-# read sixteen bytes at a time.
+# Slices are multiples of 16 tokens: four share their sampling noise, and half-precision logits are read 16 bytes at a
+# time.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularySlice:
-    """The tokens whose rows of embedding and head a rank holds: equal shares, the last ones being filled in part."""
+    """The tokens whose embedding and head rows a rank holds: equal shares, the last ones padded."""
 
     vocab_size: int
     comm: ParallelContext
 
     @property
     def width(self) -> int:
-        """Rows of every rank's share, filled or not."""
+        """Rows of every rank's share, padding included."""
         ranks = self.comm.tp_size
         return self.vocab_size if ranks == 1 else -(-self.vocab_size // (ranks * _ALIGNMENT)) * _ALIGNMENT
 
@@ -34,7 +34,7 @@ class VocabularySlice:
 
     @property
     def size(self) -> int:
-        """How many tokens there are; the last ranks may have none."""
+        """Tokens without padding; the last ranks may have none."""
         return min(max(self.vocab_size - self.first, 0), self.width)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
@@ -46,21 +46,21 @@ class VocabularySlice:
     def deal(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [K, size] of every rank -> whole rows [ceil(K / ranks), vocab_size]: this rank's share of the rows.
 
-        A rank receives 1 / ranks of what `whole` would bring it, and has as much less to do with it.
+        A rank receives and processes 1 / ranks of the logits that `whole` gathers.
         """
         ranks, share = self.comm.tp_size, self._share(len(logits))
         blocks = self.comm.all_to_all(self._padded(logits, ranks * share).view(ranks, share, self.width))
         return blocks.transpose(0, 1).reshape(share, ranks * self.width)[:, : self.vocab_size]
 
     def dealt(self, values: torch.Tensor, padding: int) -> torch.Tensor:
-        """Of values [K], the same on every rank, those of the rows that `deal` brings, then `padding`."""
+        """This rank's share of a replicated [K] tensor, padded to ceil(K / ranks)."""
         share = self._share(len(values))
         missing = share * self.comm.tp_size - len(values)
         padded = F.pad(values, (0, missing), value=padding) if missing else values
         return padded[self.comm.tp_rank * share :][:share]
 
     def collect(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """values [ceil(count / ranks)] of the rows that `deal` brought to each rank -> [count], those of all rows."""
+        """Each rank's [ceil(count / ranks)] values, for the rows from `deal` -> [count], for all rows."""
         return self.comm.all_gather(values)[:count]
 
     def _share(self, num_rows: int) -> int:

@@ -1,8 +1,7 @@
-"""Logits processors: what changes a row's logits before its token is sampled.
+"""Logits processors change a row's logits before its token is sampled.
 
-Most rows have none and are sampled in the CUDA graph. A row with at least one is sampled again outside of it, from a
-copy of its logits that each of its processors has changed, in the order of `LOGITS_PROCESSORS`. A new processor is one
-class and one entry there.
+Most rows have none and are sampled in the CUDA graph. A row with at least one is sampled again outside of it. Its
+processors change a copy of its logits, in the order of `LOGITS_PROCESSORS`. A new one is a class and an entry there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sampling of one rank: parameters by row, one pass over the logits of a step.
 
-The parameters of every row (temperature, top-k, ...) are tensors indexed by row, and `sample` reads nothing on the
-host, so it runs in the CUDA graph. Rows with logits processors are sampled again by `resample`, outside of the graph.
+The parameters of every row (temperature, top-k, ...) are tensors indexed by row. `sample` reads nothing on the host, so
+it runs in the CUDA graph. Rows with logits processors are sampled again by `resample`, outside of the graph.
 That needs no token on the host either: histories are on the device, where the next step may already wait for them.
 
 Tensor-parallel ranks hold a slice of the logits each, and all of them sample the tokens that one rank with all logits

@@ -1,10 +1,8 @@
-"""CUDA graphs of whole steps, one for each size of a step, replayed for any step that fits.
+"""CUDA graphs of whole steps, one for each graph shape, replayed for any step that fits.
 
-A step of a graph's size or a little smaller is one launch for the host instead of some three hundred. Its inputs lie
-in buffers that stay (device_inputs.py); what a step does not fill is padding. A decode graph runs slices of one token
-alone; a mixed one both kinds, how many of each being read on the device.
-
-Memory is one pool: graphs run one after the other, so that each may use again what the one before it used.
+A replay is one launch for the host instead of some three hundred. Inputs are at fixed addresses (device_inputs.py);
+entries that a step does not fill are padding. A decode graph runs slices of one token only; a mixed graph runs both
+kinds and reads their numbers on the device. All graphs share one memory pool, since they run one after the other.
 """
 
 from __future__ import annotations
@@ -21,17 +19,17 @@ _SAMPLED_PREFILLS = 16  # prompts that may end in one step, where not every row 
 
 
 def decode_shapes(max_rows: int) -> list[GraphShape]:
-    """Sizes of decode graphs: fine steps, for a padded sequence costs as much as one that is served."""
+    """Shapes of decode graphs, finely spaced: a padded sequence costs as much as a real one."""
     sizes = {*(1, 2, 4), *range(8, 128, 8), *range(128, max_rows, 16), max_rows}
     return [GraphShape(size, size, 0, size) for size in sorted(sizes) if size <= max_rows]
 
 
 def mixed_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
-    """Sizes of graphs that prefill too: at most an eighth, or 64 tokens, is padding.
+    """Shapes of graphs with prefills: padding is at most an eighth, or 64 tokens.
 
-    Each comes for no decodes, for few, and for as many as there may be: attention shares the device out among the
-    decode slots, so one long context among 256 slots would get little of it. The prefill slots
-    are one in 8 tokens: 255 that are padding cost 5 to 9 us a layer on an H200, too much for a small step.
+    Each size exists for no decodes, for few, and for the most. Attention divides the device among the decode slots, so
+    one long context among 256 slots would get little of it. Prefill slots are one in 8 tokens: 255 of padding cost 5 to
+    9 us a layer on an H200, too much for a small step.
     """
     sizes, size = [], 64
     while size < max_tokens:
@@ -47,7 +45,7 @@ def mixed_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
 
 
 def with_filtered(shapes: list[GraphShape]) -> list[GraphShape]:
-    """Each size for steps without filters and for those with them, which are two programs where logits are split."""
+    """Each shape without and with filters: two programs if logits are split over ranks."""
     return [replace(shape, filtered=filtered) for shape in shapes for filtered in (False, True)]
 
 

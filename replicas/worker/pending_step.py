@@ -13,15 +13,15 @@ from ..sampling.sampler import NO_TOKEN
 
 @dataclass(slots=True)
 class PendingStep:
-    """A launched step, until its result is asked for."""
+    """Host copies of a step's results, and the plan they answer."""
 
     plan: StepPlan
     tokens: HostCopy
     scores: HostCopy | None = None  # of the sampled tokens
-    prompt_scores: list[tuple[np.ndarray, HostCopy]] = field(default_factory=list)  # the token ids scored, and theirs
+    prompt_scores: list[tuple[np.ndarray, HostCopy]] = field(default_factory=list)  # (token ids, scores)
 
     def result(self) -> StepResult:
-        """Waits for the step. Its tokens are those of the last stage; the others have none."""
+        """Wait for the step. Only the last pipeline stage has tokens."""
         (tokens,) = self.tokens.wait()
         token_ids = tokens.astype(np.int32)
         failed = ()

@@ -1,4 +1,4 @@
-"""What a pipeline stage takes in before each step and hands on after it."""
+"""What a pipeline stage receives before each step and sends after it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .step_inputs import count_decodes
 
 
 class StageExchange:
-    """One stage's exchange with the others, step by step, over its links.
+    """Transfers of one stage, step by step, over its pipeline links.
 
-    Hidden states come in and leave through buffers that stay at one address, for CUDA graphs. Just the plan's tokens
-    travel: where a graph has room for more, what lies beyond is of an earlier step, and finite. That is why the two
-    are not one: padding that went through the layers again and again would not remain so.
+    Hidden states use two buffers at fixed addresses, for CUDA graphs. Only the plan's tokens are sent; the padding of a
+    graph keeps finite values of an earlier step. With one buffer for both, padding would pass through the layers again
+    and again, and would overflow.
 
-    Of tokens all rows' last ones travel, 8 bytes a row, so that the first stage need not remember which rows a step
-    sampled. A newer message holds all that an older one did.
+    The last stage sends back the latest token of every row (8 bytes each). So the first stage need not store which rows
+    each step sampled. A newer message replaces an older one.
     """
 
     def __init__(
@@ -34,59 +34,59 @@ class StageExchange:
         incoming: Tensor,
         outgoing: Tensor,
     ) -> None:
-        self._incoming, self._outgoing = incoming, outgoing  # each [max_tokens, hidden], empty where there is none
+        self._incoming, self._outgoing = incoming, outgoing  # each [max_tokens, hidden], or empty if unused
         self._links, self._last_tokens, self._num_stages = links, last_tokens, comm.pp_size
         self._is_first, self._is_last = comm.is_first_stage, comm.is_last_stage
-        # On the first stage: steps whose tokens have not been taken, and the step that last sampled each row.
-        self._owed: deque[int] = deque()
+        # On the first stage: steps whose tokens are not received yet, and the step that last sampled each row.
+        self._expected: deque[int] = deque()
         self._sampled_in = np.full(len(last_tokens), -1, np.int64)
 
     def incoming(self, num_tokens: int) -> Tensor | None:
-        """What the stage before left of a step with room for so many tokens; None on the first stage."""
+        """The buffer of received hidden states [num_tokens, hidden]; None on the first stage."""
         return None if self._is_first else self._incoming[:num_tokens]
 
     def stage_output(self, hidden: Tensor) -> None:
-        """Lay a step's hidden states where they leave from."""
+        """Copy a step's hidden states into the send buffer."""
         self._outgoing[: len(hidden)].copy_(hidden)
 
     def recv_before_step(self, plan: StepPlan) -> None:
-        """Queue what must have come before the step can run."""
+        """Queue the receives that the step depends on."""
         if not self._is_first:
             self._links.receive_hidden(self._incoming[: len(plan.token_ids)])
             return
         num_decodes = count_decodes(plan)
         readers = plan.rows[:num_decodes][plan.token_ids[:num_decodes] == DEVICE_TOKEN]
-        # The last stage cannot be further behind than there are stages, for each hands a step on before it begins the
-        # next. So taking tokens that nobody reads yet does not wait for long; left alone they would fill the link.
-        self._take_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._num_stages))
+        # The last stage is at most num_stages steps behind: each stage sends a step before it begins the next. So early
+        # receives wait only briefly; without them, unread tokens would fill the connection.
+        self._receive_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._num_stages))
         if len(plan.sample_rows):
             self._sampled_in[plan.sample_rows] = plan.step
-            self._owed.append(plan.step)
+            self._expected.append(plan.step)
 
     def send_after_step(self, plan: StepPlan) -> None:
-        """Queue what others need of the step."""
+        """Queue the sends that other stages depend on."""
         if not self._is_last:
             self._links.send_hidden(self._outgoing[: len(plan.token_ids)])
         elif len(plan.sample_rows):
             self._links.return_tokens(self._last_tokens)
 
     def synchronize(self) -> None:
-        """Take what is owed of all steps, and see what was handed on taken, so that nothing is under way."""
-        if self._owed:
-            self._take_tokens(self._owed[-1])
+        """Receive the tokens of all steps so far, and wait until all sends are received."""
+        if self._expected:
+            self._receive_tokens(self._expected[-1])
         self._links.finish()
 
-    def _take_tokens(self, step: int) -> None:
-        """Queue the arrival of the tokens of all steps up to `step`."""
-        while self._owed and self._owed[0] <= step:
-            self._owed.popleft()
+    def _receive_tokens(self, step: int) -> None:
+        """Queue the receives of the tokens of all steps up to `step`."""
+        while self._expected and self._expected[0] <= step:
+            self._expected.popleft()
             self._links.receive_tokens(self._last_tokens)
 
 
 def make_exchange(
     comm: ParallelContext, last_tokens: Tensor, max_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> StageExchange | None:
-    """The exchange of this rank; None where one stage is all."""
+    """The exchange of this rank; None with one stage."""
     if comm.pp is None:
         return None
     incoming, outgoing = (

@@ -166,7 +166,9 @@ def test_a_rank_behind_a_cut_link_is_missed_and_leaves_by_itself(
 def test_a_rank_that_cannot_reach_the_others_is_named(nodes: tuple[Namespace, Namespace], checkpoint: str) -> None:
     here, there = nodes
     there.cut()
-    with pytest.raises(ShardGroupError, match=r"could not meet: .*rank 1 .*cannot reach the group's store"):
+    with pytest.raises(
+        ShardGroupError, match=r"could not form the process group: .*rank 1 .*cannot reach the group's store"
+    ):
         Group(config(checkpoint, 2, 1), here, [here, there])
 
 

@@ -137,7 +137,7 @@ def test_a_step_that_fails_on_one_rank_ends_all(maker: Maker, method: str, actor
 def test_a_rank_that_dies_while_the_group_starts_ends_all(
     maker: Maker, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_start, "_LAST_WORDS_SECONDS", 0.1)  # which the hanging rank has none of
+    monkeypatch.setattr(group_start, "_ROOT_CAUSE_SECONDS", 0.1)  # which the hanging rank has none of
     hangs = threading.Event()
     maker.fault(0, method, lambda: maker.shards[0].kill())
     if method not in ("open_store", "placement"):
@@ -164,7 +164,7 @@ def test_a_rank_that_is_stopped_while_the_group_starts_ends_all(
     maker: Maker, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long before the time for the start is over."""
-    monkeypatch.setattr(group_start, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(group_start, "_POLL_SECONDS", 0.02)
     goes_on = threading.Event()
 
     def stop() -> None:
@@ -190,7 +190,7 @@ def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(maker: Maker, monkeyp
             goes_on.set()
         return bool(stopped)
 
-    monkeypatch.setattr(group_start, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(group_start, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(FakeShard, "is_stopped", is_stopped)
     maker.fault(0, "load", lambda: goes_on.wait(PATIENCE))
     maker.start(group_config(2), [placement()] * 2)

@@ -76,7 +76,7 @@ def test_a_rank_that_ends_as_all_have_been_accepted_is_named(config: ResolvedCon
 
 
 def test_a_rank_for_which_the_others_wait_is_named_alone(config: ResolvedConfig, monkeypatch) -> None:
-    monkeypatch.setattr(group_start, "_LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(group_start, "_ROOT_CAUSE_SECONDS", 0.2)
     ranks = [RankInThread(config, 0, stuck=False), RankInThread(config, 1, stuck=True)]
     with pytest.raises(ShardGroupError, match=r"rank 0 has waited .* s for the facts of ranks \[1\] of 2"):
         GroupStart(config, 1.0).load(ranks, "127.0.0.1")

@@ -78,10 +78,10 @@ def test_without_symmetric_memory_sums_are_nccls_and_it_is_said_why(world_size, 
         assert open_collectives(plain, group, "auto") is plain
     assert [why in record.getMessage() for record in caplog.records] == [True]
     for kind in ("triton", "symm_mem"):
-        with pytest.raises(ShardGroupError, match=f"all_reduce '{kind}' cannot be had: .*{why}; use auto or nccl"):
+        with pytest.raises(ShardGroupError, match=f"all_reduce '{kind}' is not available: .*{why}; use auto or nccl"):
             open_collectives(plain, group, kind)
     if world_size > 2:
-        with pytest.raises(ShardGroupError, match=f"batch_invariant cannot be had of 3 ranks over NCCL: .*{why}"):
+        with pytest.raises(ShardGroupError, match=f"batch_invariant is not available for 3 ranks over NCCL: .*{why}"):
             open_collectives(plain, group, "auto", batch_invariant=True)
 
 
