@@ -2,8 +2,8 @@
 
 Contexts have random lengths, so that every step some sequences begin a new block. Time is that of `Scheduler.plan`
 and `Scheduler.update`; the executor is an array of ones made between them. `engine` adds the token deltas, one Python
-object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Of a pipeline each step decodes one lane
-of the sequences. Beside it: allocating and releasing eight blocks, and matching a prompt of 1,024 tokens against the
+object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Each step of a pipeline decodes one
+micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of 1,024 tokens against the
 prefix cache, with and without hashing it.
 
     taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
@@ -80,7 +80,7 @@ def full_engine(num_sequences: int, num_steps: int, num_stages: int = 1) -> tupl
         engine.add_request(Request(str(i), prompt, sampling))
     while engine.scheduler.table.decoding.sum() < num_sequences:
         engine.step()
-    for _ in range(4 * num_stages):  # until the lanes are equal
+    for _ in range(4 * num_stages):  # until the micro-batches are equal
         engine.step()
     return engine, executor
 
@@ -167,8 +167,8 @@ def main() -> None:
     gc.freeze()  # what stands here lives as long as the process
     for num_stages, num_sequences in product(options.stages, options.sequences):
         times = time_scheduler(num_sequences, options.steps, num_stages)
-        lanes = f" in {num_stages} lanes" if num_stages > 1 else ""
-        add(report, f"scheduler step, {num_sequences:,} sequences{lanes}", times, GOALS.get(num_sequences))
+        parts = f" in {num_stages} micro-batches" if num_stages > 1 else ""
+        add(report, f"scheduler step, {num_sequences:,} sequences{parts}", times, GOALS.get(num_sequences))
     for num_sequences in options.sequences:
         add(report, f"engine step, {num_sequences:,} sequences", time_engine(num_sequences, min(options.steps, 100)))
     time_pool(report)

@@ -1,13 +1,12 @@
-"""Step plans from an engine to the ranks of its shard group, and results back, over sockets.
+"""Step plans from an engine to the ranks of its shard group over sockets, and results back.
 
     engine:  server = StepChannelServer(world_size, token)     rank:  client = StepChannelClient(server.path, rank, ...)
              server.accept(timeout_s)                                 while (plan := client.receive()) is not None:
              server.submit(plan); server.result()                         client.send_result(...)
 
-Every plan goes to every rank one way: the ranks' own collectives keep them in step, and only the rank that samples
-answers. Ranks on the engine's node come by UNIX socket, those of other nodes by TCP. A rank that dies is seen as
-end-of-file by whatever the engine does next, also while it waits; a failed channel stays failed, since the ranks
-have then lost each other. Whoever waits sleeps in the kernel and costs no CPU.
+Every rank receives every plan, and only the rank that samples answers: collectives keep the ranks in step. Ranks on
+the engine's node connect by UNIX socket, those of other nodes by TCP. When a rank dies, the engine's current or next
+call sees end-of-file. A failed channel stays failed, since the ranks are out of step. Waiting costs no CPU.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ _SILENCE_MS = 1000
 
 
 class PeerLost(EngineError):
-    """The connection to a rank, or to the engine, ended in the middle of work."""
+    """The connection to a rank, or to the engine, ended during work."""
 
 
 class _FrameReader:
-    """Cuts what a socket receives into frames. Each frame is a buffer of its own, so that views on it may live on."""
+    """Splits a socket's stream into frames. Each frame has its own buffer, so that views on it stay valid."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._staging = memoryview(bytearray(_STAGING_BYTES))
-        self._begin = self._end = 0  # of what has been received and not yet returned
-        self._large: memoryview | None = None  # a frame that the staging buffer cannot hold; `_end` bytes are here
+        self._begin = self._end = 0  # of the bytes received and not yet returned
+        self._large: memoryview | None = None  # a frame larger than the staging buffer; it has `_end` bytes
 
     def fill(self, flags: int = 0) -> None:
         """Receive once. Raises EOFError at the end of the stream."""
@@ -53,7 +52,7 @@ class _FrameReader:
         self._end += count
 
     def next(self) -> Frame | None:
-        """The next frame, or None when it has not all come yet. Raises FrameError if what came is not one."""
+        """The next frame, or None if it is incomplete. Raises FrameError if the bytes are no frame."""
         if self._large is not None:
             if self._end < len(self._large):
                 return None
@@ -72,7 +71,9 @@ class _FrameReader:
             return frame
         self._move_to_front()
         if length > len(self._staging):
-            self._large = memoryview(np.empty(length, np.uint8).data)  # pages are taken as bytes come, not as claimed
+            self._large = memoryview(
+                np.empty(length, np.uint8).data
+            )  # pages are allocated as bytes arrive, not as claimed
             self._large[:held] = self._staging[:held]
         return None
 
@@ -89,10 +90,10 @@ class _Rank:
     def __init__(self, rank: int, sock: socket.socket) -> None:
         self.rank, self.sock = rank, sock
         self.reader = _FrameReader(sock)
-        self.unsent = memoryview(b"")  # what the socket has not taken yet of the last frame
+        self.unsent = memoryview(b"")  # rest of the last frame
 
     def send(self, frame: memoryview) -> bool:
-        """Send what the socket takes at once; whether that was all."""
+        """Send without blocking; whether the whole frame went out."""
         try:
             self.unsent = frame[self.sock.send(frame, SEND_FLAGS) :]
         except BlockingIOError:
@@ -103,9 +104,9 @@ class _Rank:
 class StepChannelServer:
     """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
 
-    One thread submits and asks for results; any thread may close. Where `host` is given, ranks may also come by TCP,
-    on a port that the system chooses. path: of the UNIX socket. on_silence: called in each second in which a call that
-    waits for the ranks has heard nothing of them; an EngineError that it raises ends the call, and the channel's use.
+    One thread submits and collects results; any thread may close. With `host`, ranks may also connect by TCP, on a
+    port that the system chooses. path: of the UNIX socket. on_silence: called once a second while a call waits and no
+    rank sends anything; an EngineError that it raises fails the call and the channel.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -116,20 +117,20 @@ class StepChannelServer:
         self._world_size, self._token, self._result_rank = world_size, token, result_rank
         self._listener = Listener(host)
         self.path, self.address = self._listener.path, self._listener.address
-        self._lock = threading.Lock()  # held by whoever uses the sockets
+        self._lock = threading.Lock()  # held while the sockets are in use
         self._closing = threading.Lock()  # taken by the first close, for good
         self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
         self._broken: EngineError | None = None
         self._ranks: list[_Rank] = []
         self._by_fd: dict[int, _Rank] = {}
         self._poll = select.poll()
-        self._in_flight: deque[int] = deque()  # steps whose result has not come
+        self._in_flight: deque[int] = deque()  # steps without a result yet
         self._results: deque[StepResult] = deque()
 
     def accept(self, timeout_s: float) -> None:
-        """Wait until every rank has come and has proved that it belongs here; others are told why not.
+        """Wait until every rank has connected and authenticated. Others are refused with a reason.
 
-        Raises EngineError after `timeout_s`, naming the ranks that are missing and who was refused.
+        Raises EngineError after `timeout_s`, naming the missing ranks and the refused peers.
         """
         with self._lock:
             self._check_usable()
@@ -143,7 +144,7 @@ class StepChannelServer:
                 self._poll.register(sock, select.POLLIN)
 
     def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
-        """Send a plan to every rank; returns when the sockets have taken it, which for most plans is at once.
+        """Send a plan to every rank; returns when the sockets have accepted it, for most plans at once.
 
         Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
         """
@@ -162,15 +163,15 @@ class StepChannelServer:
                 if not sent:
                     waiting = True
                     self._poll.modify(peer.sock, select.POLLIN | select.POLLOUT)
-            # Results are read meanwhile: a rank that waits for us to read a large one would take no plan.
+            # Results are read meanwhile: a rank that blocks on sending a large one receives no plan.
             while waiting:
                 self._wait(on_silence)
                 waiting = any(peer.unsent for peer in self._ranks)
 
     def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
-        """The result of the oldest plan not yet answered; waits for it.
+        """Wait for the result of the oldest unanswered plan.
 
-        Raises EngineError when a rank says that it failed, PeerLost when one is gone, ChannelClosed.
+        Raises EngineError when a rank reports a failure, PeerLost when one is gone, ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -181,14 +182,14 @@ class StepChannelServer:
             return self._results.popleft()
 
     def close(self) -> None:
-        """Tell the ranks that no more plans come, and hang up. A thread that waits here gets ChannelClosed."""
+        """Send EndOfSteps to the ranks, and close. A waiting thread gets ChannelClosed."""
         if not self._closing.acquire(blocking=False):
             return
         self._waker.send(b"\0")
         with self._lock:
             end = memoryview(encode(EndOfSteps()))
             for peer in self._ranks:
-                if not peer.unsent:  # else this would be read as the rest of a plan
+                if not peer.unsent:  # else the rank would read it as the rest of a plan
                     with contextlib.suppress(OSError):
                         peer.send(end)
                 peer.sock.close()
@@ -203,7 +204,7 @@ class StepChannelServer:
             raise self._broken
 
     def _wait(self, on_silence: Callable[[], None] | None) -> None:
-        """Wait until a socket has something or takes something, and do that; or for a second."""
+        """Wait at most a second for a socket that is readable or writable, and serve it."""
         ready = self._poll.poll(_SILENCE_MS)
         try:
             if not ready and on_silence is not None:
@@ -223,7 +224,7 @@ class StepChannelServer:
                 self._poll.modify(peer.sock, select.POLLIN)
             if events & ~select.POLLOUT:
                 self._read(peer)
-        except BlockingIOError:  # nothing there after all
+        except BlockingIOError:  # nothing to read after all
             return
         except (EOFError, OSError) as error:
             raise self._lost(peer, error) from error
@@ -243,23 +244,23 @@ class StepChannelServer:
             self._results.append(message)
 
     def _lost(self, peer: _Rank, error: Exception) -> EngineError:
-        """What to raise for a rank that is gone: its last words where it had any, since they say why."""
+        """The error of a lost rank: the failure that it reported last, if any, since that is the cause."""
         try:
             while True:
                 self._read(peer)
         except (EOFError, OSError):
             steps = f"steps in flight: {list(self._in_flight)}"
             self._broken = PeerLost(f"rank {peer.rank} of {self._world_size} is gone ({_reason(error)}); {steps}")
-        except EngineError as last_words:
-            self._broken = last_words
+        except EngineError as reported:
+            self._broken = reported
         return self._broken
 
 
 class StepChannelClient:
-    """A rank's side. One thread receives, and the same or another one sends; any thread may close.
+    """A rank's side. One thread receives, the same or another one sends; any thread may close.
 
     address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or EngineError when the
-    engine cannot be reached or says nothing for `timeout_s`.
+    engine is unreachable or sends nothing for `timeout_s`.
     """
 
     def __init__(self, address: Address, rank: int, world_size: int, token: bytes, *, timeout_s: float = 30.0) -> None:
@@ -287,9 +288,9 @@ class StepChannelClient:
         self._reader = _FrameReader(self._sock)
 
     def receive(self) -> StepPlan | None:
-        """The next plan; None when the engine has ended its work. Waits without a limit.
+        """The next plan, or None after EndOfSteps. Waits without a limit.
 
-        Raises PeerLost when the engine is gone, FrameError for what is not the plan of the next step, ChannelClosed.
+        Raises PeerLost when the engine is gone, FrameError for anything but the next step's plan, ChannelClosed.
         """
         with self._receiving:
             if self._ended:
@@ -311,25 +312,25 @@ class StepChannelClient:
             return message
 
     def wait_for_hang_up(self) -> None:
-        """Wait until either end has hung up, whatever came before that; nothing is read."""
+        """Wait until either end has closed the connection; reads nothing."""
         poll = select.poll()
-        with contextlib.suppress(ValueError):  # closed before it could be waited for
+        with contextlib.suppress(ValueError):  # closed already
             poll.register(self._sock, select.POLLRDHUP)
             poll.poll()
 
     def send_result(self, result: StepResult) -> None:
-        """Answer the oldest plan not yet answered. Raises FrameError, PeerLost, ChannelClosed."""
+        """Answer the oldest unanswered plan. Raises FrameError, PeerLost, ChannelClosed."""
         self._send(result)
 
     def send_failure(self, step: int, message: str) -> None:
-        """Say that a step failed here; any rank may. The engine's next call raises it. Raises as `send_result`."""
+        """Report a failed step; any rank may. The engine's next call raises it. Raises as `send_result`."""
         self._send(StepFailure(step, message))
 
     def close(self) -> None:
-        """Hang up. A thread that waits here gets ChannelClosed."""
+        """Close. A waiting thread gets ChannelClosed."""
         if not self._closing.acquire(blocking=False):
             return
-        with contextlib.suppress(OSError):  # the engine may have hung up first
+        with contextlib.suppress(OSError):  # the engine may have closed first
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._receiving, self._sending:
             self._sock.close()

@@ -1,7 +1,7 @@
 """Several tokens of a row in one step: draft tokens are planned, and the accepted ones taken from the result.
 
-StepPlan.num_drafts and StepResult.counts are the contract with the ranks. A row gets drafts only while all of its
-tokens are known on the host, so its request has a limit of one step in flight. Speculative decoding (n-grams, a draft
+StepPlan.num_drafts and StepResult.counts are the contract with the ranks. Drafts need all tokens of
+the row on the host, so its request has a limit of one step in flight. Speculative decoding (n-grams, a draft
 model) and jump-forward decoding (tokens that a grammar forces) are proposers.
 """
 

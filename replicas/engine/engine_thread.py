@@ -25,8 +25,8 @@ _COMMANDS_PER_STEP = 128
 class EngineThread:
     """Runs the engine as long as there is work and sleeps otherwise; commands run between two steps, in order.
 
-    A step's deltas are delivered after the next step is submitted, so that handling them, or another thread that
-    holds the GIL, never delays the next launch.
+    A step's deltas are delivered after the next step is submitted. Handling them, or another thread that holds the
+    GIL, then never delays a launch.
 
     `on_deltas` is called from the engine's thread with the deltas of one step. Every sequence accepted by `submit`
     gets exactly one terminal delta, also when its request is refused later, the engine fails or `stop` is called.

@@ -20,8 +20,8 @@ from .plan_builder import Rows
 from .sequence import Sequence, SequenceTable, true_rows
 from .waiting_queue import WaitingQueue
 
-# Tokens that a plan may always prefill, and the number of plans over which more of them are spread. Simulated with
-# step times of an 8B model on H200s (100 to 512 tokens in and out), two stages reach 1.88 times the throughput of one.
+# Tokens that a plan may always prefill, and the number of plans over which more of them are spread. Simulation with
+# step times of an 8B model on H200s, 100 to 512 tokens in and out: two stages have 1.88 times one's throughput.
 # With 4 plans it is 1.87, with plans that grow by at most 1.25 it is 1.80, and without a bound 1.70.
 _FREE_PREFILL = 256
 _PLANS = 8

@@ -28,12 +28,12 @@ from tests.support.checkpoints import FAMILIES
 
 TINY = Path(shoal.__file__).parent / "deploy" / "models" / "tiny"
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, MAX_SEQS = 16, 256, 192, 8
-NUM_REQUESTS = 48  # of which the batches are drawn
+NUM_REQUESTS = 48  # from which the batches are drawn
 
 
 @dataclass
 class FewerBlocks:
-    """An executor that engines of different settings share, each with as many of its blocks as it is told of."""
+    """An executor that engines of different settings share, each with the given number of its blocks."""
 
     executor: LocalExecutor
     num_blocks: int
@@ -122,7 +122,7 @@ def run_batch(served: Served, seed: int) -> tuple[list[Completion], list[Complet
 
 
 def scores(completion: Completion) -> list[object]:
-    """All that a sequence was told of its log-probabilities."""
+    """All log-probabilities that a sequence received."""
     return [*completion.logprobs, *(completion.prompt_logprobs or ())]
 
 
@@ -154,7 +154,7 @@ def test_bits_of_other_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [None, "qwen3", "gemma2"])
 def test_bits_do_not_depend_on_the_batch_on_the_cpu(family: str | None, tmp_path: Path) -> None:
-    """Three batches, of which one preempts and two find prefixes."""
+    """Three batches: one preempts, two find prefixes."""
     assert_same_bits(Served(TINY if family is None else FAMILIES[family](tmp_path), "cpu"), range(2, 5))
 
 

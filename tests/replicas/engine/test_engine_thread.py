@@ -231,7 +231,7 @@ def test_a_callback_that_raises_is_a_failure():
     failures: list[BaseException] = []
 
     def raising(deltas: list[TokenDelta]) -> None:
-        raise OSError("nobody listens")
+        raise OSError("no listener")
 
     def on_failure(failure: BaseException) -> None:
         failures.append(failure)
@@ -242,7 +242,7 @@ def test_a_callback_that_raises_is_a_failure():
     thread.submit(request("a"))
     assert failed.wait(PATIENCE)
     thread.stop(PATIENCE)
-    assert [str(failure) for failure in failures] == ["nobody listens"]
+    assert [str(failure) for failure in failures] == ["no listener"]
     assert not engine.scheduler.requests
 
 

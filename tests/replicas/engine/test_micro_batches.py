@@ -1,4 +1,4 @@
-"""How the scheduler keeps the stages of a pipeline at work: rows take turns, prefills go with any plan."""
+"""The scheduler keeps the stages of a pipeline busy: rows take turns, prefills run with any plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def request(name: str, prompt: tuple[int, ...] = PROMPT[:6], n: int = 1, **sampl
 
 
 class Pipeline:
-    """A scheduler, two of whose plans a stage are under way whenever the oldest is answered."""
+    """A scheduler with two plans a stage in flight whenever the oldest is answered."""
 
     def __init__(self, num_stages: int, **sizes: int) -> None:
         self.num_stages = num_stages
@@ -32,7 +32,7 @@ class Pipeline:
         self.plans: list[StepPlan] = []
 
     def fill(self) -> None:
-        """Submit what can be, up to two plans a stage."""
+        """Submit up to two plans a stage."""
         while len(self.in_flight) < 2 * self.num_stages and (plan := self.scheduler.plan()) is not None:
             self.in_flight.append(plan)
             self.plans.append(plan)
@@ -50,7 +50,7 @@ class Pipeline:
         return self.plans[first:]
 
     def waits(self) -> list[int]:
-        """For each token that a plan took from the device: how many plans before it sampled that token."""
+        """For each DEVICE_TOKEN of a plan: how many plans earlier it was sampled."""
         sampled: dict[int, int] = {}
         waits = []
         for index, plan in enumerate(self.plans):
@@ -124,7 +124,7 @@ def test_requests_that_cannot_have_rows_do_not_make_plans_larger():
     assert prefilled(pipeline.run(4))[:4] == [256, 256, 256, 32]
 
 
-def test_prefills_go_with_the_decodes_of_any_lane():
+def test_prefills_go_with_the_decodes_of_any_micro_batch():
     pipeline = Pipeline(2, max_num_batched_tokens=6, max_num_seqs=4)
     for name in ("one", "two"):
         pipeline.scheduler.add(request(name))
@@ -135,14 +135,14 @@ def test_prefills_go_with_the_decodes_of_any_lane():
     assert plans[0].rows[0] != plans[1].rows[0]
 
 
-def test_a_lane_that_has_emptied_gets_rows_of_another():
+def test_a_micro_batch_that_has_emptied_gets_rows_of_another():
     pipeline = Pipeline(2)
     for i in range(6):
         pipeline.scheduler.add(request(str(i), PROMPT[i : i + 6]))
     pipeline.run(4)
-    lane = pipeline.scheduler.table.micro_batch
+    micro_batch = pipeline.scheduler.table.micro_batch
     for name, state in list(pipeline.scheduler.requests.items()):
-        if lane[state.leader.row] == 0:
+        if micro_batch[state.leader.row] == 0:
             pipeline.scheduler.abort(name)
     assert len(pipeline.scheduler.requests) == 3
     pipeline.run(4)
@@ -151,7 +151,7 @@ def test_a_lane_that_has_emptied_gets_rows_of_another():
     assert set(pipeline.waits()) == {2}
 
 
-def test_forks_share_a_prompt_across_lanes():
+def test_forks_share_a_prompt_across_micro_batches():
     pipeline = Pipeline(2, block_size=8)
     pipeline.scheduler.add(request("a", PROMPT, n=4))  # 20 tokens: the third block is written by all four
     pipeline.run(6)

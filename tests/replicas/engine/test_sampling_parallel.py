@@ -100,7 +100,7 @@ def test_padding_and_few_rows(rows, params):
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("params", [PLAIN[:1], FILTERED[:1]], ids=["greedy", "filtered"])
 def test_ties_over_slices(params, repeats):
-    """The lowest of the likeliest, wherever they lie; a filter keeps all that tie. In few rows, and in more."""
+    """The lowest of the most probable, on any rank; a filter keeps all that tie. In few rows, and in more."""
     logits = make_logits(3, 96, torch.bfloat16)
     logits[0, [5, 40, 90]] = 20.0
     logits[1, [63, 64]] = 20.0
@@ -175,7 +175,7 @@ def test_no_position_has_no_score():
 
 def test_what_ranks_exchange():
     """Plain steps: eight bytes a row. Filtered ones: each rank's slice once, shared out, and a token a row; few rows
-    are gathered. Scores: the chosen logit, then eight bytes for each likeliest token and for two sums.
+    are gathered. Scores: the chosen logit, then eight bytes for each top token and for two sums.
     """
     num_rows, vocab_size, params = 6, 1024, PLAIN + FILTERED
 

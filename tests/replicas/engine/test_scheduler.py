@@ -1,4 +1,4 @@
-"""What the scheduler puts into its plans."""
+"""The plans that the scheduler makes."""
 
 from __future__ import annotations
 
