@@ -1,4 +1,5 @@
-"""`shoal bench`: how fast an engine, its kernels and a server are, and how far from what the device could do.
+"""`shoal bench`: speed of an engine, its kernels and a server, beside the device's limits.
 
-latency and throughput drive an engine in this process, serve drives a server over HTTP, kernels times operators alone.
+latency and throughput run an engine in this process, serve measures a server over HTTP, kernels
+times operators.
 """

@@ -1,6 +1,7 @@
-"""Attention over a paged cache, beside FlashAttention-3 on the same blocks and torch's attention on contiguous keys.
+"""Attention over a paged cache, beside FlashAttention-3 on the same blocks and torch on contiguous
+keys.
 
-FlashAttention-3 is taken from vLLM where that is installed. B sequences, Q new tokens each, ctx context.
+FlashAttention-3 comes from an installed vLLM. B sequences, Q new tokens each, ctx context.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .kernel_cases import Built, Case, Sizes
 from .timing import Thunk
 
 _PREFILL_TOKENS = 8192  # of a step, at most
-# Torch's attention takes the [Q, ctx] mask of a chunk; beyond this it is no reference but a different problem.
+# Torch's attention needs the [Q, ctx] mask of a chunk, which is not comparable above this size.
 _MASKED_QUERIES = 4096
 
 
@@ -59,7 +60,7 @@ def flash_attention() -> Callable[..., torch.Tensor] | None:
 
 
 def _cache_and_tables(sizes: Sizes, batch: int, context: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache of random keys and values, and tables that go through its blocks in random order."""
+    """A random cache, and block tables in random order."""
     per_sequence = -(-context // sizes.block_size)
     num_blocks = batch * per_sequence
     shape = (num_blocks, 2, sizes.num_kv_heads, sizes.block_size, sizes.head_dim)
@@ -74,7 +75,7 @@ def _step(sizes: Sizes, metadata: AttentionMetadata) -> AttentionStep:
 
 
 def _metadata(query_len: int, batch: int, context: int, tables: torch.Tensor) -> AttentionMetadata:
-    """Of a step of decode slices (one token each) or of prefill slices."""
+    """Metadata of decode slices (one token each) or of prefill slices."""
     device = tables.device
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len

@@ -1,4 +1,4 @@
-"""The commands of `shoal bench`. What measures is imported once the options are known."""
+"""The commands of `shoal bench`; measuring modules are imported once the options are known."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Trace = Annotated[Path | None, typer.Option(help="Write a torch profiler trace o
 
 @app.callback()
 def _say_what_is_done() -> None:
-    """The engine tells how long each stage of its start took; it says so to whoever measures."""
+    """Log the engine's start-up stages to the terminal."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("shoal").setLevel(logging.INFO)
 
 
 def numbers(text: str) -> list[int]:
-    """A list such as 1,32,256."""
+    """Parse a list such as 1,32,256."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
@@ -80,7 +80,7 @@ def throughput(
     json: Json = Path("bench_throughput.json"),
     commit: Commit = None,
 ) -> None:
-    """Output tokens a second of many requests of mixed lengths, handed over at once."""
+    """Output tokens a second of many requests of mixed lengths, submitted at once."""
     from .engines import open_engine, parse_settings
     from .offline import run_throughput
 

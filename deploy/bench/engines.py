@@ -18,7 +18,7 @@ from ...replicas.models.checkpoint import read_model_facts
 from ...replicas.offline import build_engine
 from .shapes import open_model
 
-# Prompts of a benchmark are to be computed; and no context is longer than this, which bounds the tables of a step.
+# Prompts must be computed, not cached. No context is longer, which bounds the tables of a step.
 _DEFAULTS: dict[str, Any] = {"enable_prefix_caching": False}
 _MAX_MODEL_LEN = 16_384
 
@@ -35,7 +35,7 @@ class OpenEngine:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, the values as in YAML. Raises ConfigError."""
+    """Parse `name=value` pairs with YAML values. Raises ConfigError."""
     values = {}
     for setting in settings:
         name, separator, value = setting.partition("=")
@@ -46,8 +46,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def engine_config(folder: Path, settings: Mapping[str, Any], *, dummy: bool) -> EngineConfig:
-    """The configuration of an engine to be measured. Raises ConfigError that names the setting."""
-    # pydantic, which an engine that is configured in Python does without
+    """The configuration of an engine to measure. Raises ConfigError that names the setting."""
+    # imported here: an engine configured in Python needs no pydantic
     from ..config import from_dict
     from ..engine_args import EngineArgs
 
@@ -58,7 +58,7 @@ def engine_config(folder: Path, settings: Mapping[str, Any], *, dummy: bool) -> 
 
 @contextmanager
 def open_engine(model: str, settings: Mapping[str, Any]) -> Iterator[OpenEngine]:
-    """An engine on `model` (a shape's name, tiny, a folder, a hub id); shut down at the end."""
+    """An engine on `model` (shape name, tiny, folder, or hub id); shut down at the end."""
     with open_model(model) as (folder, dummy), started(engine_config(folder, settings, dummy=dummy)) as opened:
         yield opened
 

@@ -1,7 +1,7 @@
-"""A client of streamed completions that costs little itself: it counts events and parses one of them.
+"""A cheap client of streamed completions: it counts events and parses only the last ones.
 
-One process drives more than 10,000 tokens/s, so that it is the server that is measured. Every request has a connection
-of its own. Times are `time.perf_counter` seconds.
+One process handles more than 10,000 tokens/s, so that the server is what is measured. Each request
+has its own connection. Times are `time.perf_counter` seconds.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One stream as its client saw it. `error` is set where it was not whole; the times then say nothing."""
+    """One stream as seen by its client. If `error` is set the times are meaningless."""
 
-    due: float  # when the request was to be sent
-    event_times: tuple[float, ...] = ()  # of each event that brought tokens
+    due: float  # when the request was due
+    event_times: tuple[float, ...] = ()  # of each event with tokens
     num_tokens: int = 0
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where completions are asked for."""
+    """Address and model of a server."""
 
     host: str
     port: int
@@ -68,7 +68,7 @@ class Target:
             f"Host: {self.host}:{self.port}",
             "Content-Type: application/json",
             f"Content-Length: {len(payload)}",
-            "Connection: close",  # or an error, which is no stream and has no end mark, would be waited for
+            "Connection: close",  # otherwise an error answer, which has no end mark, would keep the connection open
         ]
         if self.api_key is not None:
             lines.append(f"Authorization: Bearer {self.api_key}")
@@ -92,7 +92,8 @@ class _Stream(asyncio.Protocol):
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        # An event ends with an empty line, which may come in two pieces. Lines of HTTP itself end with \r\n.
+        # An event ends with an empty line, which may come in two pieces. HTTP's own lines end with
+        # \r\n.
         num_events = data.count(b"\n\n") + (self._tail[-1:] == b"\n" and data[:1] == b"\n")
         if num_events:
             self._times += [time.perf_counter()] * num_events
@@ -117,7 +118,7 @@ class _Stream(asyncio.Protocol):
 
 
 async def complete(target: Target, request: bytes, due: float | None = None) -> Answer:
-    """Send one request and wait for its whole answer. Does not raise: a failure is an answer with an error."""
+    """Send one request and read its whole answer. Never raises: a failure is an answer with an error."""
     due = time.perf_counter() if due is None else due
     loop = asyncio.get_running_loop()
     try:
@@ -130,7 +131,7 @@ async def complete(target: Target, request: bytes, due: float | None = None) -> 
 async def closed_loop(
     send: Callable[[bytes], Awaitable[Answer]], requests: Iterable[bytes], concurrency: int
 ) -> list[Answer]:
-    """As many requests at a time as `concurrency`: each that ends makes room for the next."""
+    """Keep `concurrency` requests running: each that ends starts the next."""
     waiting = iter(requests)
     answers: list[Answer] = []
 
@@ -145,7 +146,7 @@ async def closed_loop(
 async def open_loop(
     send: Callable[[bytes, float], Awaitable[Answer]], requests: Sequence[bytes], offsets_s: Sequence[float]
 ) -> list[Answer]:
-    """Each request at its own time, whether or not others have ended; a late start counts as the server's time."""
+    """Send each request at its own time; a late start counts as the server's time."""
     begin = time.perf_counter()
 
     async def client(request: bytes, due: float) -> Answer:

@@ -1,6 +1,6 @@
-"""The operators of a dense decoder at the sizes it calls them with, and peers for the same work.
+"""A dense decoder's operators at the sizes it uses, and peers for the same work.
 
-T tokens, B sequences. Every `build` makes its own data, random and never zeros.
+T tokens, B sequences. Each `build` makes its own random data, never zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Cost = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One copy of a case's data, ready to be called."""
+    """One copy of a case's data, ready to call."""
 
     ours: Thunk
     peers: Mapping[str, Thunk] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of one model."""
+    """Sizes of one model."""
 
     hidden: int
     intermediate: int
@@ -66,7 +66,7 @@ class Sizes:
 
 
 def row_cases(sizes: Sizes, tokens: Sequence[int]) -> Iterator[Case]:
-    """Norms, the gate, rotary embedding with the KV write: rows of T tokens."""
+    """Norms, gated activation, RoPE with the KV write: rows of T tokens."""
     hidden, inter, dtype = sizes.hidden, sizes.intermediate, sizes.dtype
     for num in tokens:
         shape = f"T={num}"
@@ -122,7 +122,7 @@ def _rope_kv_store(num: int, sizes: Sizes) -> Callable[[str, torch.dtype], Built
 
 
 def gemm_cases(sizes: Sizes, tokens: Sequence[int]) -> Iterator[Case]:
-    """The products of one layer and the output head, beside torch's own (cuBLAS on a GPU)."""
+    """The GEMMs of one layer and the output head, beside torch's (cuBLAS on a GPU)."""
     heads = sizes.num_heads * sizes.head_dim
     products = {
         "qkv": (heads + 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden),
@@ -149,7 +149,7 @@ def _linear(num: int, outputs: int, inputs: int) -> Callable[[str, torch.dtype],
 def _gated_linear(num: int, outputs: int, inputs: int) -> Callable[[str, torch.dtype], Built]:
     def build(device: str, dtype: torch.dtype) -> Built:
         x, weight = _random(device, dtype, num, inputs), _weight(device, dtype, 2 * outputs, inputs)
-        # The product alone: what cuBLAS leaves to do is silu_mul's row.
+        # The GEMM alone: silu_mul has its own row.
         return Built(lambda: gemm.gated_linear(x, weight), {"cuBLAS": lambda: F.linear(x, weight)})
 
     return build

@@ -1,9 +1,9 @@
-"""What `shoal bench kernels` measures: every operator at the shapes of one model, and what else can do the same.
+"""`shoal bench kernels`: every operator at the shapes of one model, and its peers.
 
-Times are those of `timing.py`, over as many copies of the data as no cache can hold. Bytes and flops are those of the
-operators' own cost functions, and `of limit` is the greater of bytes over the copy rate and flops over the matmul rate,
-both measured in this run, over the time. A copy reads and writes by turns, which costs the memory a tenth: a kernel
-that only reads can come to 1.1.
+Times are those of `timing.py`, over more copies of the data than caches hold. Bytes and flops come
+from the operators' cost functions. `of limit` is the larger of bytes over the copy rate and flops
+over the matmul rate, both measured in this run, over the time. A copy alternates reads and writes,
+which costs a tenth: a kernel that only reads can reach 1.1.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from .report import Report, device_name
 from .step_cases import moe_cases, step_cases
 from .timing import seconds_per_call
 
-# Over which calls rotate. An H200's L2 has 60 MB, and a step goes through tens of GB: translations of addresses are not
-# at hand there either.
+# Bytes that calls rotate over. An H200's L2 has 60 MB, and a step reads tens of GB: address
+# translations are not
+# cached there either.
 _SPREAD_BYTES = 8 << 30
 _MAX_COPIES = 24
-_MAX_BATCH = 256  # sequences that decode together; more tokens than that are a prefill's
+_MAX_BATCH = 256  # sequences that decode together; more tokens are a prefill
 
 
-# The experts of a layer of Qwen3-30B-A3B: experts, chosen of them, hidden and inner size.
+# Experts of a layer of Qwen3-30B-A3B: experts, experts per token, hidden and inner size.
 _EXPERTS = (128, 8, 2048, 768)
 
 
 def cases_of(
     folder: Path, tokens: Sequence[int], contexts: Sequence[int], device: str, dtype: torch.dtype
 ) -> Iterator[Case]:
-    """Every operator at the sizes of the dense model in `folder`; a mixture of experts at those of one of its size."""
+    """Every operator at the sizes of the dense model in `folder`; MoE at those of a comparable model."""
     facts, config = read_model_facts(folder), read_json(folder / "config.json")
     sizes = Sizes.of(facts, int(config["intermediate_size"]), device, dtype)
     batches = [num for num in tokens if num <= _MAX_BATCH]
@@ -54,7 +55,7 @@ def cases_of(
 
 
 def serving_dtype(device: str) -> torch.dtype:
-    """What a model is served in there."""
+    """The dtype a model is served in on this device."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
@@ -66,7 +67,7 @@ def run_kernels(
     only: str | None = None,
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """A row for each case whose name matches `only`. A case that fails has a row that says so."""
+    """A row for each case whose name matches `only`. A failed case has a row with its error."""
     rates = measure_rates(device, dtype)
     report.device = device_name(device)
     report.settings |= {
@@ -88,7 +89,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, rates: Rates) -> dict[s
     try:
         copies = [case.build(device, dtype) for _ in range(num_copies)]
         seconds = seconds_per_call([copy.ours for copy in copies], device)
-    except Exception as error:  # one that does not run must not hide the others
+    except Exception as error:  # one failure must not hide the other rows
         return row | {"note": f"{type(error).__name__}: {error}"[:100]}
     row |= {
         "us": seconds * 1e6,

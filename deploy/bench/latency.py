@@ -1,7 +1,9 @@
 """Decode time a step and prefill rate, by batch and context.
 
-All sequences start together. Decode is (time of N + 1 new tokens - time of one) / N, so that prefill and what happens
-once per run cancel; prefill is all prompt tokens over the time of one new token. Of each the fastest round counts.
+All sequences start together. Decode is (time of N + 1 new tokens - time of one)
+
+N, so that prefill and fixed costs cancel. Prefill is all prompt tokens over the time of one new
+token. The fastest round counts.
 """
 
 from __future__ import annotations
@@ -42,16 +44,16 @@ class Timing:
         return self.batch * self.context / min(self.first_s)
 
     def decode_limit_s(self, model: Dense, rates: Rates) -> float:
-        """The least a step could take, at the mean context of those that were timed."""
+        """The lower bound of a step at the mean timed context."""
         return model.decode_s(self.batch, self.context + (self.num_decoded + 1) / 2, rates)
 
     def prefill_limit(self, model: Dense, rates: Rates) -> float:
-        """The most prompt tokens a second."""
+        """The upper bound of prompt tokens a second."""
         return self.context / model.prefill_s(self.context, rates)
 
 
 def row(timing: Timing, model: Dense | None, rates: Rates) -> dict[str, Any]:
-    """A row of the report; without limits where the model's are not known."""
+    """A row of the report; without limits if the model's are unknown."""
     values = {
         "batch": timing.batch,
         "context": timing.context,
@@ -70,5 +72,5 @@ def row(timing: Timing, model: Dense | None, rates: Rates) -> dict[str, Any]:
 
 
 def warm_up(run: Run, draw: random.Random, vocab_size: int) -> None:
-    """Load what is loaded once; as the peers' benchmarks do, four short sequences."""
+    """Run four short sequences, which loads whatever is loaded lazily."""
     run(fixed_lengths(draw, 4, 128, 8, vocab_size))

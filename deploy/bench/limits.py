@@ -1,11 +1,13 @@
-"""What a device could do at best with a dense decoder: times that no engine can beat.
+"""Lower bounds of a dense decoder's times on a device.
 
-    decode   t = max(W_bytes/BW, 2 B W/F) + max(B ctx KV/BW, 4 B ctx L n d/F)
-    prefill  t = 2 W_lin S/F + 4 L n d (S ctx0 + S^2/2)/F
+decode   t = max(W_bytes/BW, 2 B W/F) + max(B ctx KV/BW, 4 B ctx L n d/F)
 
-W weights that every token meets (W_lin: without lm_head, which only last positions meet), KV bytes of keys and values
-a token, L layers, n query heads of d, B sequences, ctx context, S new tokens after ctx0, BW bytes/s, F flop/s. Both
-rates are measured (`rates.py`), not read off a data sheet.
+prefill  t = 2 W_lin S/F + 4 L n d (S ctx0 + S^2/2)/F
+
+W: weights that every token reads (W_lin: without lm_head, which only last positions read). KV:
+bytes of keys and values a token. L layers, n query heads of d, B sequences, ctx context, S new
+tokens after ctx0, BW bytes/s, F flop/s. Both rates are measured (`rates.py`), not taken from a data
+sheet.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from ...replicas.models.checkpoint import read_json, read_model_facts
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a device was seen to do."""
+    """Measured rates of a device."""
 
-    bytes_per_s: float  # a large copy, bytes read and bytes written
-    flops: float  # a large matrix product, 2 M N K
+    bytes_per_s: float  # of a large copy, read and written bytes
+    flops: float  # of a large GEMM, 2 M N K
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Dense:
 
     @classmethod
     def of(cls, folder: Path, dtype: str = "bfloat16", num_ranks: int = 1) -> Dense:
-        """Of a model folder. Raises ConfigError for a mixture of experts, whose weights a step meets in part."""
+        """Sizes of a model folder. Raises ConfigError for MoE, whose steps read only some weights."""
         facts, config = read_model_facts(folder), read_json(folder / "config.json")
         text = config.get("text_config") or config
         if any("experts" in key for key in text):
@@ -63,6 +65,6 @@ class Dense:
         return linear + attention
 
     def prefill_s(self, num_tokens: int, rates: Rates, context: int = 0) -> float:
-        """Seconds to run `num_tokens` of one prompt after `context` tokens that are cached."""
+        """Seconds to prefill `num_tokens` of one prompt after `context` cached tokens."""
         pairs = num_tokens * context + num_tokens**2 / 2
         return (2 * self.linear_weights * num_tokens + 4 * self.attention_width * pairs) / rates.flops

@@ -1,4 +1,4 @@
-"""What `shoal bench latency` and `shoal bench throughput` measure: an engine in this process, without HTTP."""
+"""`shoal bench latency` and `shoal bench throughput`: an engine in this process, without HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .trace import all_decoding, some_finished, trace_steps
 from .workload import Workload, engine_run, fixed_lengths, mixed_lengths
 
 _SEED = 0
-# Steps that are run before and within a trace; a traced sequence must have more tokens to make than that.
+# Steps before and within a trace; traced sequences must be longer.
 _TRACED_TOKENS = 512
 
 
@@ -33,11 +33,11 @@ def run_latency(
     trace: Path | None = None,
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """A row for each context and batch; with `trace`, one traced run of the first of each."""
+    """A row for each context and batch; with `trace`, one traced run of the first."""
     vocab_size = opened.engine.facts.vocab_size
     run, draw = engine_run(opened.engine), random.Random(_SEED)
     _check_trace(opened, trace)
-    # A token passes all stages of a pipeline, one after the other.
+    # A token passes all pipeline stages one after the other.
     dense, rates = _limits(opened, opened.engine.config.parallel.tensor_parallel_size)
     _describe(report, opened, rates)
     latency.warm_up(run, draw, vocab_size)
@@ -62,7 +62,7 @@ def run_throughput(
     trace: Path | None = None,
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """One row: all requests handed over at once, until the last token of the last."""
+    """One row: all requests submitted at once, timed to the last token."""
     engine = opened.engine
     run = engine_run(engine)
     _check_trace(opened, trace)
@@ -91,7 +91,7 @@ def run_throughput(
 
 
 def throughput_limit_s(model: Dense, rates: Rates, workload: Workload, max_num_seqs: int) -> float:
-    """The least time of a workload: each prompt prefilled, and all tokens decoded in full batches of mean context."""
+    """Lower bound of a workload: each prompt prefilled, and all tokens decoded in full batches of mean context."""
     pairs = list(zip(map(len, workload.prompts), workload.num_new_tokens, strict=True))
     prefill = sum(model.prefill_s(prompt, rates) for prompt, _ in pairs)
     num_tokens = workload.num_output_tokens
@@ -101,7 +101,7 @@ def throughput_limit_s(model: Dense, rates: Rates, workload: Workload, max_num_s
 
 
 def _limits(opened: OpenEngine, num_ranks: int) -> tuple[Dense | None, Rates]:
-    """The model's sizes for each of `num_ranks` that share it, None for one that is not dense, and a device's rates."""
+    """The model's sizes per rank (None if not dense), and the device's rates."""
     dtype = opened.engine.config.model.dtype
     rates = measure_rates(opened.device, getattr(torch, dtype))
     try:

@@ -1,4 +1,4 @@
-"""The two rates that bound everything: bytes of a large copy and flops of a large matrix product, per second."""
+"""The two rates behind every limit: bytes a second of a large copy, flops a second of a large GEMM."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from .limits import Rates
 
 _ROUNDS = 7
-_REPEATS = 4  # in a round, so that waiting for the device is no part of the time
+_REPEATS = 4  # a round, so that synchronization is amortized
 
 
 def measure_rates(device: str, dtype: torch.dtype) -> Rates:
-    """Measure both on `device`, with random data: zeros multiply 13 % faster on an H200."""
+    """Measure both on `device` with random data: zeros multiply 13 % faster on an H200."""
     return Rates(_copy_rate(device), _matmul_rate(device, dtype))
 
 
@@ -34,7 +34,7 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def _seconds(device: str, run: Callable[[], object]) -> float:
-    """Median seconds of one `run`, with the device waited for."""
+    """Median seconds of one `run`, synchronized."""
     times = []
     for _ in range(_ROUNDS):
         begin = time.perf_counter()

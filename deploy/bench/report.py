@@ -1,4 +1,4 @@
-"""What a benchmark says about itself: the machine, the commit, the date; a table on screen and a file of JSON."""
+"""A benchmark's report: machine, commit, date; a table on screen, and JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or the installed package
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout or the installed package
 
 
 def cpu_name() -> str:
-    """The processor's model and the number of cores this process may use."""
+    """The processor's model and the number of usable cores."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -32,17 +32,17 @@ def cpu_name() -> str:
 
 
 def device_name(device: str) -> str:
-    """The name of what computes: of the GPU for "cuda", else of the processor."""
+    """The GPU's name for "cuda", else the processor's."""
     if device != "cuda":
         return cpu_name()
-    import torch  # only those that use a GPU load it
+    import torch  # imported only for a GPU
 
     return torch.cuda.get_device_name()
 
 
 def commit() -> str:
-    """The commit of the checkout that this code is in, with `+` where it has changes; empty if there is none."""
-    if not (ROOT / ".git").exists():  # installed; the folder may lie within some other repository
+    """The commit of this code's checkout, with `+` if it has changes; empty without one."""
+    if not (ROOT / ".git").exists():  # installed; the folder may lie within another repository
         return ""
 
     def git(*arguments: str) -> str:
@@ -55,7 +55,7 @@ def commit() -> str:
 
 @dataclass
 class Report:
-    """Rows of one benchmark run. `device` is whatever did the work, by name."""
+    """Rows of one run. `device` names what did the work."""
 
     benchmark: str
     device: str = field(default_factory=cpu_name)
@@ -63,21 +63,21 @@ class Report:
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     settings: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    trace: dict[str, Any] = field(default_factory=dict)  # where the time of a step went, if a trace was made
+    trace: dict[str, Any] = field(default_factory=dict)  # shares of a step's time, if traced
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
 
     def keep(self, path: Path) -> None:
-        """Write what there is so far and show the last row, so that a run that is cut short is not lost."""
+        """Write what there is and show the last row, so that an interrupted run is kept."""
         self.write(path)
         if self.rows:
             last = ", ".join(f"{name} {cell(value)}" for name, value in self.rows[-1].items() if value is not None)
             print(f"{self.benchmark}: {last}", file=sys.stderr, flush=True)
 
     def show(self) -> None:
-        """Print the rows as a table, and the trace's figures as another; numbers to three figures or more."""
-        # A pipe has no width, and a table that is cut to 80 columns is not worth writing.
+        """Print the rows as a table, and the trace's figures as another."""
+        # A pipe has no width, and a table cut to 80 columns is useless.
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
         console.print(_table(self.benchmark, self.rows))
         if self.trace:
@@ -104,7 +104,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _portable(value: Any) -> Any:
-    """A setting as another machine can read it: a path within the repository relative to it, of others the name."""
+    """A setting for other machines: a path relative to the repository, or only its name."""
     if not isinstance(value, Path | str) or not Path(value).is_absolute():
         return str(value) if isinstance(value, Path) else value
     path = Path(value)
@@ -112,7 +112,7 @@ def _portable(value: Any) -> Any:
 
 
 def cell(value: Any) -> str:
-    """A value of a row as a table shows it: floats to three figures or more, nothing for None."""
+    """A table cell: floats to three figures or more, empty for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What `shoal bench serve` measures: any OpenAI-compatible server, by random prompts of one length."""
+"""`shoal bench serve`: any OpenAI-compatible server, with random prompts of one length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .workload import random_prompt
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The lengths of every request, and the ids its prompt is drawn from."""
+    """Lengths of every request, and the ids its prompt is drawn from."""
 
     num_prompt_tokens: int = 512
     num_new_tokens: int = 128
@@ -37,9 +37,9 @@ def measure(
     objectives: Objectives = NO_OBJECTIVES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A row: `concurrency` requests at a time, or Poisson arrivals of `rate` a second.
+    """One row: `concurrency` parallel requests, or Poisson arrivals of `rate` a second.
 
-    Raises ServingError where no request is answered, or one is not as long as asked.
+    Raises ServingError if no request is answered, or one has another length.
     """
     assert (concurrency is None) != (rate is None), "a closed loop or an open one"
     draw = random.Random(seed)
@@ -56,7 +56,7 @@ def measure(
     _check(answers, shape)
     row = figures(answers, objectives)
     load = {"load": f"c={concurrency}" if concurrency is not None else f"{rate:g} req/s"}
-    # Near 100 the client itself would be what is measured.
+    # Near 100 the client itself is the bottleneck.
     return load | row | {"client CPU %": 100 * cpu / row["seconds"]}
 
 
@@ -70,7 +70,7 @@ def _check(answers: list[Answer], shape: Shape) -> None:
 
 
 def warm_up(target: Target, shape: Shape, num_requests: int = 8) -> None:
-    """Some requests at once that nobody times."""
+    """Run some untimed requests."""
     draw = random.Random(-1)
     prompts = (random_prompt(draw, shape.num_prompt_tokens, shape.vocab_size) for _ in range(num_requests))
     requests = [target.completion(prompt, shape.num_new_tokens) for prompt in prompts]
@@ -78,7 +78,7 @@ def warm_up(target: Target, shape: Shape, num_requests: int = 8) -> None:
 
 
 def first_model(url: str, api_key: str | None = None) -> str:
-    """The first model that a server names. Raises ServingError where it answers otherwise."""
+    """The first model that a server lists. Raises ServingError."""
     request = urllib.request.Request(f"{url.rstrip('/')}/v1/models")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")

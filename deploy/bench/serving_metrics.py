@@ -1,4 +1,4 @@
-"""From the times of streams to the figures of a server: latencies, rates and goodput. Milliseconds unless said."""
+"""From the times of streams to latencies, rates and goodput, in milliseconds unless stated."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """What a request must keep to count for goodput, in milliseconds; None asks for nothing."""
+    """Limits for goodput, in milliseconds; None: no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
     e2e: float | None = None
 
     def met(self, ttft: np.ndarray, tpot: np.ndarray, e2e: np.ndarray) -> np.ndarray:
-        """Of each request, whether it kept all of them."""
+        """Whether each request met all limits."""
         kept = np.ones(len(ttft), bool)
         for wanted, seen in ((self.ttft, ttft), (self.tpot, tpot), (self.e2e, e2e)):
             if wanted is not None:
@@ -35,7 +35,7 @@ NO_OBJECTIVES = Objectives()
 
 
 def poisson_offsets(rate: float, num_requests: int, seed: int = 0) -> list[float]:
-    """Seconds at which requests of a Poisson process of `rate` a second arrive, the first at 0."""
+    """Arrival times in seconds of a Poisson process of `rate` a second, the first at 0."""
     draw, offsets = random.Random(seed), [0.0]
     while len(offsets) < num_requests:
         offsets.append(offsets[-1] + draw.expovariate(rate))
@@ -45,9 +45,10 @@ def poisson_offsets(rate: float, num_requests: int, seed: int = 0) -> list[float
 def figures(answers: Sequence[Answer], objectives: Objectives = NO_OBJECTIVES) -> dict[str, Any]:
     """One row of a report.
 
-    TTFT: from when a request was due to its first event. ITL: between two events of a stream. TPOT: from first to last
-    event, by all tokens but the first. E2E: from due to last event. Rates are over the time from the first request due
-    to the last event of any; goodput counts requests that kept `objectives`.
+    TTFT: from a request's due time to its first event. ITL: between two events of a stream.
+    TPOT: from first to last event, over all tokens but the first. E2E: from due time to last
+    event. Rates span the first due time to the last event of any; goodput counts requests that
+    met `objectives`.
     """
     whole = [answer for answer in answers if answer.error is None and answer.event_times]
     row: dict[str, Any] = {"requests": len(answers), "failed": len(answers) - len(whole)}
@@ -73,5 +74,5 @@ def figures(answers: Sequence[Answer], objectives: Objectives = NO_OBJECTIVES) -
 
 
 def percentile(values: np.ndarray, share: float) -> float | None:
-    """Linear between the two nearest values; None of no values (a stream of one token has no ITL)."""
+    """Linear between the two nearest values; None of no values (a one-token stream has no ITL)."""
     return float(np.percentile(values, share)) if len(values) else None

@@ -1,8 +1,8 @@
-"""Model folders for measurements: the shapes of well-known models, without weights.
+"""Model folders of well-known shapes, without weights, for measurements.
 
-A folder holds a config.json of a shape, for `load_format: dummy`, and a tokenizer that has a text for every token of
-the vocabulary: the shipped model's, filled up. Random weights choose tokens evenly, and one without a text would send
-no event to a client that counts them.
+A folder holds a config.json for `load_format: dummy`, and the shipped tokenizer, filled up to the
+vocabulary size. Random weights sample all tokens evenly, and a token without text would send no
+event.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
-    # Split over two GPUs, each does what one of four does of 70b: half its heads, MLP and vocabulary.
+    # On two GPUs each rank does the work of one of four of 70b: half its heads, MLP and vocabulary.
     "70b-half": _COMMON
     | {
         "hidden_size": 8192,
@@ -78,7 +78,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """Make `folder` a model folder of the shape `name`; returns it."""
+    """Write the shape `name` into `folder`; returns it."""
     config = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +99,7 @@ def _fill_vocabulary(vocabulary: dict[str, int], size: int) -> None:
 
 @contextmanager
 def open_model(model: str) -> Iterator[tuple[Path, bool]]:
-    """(folder, whether its weights are to be random) of a shape's name, `tiny`, a folder, or a Hugging Face id."""
+    """(folder, whether its weights are random) of a shape's name, `tiny`, a folder, or a Hugging Face id."""
     if model not in SHAPES:
         yield TINY_MODEL if model == "tiny" else resolve_model_path(model), False
         return

@@ -1,4 +1,4 @@
-"""What a step does beside its layers: embedding, choosing and scoring tokens, copying blocks; mixtures of experts.
+"""A step's operators beside its layers: embedding, sampling, scoring, block copies; and MoE.
 
 B sequences, T tokens.
 """
@@ -25,13 +25,13 @@ _SAMPLERS = {"greedy": (0.0, 0, 1.0), "temperature": (0.6, 0, 1.0), "top-k 50, t
 
 
 def step_cases(sizes: Sizes, tokens: Sequence[int], batches: Sequence[int]) -> Iterator[Case]:
-    """The embedding of all tokens, the sampler at every batch, and copy-on-write of some blocks of one layer."""
+    """Embedding of all tokens, the sampler at every batch, copy-on-write of some blocks of one layer."""
     for num in tokens:
         yield Case("embed", f"T={num}", embed_cost(num, sizes.hidden, sizes.dtype), _embed(num, sizes))
     for batch in batches:
         cost = sample_rows_cost(batch, sizes.vocab_size, sizes.dtype)
         for name, settings in _SAMPLERS.items():
-            # A greedy row draws no noise: it is one pass over its logits.
+            # A greedy row draws no noise: one pass over its logits.
             own = (cost[0], batch * sizes.vocab_size) if name == "greedy" else cost
             yield Case(f"sample {name}", f"B={batch}", own, _sample(batch, sizes.vocab_size, *settings))
         cost = apply_penalties_cost(batch, sizes.vocab_size)

@@ -1,4 +1,4 @@
-"""How long one call of an operator takes, with nothing of the host in it."""
+"""Device time of one operator call, without host time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ Thunk = Callable[[], object]
 
 _ROUNDS = 7
 _WARM_ROUNDS = 2
-_ROUND_S = 2e-3  # of a round; a call that takes longer is a round of its own
+_ROUND_S = 2e-3  # a round; a longer call is a round by itself
 _MAX_CALLS = 200
 
 
 def seconds_per_call(thunks: Sequence[Thunk], device: str) -> float:
-    """Median over rounds of calls that go through `thunks` in turn: the same work on different memory.
+    """Median over rounds of calls that rotate through `thunks`: the same work on different
+    memory.
 
-    On a GPU a round is one replay of a CUDA graph, so that launches cost what they cost in a captured step.
+    On a GPU a round is one replay of a CUDA graph, so that launches cost what they cost in a
+    captured step.
     """
     for thunk in thunks:
         thunk()  # compiles

@@ -1,4 +1,4 @@
-"""Prompts and lengths, and whoever runs them and says how long it took."""
+"""Prompts, lengths, and the function that runs and times them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIRST_TOKEN = 10
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts, and of each the number of new tokens; end-of-sequence does not end any."""
+    """Prompts with their numbers of new tokens; end-of-sequence is ignored."""
 
     prompts: list[list[int]]
     num_new_tokens: list[int]
@@ -32,7 +32,7 @@ class Workload:
         return sum(self.num_new_tokens)
 
 
-# Seconds from the first request handed over to the last token of the last.
+# Seconds from the first submission to the last token.
 Run = Callable[[Workload], float]
 
 
@@ -49,7 +49,7 @@ def fixed_lengths(draw: random.Random, batch: int, prompt_len: int, num_new_toke
 def mixed_lengths(
     num_requests: int, low: int, high: int, vocab_size: int, *, seed: int = 1, temperature: float = 0.6
 ) -> Workload:
-    """Random prompts whose lengths, in and out, are spread evenly over low..high."""
+    """Random prompts with input and output lengths spread evenly over low..high."""
     draw = random.Random(seed)
     lengths = [(draw.randint(low, high), draw.randint(low, high)) for _ in range(num_requests)]
     prompts = [random_prompt(draw, length, vocab_size) for length, _ in lengths]
@@ -57,7 +57,7 @@ def mixed_lengths(
 
 
 def requests_of(workload: Workload) -> list[Request]:
-    """The workload as an engine takes it."""
+    """The workload as engine requests."""
     pairs = zip(workload.prompts, workload.num_new_tokens, strict=True)
     return [
         Request(
@@ -70,7 +70,7 @@ def requests_of(workload: Workload) -> list[Request]:
 
 
 def engine_run(engine: Engine) -> Run:
-    """Runs workloads on an engine of this process, and checks that every sequence was as long as asked."""
+    """Run workloads on an engine of this process, and check every sequence's length."""
 
     def run(workload: Workload) -> float:
         requests = requests_of(workload)

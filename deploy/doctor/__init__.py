@@ -1,5 +1,6 @@
-"""`shoal doctor`: what on this machine, or in a running Ray, would keep models from starting or from being fast.
+"""`shoal doctor`: checks whether models can start on this machine or Ray cluster, and run at full
+speed.
 
-A check looks at one thing and returns findings; it raises nothing and changes nothing. What needs torch or Ray is done
-by probes, processes of their own: they may hang or crash without taking the doctor along.
+A check returns findings; it raises nothing and changes nothing. Probes are separate processes for
+all that needs torch or Ray, since they may hang or crash.
 """

@@ -21,7 +21,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds for each process that looks at something.")] = 120.0,
 ) -> None:
-    """Look for what would keep models from starting here, or from being fast. Status 1 where something is wrong."""
+    """Check whether models can start here, and run at full speed. Exits with 1 if something is wrong."""
     from . import report
     from .run import Subject, examine
 

@@ -1,4 +1,4 @@
-"""GPUs: are there any, does torch see all of them, and is their memory free?"""
+"""GPUs: present, visible to torch, and with free memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from .finding import Finding, Status, gib
 from .process import Outcome
 
-# Engines take 0.9 of a GPU's memory unless told otherwise (gpu_memory_utilization).
+# Engines take 0.9 of a GPU's memory by default (gpu_memory_utilization).
 _FREE_SHARE = 0.9
 _USEFUL_SHARE = 0.2
 
 
 def findings(outcome: Outcome, present: int, driver: str | None) -> list[Finding]:
-    """What the probe of the GPUs means where there are `present` device files and the driver calls itself `driver`."""
+    """Findings from the GPU probe, with `present` device files and the driver's version `driver`."""
     about = next((line for line in outcome.lines if "torch" in line), None)
     if about is None:
         remedy = "python -c 'import torch; print(torch.cuda.is_available())' must answer; install torch again if not"
@@ -40,7 +40,7 @@ def findings(outcome: Outcome, present: int, driver: str | None) -> list[Finding
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The kernel module's version, as it says it; None where there is none."""
+    """The kernel module's version; None without one."""
     try:
         words = file.read_text().splitlines()[0].split()
     except (OSError, IndexError):
@@ -63,7 +63,7 @@ def _no_gpu(about: dict[str, Any], present: int, driver: str | None) -> Finding:
 
 def _gpu(line: dict[str, Any]) -> Finding:
     total, free = line["total_bytes"], line["free_bytes"]
-    message = f"GPU {line['device']}, {line['name']}: {gib(total)}, of which {gib(free)} are free"
+    message = f"GPU {line['device']}, {line['name']}: {gib(total)}, {gib(free)} of it free"
     if free >= _FREE_SHARE * total:
         return Finding("gpus", Status.OK, message, figures=line)
     remedy = "end what else runs on it (nvidia-smi)"
@@ -81,5 +81,5 @@ def _cuda(version: int | None) -> str:
 
 
 def copies(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
-    """The lines about pairs, by source and target."""
+    """Lines of the probe about pairs, by source and target."""
     return {(line["source"], line["target"]): line for line in lines if "access" in line}

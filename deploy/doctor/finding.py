@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""Findings of checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 class Status(Enum):
     OK = "ok"
-    SKIPPED = "skipped"  # it could not be checked here
-    WARNING = "warning"  # models are served, but slower than they could be, or not for long
+    SKIPPED = "skipped"  # cannot be checked here
+    WARNING = "warning"  # models are served, but slowly or not reliably
     WRONG = "wrong"  # models that need it do not start
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`message` says what was found, with the numbers; `remedy` what to change. `figures` are for programs."""
+    """`message`: the finding with its numbers; `remedy`: what to change; `figures`: for programs."""
 
     check: str
     status: Status

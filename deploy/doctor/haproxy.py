@@ -1,4 +1,4 @@
-"""HAProxy, which carries the streams where the server listens for other machines."""
+"""HAProxy, which carries the streams when the server listens beyond loopback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIMEOUT_S = 10.0
 
 
 def check_haproxy() -> list[Finding]:
-    """Findings about the binary that Ray Serve will take."""
+    """Findings about the binary that Ray Serve will use."""
     path = find_binary()
     if path is None:
         return [
@@ -29,7 +29,7 @@ def check_haproxy() -> list[Finding]:
 
 
 def find_binary() -> Path | None:
-    """Where Serve looks for it: in the variable, in the package that comes with it, on the path."""
+    """Path of the binary, in Serve's order: variable, bundled package, PATH."""
     named = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
     if named:
         return Path(named)
@@ -43,7 +43,7 @@ def find_binary() -> Path | None:
 
 
 def examine(path: Path) -> Finding:
-    """Whether a binary runs, and as which version."""
+    """Run the binary for its version."""
     try:
         done = subprocess.run([path, "-v"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:

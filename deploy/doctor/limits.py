@@ -1,4 +1,4 @@
-"""The number of files that a process may have open; a stream of tokens is a socket, and a socket is a file."""
+"""The limit of open files: every token stream is a socket."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import resource
 
 from .finding import Finding, Status
 
-# Python, Ray's connections to every other process and the model's files take some hundreds.
+# Python, Ray's connections and the model's files take some hundreds.
 _LEAST = 1024
 _ENOUGH = 8192
 
 
 def check_open_files() -> list[Finding]:
-    """Findings about this process's limit, which those that it starts inherit."""
+    """Findings about this process's limit, which child processes inherit."""
     return findings(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def findings(soft: int, hard: int) -> list[Finding]:
-    """What a limit and the most that it may be raised to mean."""
+    """Findings from the soft limit and the hard limit."""
     if soft == resource.RLIM_INFINITY:
         return [Finding("open files", Status.OK, "a process may open any number of files")]
     status = Status.WRONG if soft < _LEAST else Status.WARNING if soft < _ENOUGH else Status.OK

@@ -1,4 +1,4 @@
-"""Shared memory: Ray's object store lives in it, and NCCL's buffers where GPUs do not reach each other."""
+"""Shared memory: used by Ray's object store, and by NCCL without peer access."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from .finding import Finding, Status, gib
 
-# Ray refuses a store below 75 MiB. A container has 64 MiB unless it is told otherwise, which is what this is to find.
+# Ray refuses a store below 75 MiB. A container has 64 MiB by default.
 _LEAST = 128 << 20
 _ENOUGH = 1 << 30
 _LARGER = "docker run --shm-size=8g; on Kubernetes an emptyDir with medium Memory"
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
-    """Findings about the file system that shared memory is taken from."""
+    """Findings about the shared memory file system."""
     try:
         stat = os.statvfs(folder)
     except OSError as error:
@@ -24,9 +24,9 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
 
 
 def findings(folder: str, size: int, free: int) -> list[Finding]:
-    """What a size and what is free of it, in bytes, mean."""
+    """Findings from its size and free bytes."""
     figures = {"size_bytes": size, "free_bytes": free}
-    message = f"{folder} has {gib(size)}, of which {gib(free)} are free"
+    message = f"{folder} has {gib(size)}, {gib(free)} of it free"
     if free >= _ENOUGH:
         return [Finding("shared memory", Status.OK, message, figures=figures)]
     status = Status.WRONG if free < _LEAST else Status.WARNING

@@ -1,4 +1,4 @@
-"""Ports and sockets of this machine: HTTP's port, loopback, and the UNIX sockets that steps travel over."""
+"""Ports and sockets: the HTTP port, loopback, and the UNIX sockets of the step channel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TIMEOUT_S = 5.0
 
 
 def check_network(host: str, port: int) -> list[Finding]:
-    """Findings about the port that the server would listen on, and about what processes here talk over."""
+    """Findings about the server's port and about local sockets."""
     return [_check_port(host, port), _check_loopback(), _check_unix_sockets(), _check_free_ports()]
 
 
@@ -47,7 +47,7 @@ def _check_loopback() -> Finding:
 
 
 def _check_unix_sockets() -> Finding:
-    """Abstract ones, as steps travel over: they need no folder, but a sandbox may forbid them."""
+    """Abstract UNIX sockets, which carry steps: they need no folder, but a sandbox may forbid them."""
     try:
         with closing(socket.socket(socket.AF_UNIX)) as listener:
             listener.bind("")
@@ -63,7 +63,7 @@ def _check_unix_sockets() -> Finding:
 
 
 def _check_free_ports(table: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> Finding:
-    """How many ports there are for processes that take any: each router, replica, store and Ray worker takes some."""
+    """Ephemeral ports: each router, replica, store and Ray worker takes some."""
     try:
         first, last = (int(number) for number in table.read_text().split())
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def _check_free_ports(table: Path = Path("/proc/sys/net/ipv4/ip_local_port_range
 
 
 def _exchange(client: socket.socket, listener: socket.socket) -> None:
-    """A byte there and back."""
+    """Send a byte and receive it back."""
     with closing(client):
         server, _ = listener.accept()
         with closing(server):

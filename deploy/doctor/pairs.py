@@ -1,4 +1,4 @@
-"""What a process group carries between every pair of ranks: NCCL between GPUs, gloo between two processes elsewhere."""
+"""Bandwidth between every pair of ranks: NCCL between GPUs, gloo between two processes otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .finding import Finding, Status
 from .process import Outcome, run_probes
 
 _MESSAGE = {"nccl": 128 << 20, "gloo": 8 << 20}  # bytes
-_SLOW = 0.5  # of the median pair, or of what a plain copy reaches
+_SLOW = 0.5  # of the median pair, or of a plain copy
 _REMEDY = {
     "nccl": "run with NCCL_DEBUG=INFO to see what it tries; docs/parallelism.md says which variables matter",
     "gloo": "ranks on the CPU meet on 127.0.0.1: it must be up, and no firewall may stand before it",
@@ -20,7 +20,7 @@ _REMEDY = {
 
 
 def check_pairs(num_gpus: int, copies: Mapping[tuple[int, int], Mapping[str, Any]], limit_s: float) -> list[Finding]:
-    """Findings from as many processes as there are GPUs; from two on the CPU where there is no pair of GPUs."""
+    """Findings from one process a GPU, or from two CPU processes if there is no pair of GPUs."""
     backend, device, ranks = ("nccl", "cuda", num_gpus) if num_gpus > 1 else ("gloo", "cpu", 2)
     with tempfile.TemporaryDirectory(prefix="shoal-doctor-") as folder:
         rendezvous = str(Path(folder) / "store")
@@ -32,7 +32,7 @@ def check_pairs(num_gpus: int, copies: Mapping[tuple[int, int], Mapping[str, Any
 def findings(
     backend: str, ranks: int, outcomes: Sequence[Outcome], copies: Mapping[tuple[int, int], float]
 ) -> list[Finding]:
-    """What the ranks' answers mean. copies: bytes a second of a plain copy, by pair."""
+    """Findings from the ranks' answers. copies: bytes a second of a plain copy, by pair."""
     lines = [line for outcome in outcomes for line in outcome.lines]
     pairs = {(line["source"], line["target"]): line for line in lines if "source" in line}
     whole = next((line for line in lines if "sum" in line), None)
@@ -63,7 +63,7 @@ def _failures(
     pairs: Mapping[tuple[int, int], Any],
     whole: Mapping[str, Any] | None,
 ) -> list[Finding]:
-    """The first rank that failed, else the one that had no end, and what was under way then."""
+    """The first rank that failed, else the one that hung, with its last operation."""
     failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.failure is not None]
     if not failed:
         return []
@@ -81,7 +81,7 @@ def _failures(
 
 
 def _slow(pairs: Mapping[tuple[int, int], Mapping[str, Any]], copies: Mapping[tuple[int, int], float]) -> list[Finding]:
-    """Pairs that fall behind the others, or behind what a copy between the same two reaches."""
+    """Pairs far below the median, or below a plain copy of the same pair."""
     rates = {pair: line["bytes_per_s"] for pair, line in pairs.items()}
     if not rates:
         return []
@@ -104,7 +104,7 @@ def _slow(pairs: Mapping[tuple[int, int], Mapping[str, Any]], copies: Mapping[tu
 
 
 def _symmetric(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Whether kernels can sum over memory that all ranks write."""
+    """Whether kernels can all-reduce over symmetric memory."""
     answer = next((line for line in lines if "symmetric" in line), None)
     if answer is None:
         return []

@@ -1,4 +1,4 @@
-"""Peer access: does every GPU reach the memory of every other one without the host?"""
+"""Peer access: whether each GPU reads the others' memory without the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .finding import Finding, Status
 
 
 def findings(copies: Mapping[tuple[int, int], Mapping[str, Any]]) -> list[Finding]:
-    """What the probe of the GPUs says of ordered pairs. Nothing where there is no pair."""
+    """Findings about ordered pairs; none without a pair."""
     if not copies:
         return []
     apart = [pair for pair, line in copies.items() if not line["access"]]

@@ -1,4 +1,4 @@
-"""Is there room for what a configuration asks: do all bundles of all replicas fit the nodes?"""
+"""Whether all bundles of all replicas fit the nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Resources = dict[str, float]
 def findings(
     plans: Sequence[tuple[ModelPlan, ReplicaRequest]], nodes: Sequence[Mapping[str, float]], where: str
 ) -> list[Finding]:
-    """Whether replicas, placed one after the other, fit nodes that hold nothing else. where: "this machine"."""
+    """Whether replicas fit empty nodes, placed one after the other. where: "this machine"."""
     free = [dict(node) for node in nodes]
     found = []
     for plan, request in plans:
@@ -36,7 +36,7 @@ def findings(
 
 
 def bundles_of(request: ReplicaRequest) -> list[Resources]:
-    """What Ray reserves for one replica."""
+    """The bundles that Ray reserves for one replica."""
     if request.bundles is not None:
         return request.bundles
     options = request.actor_options
@@ -44,7 +44,7 @@ def bundles_of(request: ReplicaRequest) -> list[Resources]:
 
 
 def place(request: ReplicaRequest, free: list[Resources]) -> bool:
-    """Takes one replica's bundles out of `free`, if all of them fit: as Ray does, on few nodes or on many."""
+    """Take one replica's bundles out of `free` if all fit, with Ray's strategy: packed, or spread."""
     needed = bundles_of(request)
     groups = [_sum(needed)] if request.strategy == "STRICT_PACK" else [dict(bundle) for bundle in needed]
     left = [dict(node) for node in free]
@@ -55,7 +55,7 @@ def place(request: ReplicaRequest, free: list[Resources]) -> bool:
             fitting = [i for i in fitting if i not in taken]
         if not fitting:
             return False
-        # One that holds bundles of this replica already, or one that does not.
+        # Prefer a node that holds bundles of this replica.
         spread = request.strategy in ("SPREAD", "STRICT_SPREAD")
         chosen = min(fitting, key=lambda i: (i in taken) == spread)
         taken.add(chosen)

@@ -1,6 +1,6 @@
-"""Probe: what torch sees of the GPUs, and what a copy from each to each other one takes.
+"""Probe: what torch sees of the GPUs, and the copy rate of each ordered pair.
 
-The first line is about the driver and torch, then one for each GPU, and one for each ordered pair.
+Output: one line about driver and torch, one for each GPU, one for each ordered pair.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _driver_cuda() -> int | None:
-    """The newest CUDA that the driver runs, as 1000 * major + 10 * minor; None without a driver."""
+    """The newest CUDA that the driver supports, as 1000 * major + 10 * minor; None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

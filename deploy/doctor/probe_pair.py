@@ -1,8 +1,7 @@
-"""Probe, one process for each rank: what a process group carries from each rank to each other one, and in a sum; and
-on GPUs, whether the ranks can write each other's memory.
+"""Probe, one process a rank: rates of each pair and of an all-reduce, and symmetric memory on GPUs.
 
-Arguments: rank, ranks, device (cuda: NCCL, or cpu: gloo), a file for the rendezvous, bytes of a message.
-The sender says that a pair begins, so that the one that hangs is known; the receiver says how long it took.
+Arguments: rank, ranks, device (cuda: NCCL; cpu: gloo), rendezvous file, bytes of a message. The
+sender announces a pair, so that a hang can be located; the receiver reports its time.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 class _Rank:
-    """A member of a process group that is made as the ranks of a model make theirs."""
+    """A member of a process group, made as the ranks of a model make theirs."""
 
     def __init__(self, rank: int, ranks: int, device: str, file: str, num_bytes: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -43,7 +42,9 @@ class _Rank:
             torch.cuda.set_device(self.device)
         self.store = FileStore(file, ranks)
         groups = ProcessGroups(self.store, rank, self.device, "127.0.0.1")
-        self.group = groups.open("doctor", range(ranks), connect=False)  # each pair by itself, so that one can fail
+        self.group = groups.open(
+            "doctor", range(ranks), connect=False
+        )  # pairs connect one by one, so that one can fail alone
         self.message = torch.empty(num_bytes // 4, dtype=torch.float32, device=self.device)
 
     def measure(self) -> None:
@@ -65,7 +66,10 @@ class _Rank:
             say(source=source, target=target, right=right, bytes_per_s=self.message.nbytes / seconds)
 
     def measure_sum(self) -> None:
-        """An all-reduce. Every rank sends and receives 2 (n - 1) / n of the message, and that is its rate."""
+        """Bytes a second of an all-reduce: each rank sends and receives 2 (n - 1)
+
+        n of the message.
+        """
         if self.rank == 0:
             say(begin="sum")
         self.message.fill_(1.0)
@@ -78,7 +82,7 @@ class _Rank:
             say(sum=self.ranks, right=right, bytes_per_s=moved / seconds)
 
     def try_symmetric_memory(self) -> None:
-        """Which the kernels that sum small messages need. Every rank has the same answer."""
+        """Open the symmetric memory that all-reduce kernels use; every rank gets the same answer."""
         reason = ""
         try:
             open_symmetric_memory(self.store, "doctor", self.rank, self.ranks, self.device, _SHARED)
@@ -88,7 +92,7 @@ class _Rank:
             say(symmetric=not reason, reason=reason)
 
     def _seconds(self, exchange: Callable[[], dist.Work]) -> float:
-        """Of one exchange, after a first that connects."""
+        """Seconds of one exchange, after one that connects."""
         exchange().wait()
         self._synchronize()
         begin = time.perf_counter()

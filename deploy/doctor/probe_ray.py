@@ -1,4 +1,4 @@
-"""Probe: the nodes of a Ray that runs, and what a worker on each of them says of itself and of its clock.
+"""Probe: the nodes of a running Ray, with the versions, memory and clock of each.
 
 Argument: the address, as `ray.init` takes it.
 """
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .process import begin, say
 
-_ASKED = 3  # times; the shortest round trip bounds the clock best
+_ASKED = 3  # attempts; the shortest round trip bounds the clock best
 _DISTRIBUTIONS = ("shoal", "torch", "triton", "ray", "transformers")
 
 
@@ -54,7 +54,7 @@ def _ask(node: str, deadline: float) -> None:
 
 
 def _describe(distributions: tuple[str, ...]) -> dict[str, Any]:
-    """In a worker, which may have no Shoal: nothing but the standard library."""
+    """Runs in a worker that may lack Shoal: standard library only."""
     import os
     import platform
     import time

@@ -1,4 +1,4 @@
-"""Probes: processes that answer in lines of JSON, and have so much time."""
+"""Probes: child processes that answer in JSON lines, with a time limit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 _POLL_S = 0.02
-_LAST_WORDS = 400  # characters of what a probe that failed said
+_LAST_WORDS = 400  # characters of a failed probe's output
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a probe has said. `status` is None where it ran out of time, and was ended."""
+    """A probe's answer. `status` is None if it ran out of time and was killed."""
 
     lines: tuple[dict[str, Any], ...]
     status: int | None
@@ -32,7 +32,7 @@ class Outcome:
 
     @property
     def failure(self) -> str | None:
-        """Why there is not all that was asked for; None where there is."""
+        """Why the answer is incomplete; None if it is complete."""
         if self.status == 0:
             return None
         if self.status is None:
@@ -53,8 +53,8 @@ def run_probe(module: str, *arguments: str, limit_s: float, env: Mapping[str, st
 def run_probes(
     module: str, arguments: Sequence[Sequence[str]], *, limit_s: float, env: Mapping[str, str] | None = None
 ) -> list[Outcome]:
-    """Run a probe for each list of arguments, side by side. When one fails the others, which may wait for it, end."""
-    # Modules are found where this process finds them, but never in the working directory.
+    """Run a probe for each list of arguments, in parallel. If one fails, the others are ended."""
+    # Modules are found as in this process, but never in the working directory.
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, **(env or {})}
     begin = time.monotonic()
@@ -93,7 +93,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[i
 
 
 def _lines(output: Path) -> list[dict[str, Any]]:
-    """What a probe answered. Libraries print as well, to the same place; and a line may be cut short."""
+    """A probe's JSON lines, without what libraries print or a line cut short."""
     found = []
     for line in output.with_suffix(".out").read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
@@ -104,14 +104,14 @@ def _lines(output: Path) -> list[dict[str, Any]]:
 
 
 def _last_words(output: Path) -> str:
-    """The last line of a traceback, or of whatever it was."""
+    """The last line of a traceback or output."""
     said = output.with_suffix(".err").read_text(encoding="utf-8", errors="replace").splitlines()
     lines = [line.strip() for line in said if line.strip()]
     return lines[-1][:_LAST_WORDS] if lines else ""
 
 
 def begin() -> tuple[float, list[str]]:
-    """In a probe: the seconds that it has, and its arguments. It then ends, and as soon as nobody waits for it."""
+    """In a probe: read time limit and arguments. The probe ends after that time, or with its owner."""
     limit_s = float(sys.argv[1])
     signal.alarm(math.ceil(limit_s) + 1)  # the signal's own action: no Python has to run for it
     threading.Thread(target=_end_with_owner, daemon=True).start()
@@ -119,12 +119,12 @@ def begin() -> tuple[float, list[str]]:
 
 
 def _end_with_owner() -> None:
-    """Standard input ends when the doctor does, be it in the middle of starting this process."""
+    """End when standard input ends, which it does with the doctor."""
     with suppress(OSError):
         os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 
 def say(**values: Any) -> None:
-    """In a probe: one line of the answer."""
+    """In a probe: print one line of the answer."""
     print(json.dumps(values), flush=True)

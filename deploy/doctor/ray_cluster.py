@@ -1,4 +1,4 @@
-"""The Ray that runs, if one does: its nodes, what is installed on them, their shared memory and their clocks."""
+"""A running Ray: its nodes, versions, shared memory and clocks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from . import memory
 from .finding import Finding, Status
 from .process import Outcome
 
-# Nothing that Shoal does depends on equal clocks; logs of several nodes cannot be read together without them, and
+# Shoal does not depend on equal clocks. But logs of several nodes cannot be compared, and
 # certificates and tokens expire at the wrong time.
 _SKEW_S = 1.0
-_SESSION = "--session-dir="  # of Ray's gcs_server: the folder of its Ray, and in it one of this run
+_SESSION = "--session-dir="  # of Ray's gcs_server: the folder of its session
 
 
 def only_own(processes: Path = Path("/proc")) -> bool:
-    """Whether Rays run here, and all are those that `shoal serve` has started for itself.
+    """Whether Rays run here, all started by `shoal serve` for itself.
 
-    They listen on loopback alone, where Ray does not find them by itself, and takes minutes to say so.
+    They listen on loopback only, and Ray takes minutes to report that it cannot find them.
     """
     sessions = list(_sessions(processes))
     return bool(sessions) and all(session.parent.name.startswith(OWN_RAY_FOLDER) for session in sessions)
@@ -36,12 +36,12 @@ def _sessions(processes: Path) -> Iterator[Path]:
 
 
 def nodes_of(outcome: Outcome) -> list[dict[str, float]]:
-    """The resources of every node; none where no Ray runs."""
+    """Resources of every node; empty without a Ray."""
     return [line["resources"] for line in outcome.lines if "node" in line]
 
 
 def findings(outcome: Outcome, *, wanted: bool) -> list[Finding]:
-    """What the probe of Ray means. wanted: its user said where Ray is, so that there must be one."""
+    """Findings from the Ray probe. wanted: the user gave an address, so a Ray must exist."""
     missing = next((line["missing"] for line in outcome.lines if "missing" in line), None)
     nodes = [line for line in outcome.lines if "node" in line]
     if missing is not None or (not nodes and outcome.failure is not None):
@@ -64,7 +64,7 @@ def findings(outcome: Outcome, *, wanted: bool) -> list[Finding]:
 
 
 def _missing(why: str | None, failure: str | None, wanted: bool) -> Finding:
-    """why: what Ray said where there is none; failure: the probe's own."""
+    """why: Ray's own reason; failure: the probe's."""
     if wanted:
         remedy = "is it up, and is this its address? If it asks for a token, set RAY_AUTH_MODE=token"
         return Finding("ray", Status.WRONG, f"Ray cannot be joined: {why or failure}", remedy)
@@ -73,7 +73,7 @@ def _missing(why: str | None, failure: str | None, wanted: bool) -> Finding:
 
 
 def _versions(answered: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Finding]:
-    """Ranks of a group must be of one version; Ray itself refuses only other versions of Python and Ray."""
+    """Ranks of a group need equal versions; Ray itself only checks Python and Ray."""
     by_versions: dict[str, list[str]] = {}
     for host, answer in answered:
         text = ", ".join(f"{name} {version}" for name, version in sorted(answer["versions"].items()))
@@ -109,9 +109,7 @@ def _clocks(answered: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Finding]:
         message = f"clocks differ from this machine's: {named}"
         return [Finding("clocks", Status.WARNING, message, "run an NTP client on every node (chronyd)", figures)]
     most = max(known.values())
-    message = (
-        f"clocks of {_nodes(len(known))} differ from this machine's by {most:.3f} s or less, as far as can be told"
-    )
+    message = f"clocks of {_nodes(len(known))} differ from this machine's by at most {most:.3f} s, as measured"
     return [Finding("clocks", Status.OK, message, figures=figures)]
 
 

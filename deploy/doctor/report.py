@@ -21,12 +21,12 @@ def exit_status(findings: Sequence[Finding]) -> int:
 
 
 def waiting() -> AbstractContextManager[object]:
-    """Something that moves, for whoever sits at a terminal: probes take some seconds to start."""
+    """A spinner on terminals: probes take seconds to start."""
     return Console(stderr=True).status("looking at this machine")
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """The table; under a finding, what to change."""
+    """The table, with remedies below their findings."""
     console = Console(highlight=False)
     if console.width < _NARROWEST and not console.is_terminal:
         console = Console(highlight=False, width=_NARROWEST)  # a pipe has no width; lines are not cut for it

@@ -1,4 +1,4 @@
-"""The checks, in the order in which one builds on another."""
+"""The checks, in the order of their dependencies."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ NO_RAY = "none"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is to be looked at.
+    """What to check.
 
-    config: a file that Serve takes. address: of a Ray; "auto" finds one on this machine, "none" looks for none. host,
-    port: where the server is to listen; None: as the file says, else 127.0.0.1:8000.
+    config: a Serve configuration file. address: of a Ray; "auto" finds one on this machine,
+    "none" looks for none. host, port: where the server will listen; None: as the file says,
+    else 127.0.0.1:8000.
     """
 
     config: Path | None = None
@@ -42,7 +43,7 @@ class Subject:
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
-    """Every finding, as soon as it is known. Raises nothing."""
+    """Yield every finding as it comes. Raises nothing."""
     content: dict[str, Any] = {}
     host, port = "127.0.0.1", 8000
     if subject.config is not None:
@@ -66,7 +67,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
 
 
 def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """The findings of a check; one that fails itself is a finding too."""
+    """The findings of a check; its own failure is a finding too."""
     try:
         return check()
     except Exception as error:
@@ -92,7 +93,7 @@ def _check_ray(subject: Subject, content: dict[str, Any]) -> list[Finding]:
     found: list[Finding] = []
     nodes: list[dict[str, float]] = []
     if subject.address == "auto" and not os.environ.get("RAY_ADDRESS") and ray_cluster.only_own():
-        message = "the Ray that runs here is of a `shoal serve`, and nobody else's to join"
+        message = "the Ray that runs here belongs to a `shoal serve` and cannot be joined"
         found.append(Finding("ray", Status.SKIPPED, message))
     elif subject.address != NO_RAY:
         outcome = run_probe("probe_ray", subject.address, limit_s=subject.limit_s)

@@ -1,4 +1,4 @@
-"""A file for `serve run` or `serve deploy`, as the doctor reads it."""
+"""A configuration file of `serve run` or `serve deploy`, as the doctor reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import LLMConfig, LLMServingArgs, ModelPlan, ServeConfig, from_dic
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's content. Raises ConfigError where it is of another form."""
+    """The file's content. Raises ConfigError if its form is wrong."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def listens(content: dict[str, Any]) -> tuple[str, int]:
-    """Where Serve is to listen: host and port, 127.0.0.1:8000 where the file does not say. Raises ConfigError."""
+    """Host and port of Serve, by default 127.0.0.1:8000. Raises ConfigError."""
     options = content.get("http_options") or {}
     host, port = (options.get("host", "127.0.0.1"), options.get("port", 8000)) if isinstance(options, dict) else (0, 0)
     if not isinstance(host, str) or not isinstance(port, int) or not 0 <= port < 1 << 16:

@@ -1,4 +1,4 @@
-"""Variables that NCCL, gloo and CUDA read. Shoal sets none of them: what is found here is what a rank will have."""
+"""Environment variables of NCCL, gloo and CUDA. Shoal sets none, so a rank sees these values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLOW = (
     ("TORCH_DISTRIBUTED_DEBUG", ("DETAIL",), "every collective is checked by another one"),
     ("TORCH_NCCL_BLOCKING_WAIT", ("1",), "every collective is waited for on the host"),
 )
-_INTERFACES = ("NCCL_SOCKET_IFNAME",)  # gloo is told its address by Shoal, and reads no GLOO_SOCKET_IFNAME
+_INTERFACES = ("NCCL_SOCKET_IFNAME",)  # gloo gets its address from Shoal and ignores GLOO_SOCKET_IFNAME
 
 
 def check_settings() -> list[Finding]:
@@ -28,7 +28,7 @@ def check_settings() -> list[Finding]:
 
 
 def findings(environment: Mapping[str, str], interfaces: Iterable[str]) -> list[Finding]:
-    """What the variables mean on a machine with these network interfaces."""
+    """Findings about the variables, given this machine's network interfaces."""
     found = {name: value for name, value in sorted(environment.items()) if name.startswith(_PREFIXES) or name in _ALSO}
     interfaces = list(interfaces)
     problems = [
@@ -52,7 +52,7 @@ def findings(environment: Mapping[str, str], interfaces: Iterable[str]) -> list[
 
 
 def matches(pattern: str, interface: str) -> bool:
-    """Whether NCCL_SOCKET_IFNAME takes an interface: prefixes, names after `=`, or what not to take after `^`."""
+    """Whether NCCL_SOCKET_IFNAME selects an interface: prefixes, exact names after `=`, exclusions after `^`."""
     exclude, pattern = pattern.startswith("^"), pattern.removeprefix("^")
     exact, pattern = pattern.startswith("="), pattern.removeprefix("=")
     names = [name.strip() for name in pattern.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""Are the packages that are installed those that Shoal asks for?"""
+"""Whether the installed packages satisfy Shoal's requirements."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from packaging.requirements import Requirement
 from .finding import Finding, Status
 
 _SHOWN = ("shoal", "torch", "triton", "ray", "transformers")
-# Wheels that write the same libnccl.so.2: the one installed last wins, and it may not fit torch.
+# These wheels write the same libnccl.so.2: the last one installed wins, and may not fit torch.
 _NCCL_WHEELS = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 def check_versions() -> list[Finding]:
-    """Findings about the environment that runs this."""
+    """Findings about this Python environment."""
     try:
         required = metadata.requires("shoal") or []
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def check_versions() -> list[Finding]:
 
 
 def findings(required: Iterable[str], installed: Mapping[str, str]) -> list[Finding]:
-    """What the requirements of a package say of what is installed."""
+    """Findings from a package's requirements and the installed versions."""
     wrong = []
     for text in required:
         requirement = Requirement(text)
@@ -52,7 +52,7 @@ def findings(required: Iterable[str], installed: Mapping[str, str]) -> list[Find
 
 
 def nccl_findings(wheels: Mapping[str, str]) -> list[Finding]:
-    """Whether two wheels fight for one library."""
+    """Whether two wheels overwrite each other's NCCL."""
     if len(wheels) < 2:
         return []
     both = " and ".join(f"{name} {version}" for name, version in wheels.items())

@@ -160,7 +160,7 @@ def test_gpus() -> None:
     found = devices.findings(outcome(TORCH, gpu(0), gpu(1)), 2, "580.95.05")
     assert statuses(found) == ["ok"] * 3
     assert "the driver 580.95.05 runs CUDA up to 13.0" in found[0].message
-    assert "GPU 1, H200: 140.0 GiB, of which 139.0 GiB are free" in found[2].message
+    assert "GPU 1, H200: 140.0 GiB, 139.0 GiB of it free" in found[2].message
 
 
 def test_a_gpu_whose_memory_is_taken() -> None:
