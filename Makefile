@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve doctor test test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-versions bench-plots bench-table
+.PHONY: help setup serve doctor test coverage test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-versions bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -40,6 +40,9 @@ doctor: $(STAMP) ## what would keep models from starting here, or from being fas
 test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)
 
+coverage: $(STAMP) ## the fast tests with the share of lines and branches that they run (slower than make test)
+	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered $(ARGS)
+
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS)
 
@@ -52,10 +55,12 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 sanitize-gpu: $(STAMP) ## every kernel once under compute-sanitizer, on a CUDA device
 	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.sanitize
 
-check: $(STAMP) ## lint, format, types, whitespace
+check: $(STAMP) ## lint, format, types, imports, spelling, whitespace
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "check: not formatted (make format):"; $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/basedpyright --warnings
+	@$(BIN)/lint-imports --no-logo --no-cache >/dev/null || { $(BIN)/lint-imports --no-logo --no-cache; exit 1; }
+	@$(BIN)/codespell $(wildcard $(CODE) docs *.md *.toml Makefile)
 	@! grep -rnIE '[[:blank:]]+$$' $(wildcard $(CODE) docs k8s .ci *.md *.toml *.txt) --exclude-dir=__pycache__ --exclude='*.json' --exclude='*.svg' --exclude=merges.txt \
 		|| { echo "check: trailing whitespace, above" >&2; exit 1; }
 
@@ -112,5 +117,5 @@ bench-table: $(STAMP) ## benchmarks/results as tables, into docs/performance-tab
 	@$(BIN)/python -m benchmarks.table --write
 
 clean: ## remove what make and the tools wrote (.venv too)
-	@rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache *.egg-info
+	@rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .coverage *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

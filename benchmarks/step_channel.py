@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import Any, NamedTuple, Protocol
@@ -248,7 +249,7 @@ def measure(make: Callable[[str], Way], num_steps: int, pause_ms: float) -> Time
     """One round. make: is given the path of the ranks' meeting."""
     begins, ends = [], []
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
-        fifo = os.path.join(folder, "meeting")
+        fifo = str(Path(folder, "meeting"))
         os.mkfifo(fifo)
         way, plan = make(fifo), decode_plan()
         for step in range(NUM_WARM + num_steps):

@@ -21,7 +21,6 @@ import ast
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import sysconfig
@@ -306,7 +305,7 @@ def save(model: LlamaForCausalLM, tokenizer: FastTokenizer, record: dict, output
         Path(partial, "heldout.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for file in Path(partial).iterdir():
             file.chmod(0o644)
-            os.replace(file, output / file.name)
+            file.replace(output / file.name)
 
 
 @torch.inference_mode()

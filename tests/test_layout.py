@@ -1,6 +1,8 @@
-"""The shape of the source tree: folders, the order of imports between them, and who may import what.
+"""The shape of the source tree: folders, packages, lengths and names.
 
-The rules are those of docs/architecture.md; a change of one of them is a change of that page too.
+import-linter checks the order of imports and the third-party packages of each folder (`[tool.importlinter]`, run by
+`make check`). The tests here check what its contracts cannot say, and list all findings at once. The rules are those
+of docs/architecture.md: change that page together with a rule.
 """
 
 from __future__ import annotations
@@ -13,37 +15,22 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
-
-import pytest
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Lower folders first: a file may import its own folder and those before it.
 FOLDERS = ("kernels", "quant", "replicas", "cluster", "deploy")
-
-# Third-party packages that belong to some folders only.
-RESTRICTED = {
-    "ray": {"cluster", "deploy"},
-    "pydantic": {"deploy"},
-    "pydantic_settings": {"deploy"},
-    "fastapi": {"deploy"},
-    "starlette": {"deploy"},
-    "typer": {"deploy"},
-    "triton": {"kernels"},
-    "transformers": {"replicas", "deploy"},
-}
 
 STANDARD_LIBRARY_ONLY = (
     "replicas/protocol.py",
     "replicas/config.py",
     "replicas/errors.py",
-    "replicas/stages.py",  # of which the configuration is told what a stage holds
+    "replicas/stages.py",
     "replicas/model_spec.py",
     "replicas/kv_cache_spec.py",
 )
 
-# What routers, the ingress and the command line load: none of it may bring torch along.
+# Modules that routers, the ingress and the command line load: none of them may import torch.
 WITHOUT_TORCH = (
     "replicas.protocol",
     "replicas.config",
@@ -76,6 +63,11 @@ def source_files(*folders: str) -> list[Path]:
 
 CODE = source_files(*FOLDERS)
 EVERYTHING = CODE + source_files("tests", "benchmarks", "examples")
+
+
+@cache
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def relative(path: Path) -> str:
@@ -118,12 +110,9 @@ def test_there_is_code_in_every_folder() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in CODE} == set(FOLDERS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_top_level_folders_have_no_init(folder: str) -> None:
-    assert not (ROOT / folder / "__init__.py").exists(), (
-        f"{folder}/__init__.py makes `{folder}` an importable package wherever the root is on sys.path "
-        "(docs/adr/0001-no-init-in-top-level-folders.md)"
-    )
+def test_top_level_folders_have_no_init() -> None:
+    """Such a file makes `kernels` importable wherever the root is on sys.path (docs/adr/0001)."""
+    assert [folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()] == []
 
 
 def test_nested_packages_have_an_init() -> None:
@@ -132,9 +121,8 @@ def test_nested_packages_have_an_init() -> None:
 
 
 def test_packages_in_pyproject_are_the_folders_on_disk() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     on_disk = {"shoal"} | {".".join(("shoal", *path.relative_to(ROOT).parent.parts)) for path in CODE}
-    assert set(project["tool"]["setuptools"]["packages"]) == on_disk
+    assert set(pyproject()["tool"]["setuptools"]["packages"]) == on_disk
 
 
 def test_the_root_on_sys_path_does_not_break_transformers() -> None:
@@ -143,36 +131,34 @@ def test_the_root_on_sys_path_does_not_break_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", CODE, ids=relative)
-def test_imports_keep_the_order(path: Path) -> None:
-    folder = path.relative_to(ROOT).parts[0]
-    allowed = FOLDERS[: FOLDERS.index(folder) + 1]
-    for line, module, _ in imports(path):
-        parts = module.split(".")
-        if parts[0] == "shoal" and len(parts) > 1 and parts[1] in FOLDERS:
-            assert parts[1] in allowed, f"{relative(path)}:{line} imports {module}: {folder} may use {allowed}"
+def test_the_contract_of_layers_names_every_package() -> None:
+    """A package that the contract leaves out would be free to import anything."""
+    contracts = pyproject()["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["id"] == "layers")
+    named = [name for layer in layers for name in re.split(r" [|:] ", layer)]
+    on_disk = {".".join(("shoal", *path.relative_to(ROOT).with_suffix("").parts[:2])) for path in CODE}
+    assert sorted(named) == sorted(on_disk)
 
 
-@pytest.mark.parametrize("path", CODE, ids=relative)
-def test_imports_inside_are_relative(path: Path) -> None:
-    for line, module, is_relative in imports(path):
-        own = module.split(".")[0] in {"shoal", "tests", *FOLDERS}
-        assert is_relative or not own, f"{relative(path)}:{line} must import {module} relatively"
+def test_imports_inside_are_relative() -> None:
+    bad = [
+        f"{relative(path)}:{line} {module}"
+        for path in CODE
+        for line, module, is_relative in imports(path)
+        if not is_relative and module.split(".")[0] in {"shoal", "tests", *FOLDERS}
+    ]
+    assert bad == [], "import these relatively"
 
 
-@pytest.mark.parametrize("path", CODE, ids=relative)
-def test_third_party_packages_stay_in_their_folders(path: Path) -> None:
-    folder = path.relative_to(ROOT).parts[0]
-    for line, module, _ in imports(path):
-        allowed = RESTRICTED.get(module.split(".")[0])
-        assert allowed is None or folder in allowed, f"{relative(path)}:{line} imports {module}: only {allowed} may"
-
-
-@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
-def test_the_seams_import_only_the_standard_library(name: str) -> None:
+def test_the_seams_import_only_the_standard_library() -> None:
     own = {"shoal." + other.removesuffix(".py").replace("/", ".") for other in STANDARD_LIBRARY_ONLY}
-    for line, module, _ in imports(ROOT / name):
-        assert module in own or module.split(".")[0] in sys.stdlib_module_names, f"{name}:{line} imports {module}"
+    bad = [
+        f"{name}:{line} {module}"
+        for name in STANDARD_LIBRARY_ONLY
+        for line, module, _ in imports(ROOT / name)
+        if module not in own and module.split(".")[0] not in sys.stdlib_module_names
+    ]
+    assert bad == []
 
 
 def test_edge_modules_do_not_load_torch() -> None:
@@ -187,10 +173,9 @@ for module in {WITHOUT_TORCH}:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=relative)
-def test_files_are_short(path: Path) -> None:
-    length = len(path.read_text(encoding="utf-8").splitlines())
-    assert length <= MAX_LINES, f"{relative(path)} has {length} lines; split it by idea (at most {MAX_LINES})"
+def test_files_are_short() -> None:
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in EVERYTHING}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}, "split these by idea"
 
 
 GLOSSARY = """
@@ -201,11 +186,10 @@ ITL, goodput
 """
 
 
-@pytest.mark.parametrize("word", re.split(r",\s+", GLOSSARY.strip()))
-def test_the_glossary_defines(word: str) -> None:
+def test_the_glossary_defines_every_term() -> None:
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     defined = {term.strip("`") for line in re.findall(r"^\*\*(.+?)\*\*", text, re.M) for term in line.split(", ")}
-    assert word in defined, f"docs/glossary.md has no entry **{word}**"
+    assert set(re.split(r",\s+", GLOSSARY.strip())) - defined == set(), "add an entry **term** to docs/glossary.md"
 
 
 # Names that the glossary replaces: `page` by block, `n_heads` by num_heads.
@@ -222,7 +206,11 @@ def defined_names(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.id
 
 
-@pytest.mark.parametrize("path", CODE, ids=relative)
-def test_names_use_the_glossary(path: Path) -> None:
-    bad = [f"{relative(path)}:{line} {name}" for line, name in defined_names(path) if UNWANTED_NAME.search(name)]
+def test_names_use_the_glossary() -> None:
+    bad = [
+        f"{relative(path)}:{line} {name}"
+        for path in CODE
+        for line, name in defined_names(path)
+        if UNWANTED_NAME.search(name)
+    ]
     assert bad == [], "say block, and num_ for counts (docs/glossary.md)"

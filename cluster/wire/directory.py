@@ -74,7 +74,7 @@ class Directory:
             self._stopping |= models
             self._announce()
 
-    async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:
+    async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:  # noqa: ASYNC109 -- a long poll
         """The membership once its version is not `version`, or as it is after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ class Namespace:
         """This thread is in the namespace meanwhile, and the sockets and processes that it makes stay there."""
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            with open(f"/proc/{self.pid}/ns/net") as there:
+            with Path(f"/proc/{self.pid}/ns/net").open() as there:
                 _enter(there.fileno())
             try:
                 yield

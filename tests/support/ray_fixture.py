@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def local_ray() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp")  # short: it holds UNIX sockets
     # Workers inherit it and find tests.support. A runtime_env would say it too, but Ray starts such workers through a
     # shell that splits the interpreter's path at spaces.
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     ray.init(
         num_cpus=2,

@@ -120,7 +120,7 @@ def listeners_of(session: int) -> dict[int, bool]:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if not folder.name.isdecimal() or int(fields[3]) != session:
                 continue
-            links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+            links = [str(link.readlink()) for link in (folder / "fd").iterdir()]
         except OSError:  # it has just ended
             continue
         found.update(ports[link[8:-1]] for link in links if link.startswith("socket:") and link[8:-1] in ports)

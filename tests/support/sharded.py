@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -126,7 +125,7 @@ def shard_actors() -> int:
 
 def shared_memory() -> set[str]:
     """Segments that torch or NCCL has made, on this machine."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("nccl", "torch"))}
+    return {file.name for file in Path("/dev/shm").iterdir() if file.name.startswith(("nccl", "torch"))}
 
 
 def shard_processes() -> list[str]:
@@ -144,7 +143,7 @@ def _sockets(pid: int) -> set[str]:
     found = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            found.update(re.findall(r"^socket:\[(\d+)\]$", os.readlink(descriptor)))
+            found.update(re.findall(r"^socket:\[(\d+)\]$", str(descriptor.readlink())))
     return found
 
 

@@ -16,11 +16,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 # Read by Ray when it is imported. Nodes that are gone are noticed within 3 s, as `shoal serve` sets it.
 os.environ |= {
-    "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "1000",
