@@ -137,6 +137,7 @@ def test_the_contract_of_layers_names_every_package() -> None:
     layers = next(contract["layers"] for contract in contracts if contract["id"] == "layers")
     named = [name for layer in layers for name in re.split(r" [|:] ", layer)]
     on_disk = {".".join(("shoal", *path.relative_to(ROOT).with_suffix("").parts[:2])) for path in CODE}
+    assert on_disk - set(named) == set(), "add these to the layers of [tool.importlinter] in pyproject.toml"
     assert sorted(named) == sorted(on_disk)
 
 

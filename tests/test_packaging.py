@@ -50,10 +50,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def shipped_files() -> set[str]:
-    """Paths an installation must have below the package: code, configurations, tables of launches, the tiny model."""
+    """Paths an installation must have below the package: code, configurations, tuned launches, py.typed, the tiny model."""
     code = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     data = {*(ROOT / "deploy").glob("*.yaml"), *(ROOT / "deploy" / "models" / "tiny").glob("*")}
-    data |= {*(ROOT / "kernels" / "tuned").glob("*.json")}
+    data |= {*(ROOT / "kernels" / "tuned").glob("*.json"), ROOT / "py.typed"}
     return {path.relative_to(ROOT).as_posix() for path in code | data if path.is_file()} | {"__init__.py"}
 
 
