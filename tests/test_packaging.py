@@ -22,7 +22,7 @@ FOLDERS = ("kernels", "quant", "replicas", "cluster", "deploy")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # What the build reads; copied first, because setuptools writes build/ and *.egg-info beside its sources.
-SOURCES = (*FOLDERS, "__init__.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (*FOLDERS, "__init__.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def shipped_files() -> set[str]:
-    """Paths an installation must have below the package: code, configurations, tuned launches, py.typed, the tiny model."""
+    """Paths below the package: code, py.typed, configurations, tuned launches, the tiny model."""
     code = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     data = {*(ROOT / "deploy").glob("*.yaml"), *(ROOT / "deploy" / "models" / "tiny").glob("*")}
     data |= {*(ROOT / "kernels" / "tuned").glob("*.json"), ROOT / "py.typed"}
