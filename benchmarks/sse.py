@@ -37,7 +37,7 @@ from benchmarks.report import ROOT, Report
 from shoal.cluster.router.router import Router
 from shoal.cluster.wire.membership import ReplicaInfo, StaticMembership
 from shoal.deploy.environment import make_ray_folder, prepare_environment
-from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.api_state import ApiState, ServedModel
 from shoal.deploy.openai.http_app import create_http_app
 from shoal.replicas.channel.handshake import new_secret
 from shoal.replicas.text.tokenizer import Tokenizer
@@ -185,7 +185,7 @@ def serve_bare(port: int, events: list[bytes], pace: float) -> None:
 def serve_ingress(port: int, info: ReplicaInfo, secret: bytes, tokenizer: Path) -> None:
     router = Router(StaticMembership([info]), secret)
     model = ServedModel(MODEL_ID, Tokenizer.from_folder(tokenizer), str(tokenizer))
-    run_uvicorn(create_http_app(ApiService(router, [model])), port, router.start)
+    run_uvicorn(create_http_app(ApiState(router, [model])), port, router.start)
 
 
 # Ways 3 and 4: the ingress deployment under Ray Serve

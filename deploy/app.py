@@ -22,7 +22,7 @@ from ..replicas.errors import ConfigError
 from ..replicas.text.tokenizer import Tokenizer
 from .config import LLMServingArgs, ModelPlan, ServeConfig, from_dict, plan_model
 from .environment import keep_auth_token_private
-from .openai.api_state import ApiService, ServedModel
+from .openai.api_state import ApiState, ServedModel
 from .openai.auth import KeyRing
 from .openai.http_app import create_http_app
 from .resources import (
@@ -58,7 +58,7 @@ class Ingress:
         models = [ServedModel(name, Tokenizer.from_folder(path), root) for name, root, path in settings.models]
         for model in models:
             model.tokenizer.prepare_chat()
-        self.service = ApiService(self.router, models, settings.keys)
+        self.service = ApiState(self.router, models, settings.keys)
         gc.collect()
         gc.freeze()  # as a replica does: no collection over what is loaded by now pauses the streams
         await self.router.start()

@@ -1,4 +1,4 @@
-"""What the HTTP routes stand on: the models that are served, their tokenizers, the router, the keys."""
+"""The state that the HTTP routes share: the served models, their tokenizers, the router, the keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from prometheus_client.registry import Collector
 from ...cluster.router.routed_request import RequestTimes
 from ...cluster.wire.errors import NoReplica
 from ...cluster.wire.membership import ReplicaInfo
+from ...replicas.engine.request_limits import ModelLimits
 from ...replicas.errors import UnknownModel
 from ...replicas.protocol import ReplicaLoad, Request, TokenDelta
 from ...replicas.text.tokenizer import Tokenizer
 from ..nearest import did_you_mean
 from .auth import KeyRing
 from .metrics import ModelMetrics, ServingCollector
-from .sampling import ModelLimits
 
-# Shorter texts are tokenised at once: a thread would cost more than they do.
+# Shorter texts are tokenised on the event loop: a thread would cost more.
 _LONG_TEXT_CHARS = 4096
 STALLED_AFTER_S = 30.0
 
 
 class RequestRouter(Protocol):
-    """What the API needs of cluster.router.Router."""
+    """The part of cluster.router.Router that the API uses."""
 
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]: ...
 
@@ -47,7 +47,7 @@ class RequestRouter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model as its users know it. `root` is where its files come from."""
+    """One model under its public name. `root` is the source of its files."""
 
     name: str
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class ServedModel:
         return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
 
 
-class ApiService:
+class ApiState:
     """Shared by all routes of one router process."""
 
     def __init__(self, router: RequestRouter, models: Sequence[ServedModel], keys: KeyRing | None = None) -> None:
@@ -70,11 +70,11 @@ class ApiService:
         self.keys = keys or KeyRing()
         self.metrics = {name: ModelMetrics() for name in self.models}
         self.collector = ServingCollector(self.metrics, lambda name: self.replicas(self.models[name]))
-        self._limits: dict[str, ModelLimits] = {}  # as last seen
+        self._limits: dict[str, ModelLimits] = {}  # the last known
         self._progress: dict[tuple[str, int], tuple[int, float]] = {}  # replica -> (steps, when they last moved)
 
     def resolve(self, name: str | None) -> ServedModel:
-        """The model of this name; the only one where none is named. Raises UnknownModel."""
+        """The model of this name, or the only model if `name` is None. Raises UnknownModel."""
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name in self.models:
@@ -94,20 +94,21 @@ class ApiService:
             return []
 
     def limits(self, model: ServedModel) -> ModelLimits:
-        """The least of the model's replicas; as last seen while there is none, for the router waits for one.
+        """The smallest limits of the model's replicas. The last known ones while none is up: the router waits for one.
 
-        Raises NoReplica where there never was one.
+        Raises NoReplica if none was ever up.
         """
         infos = [info for info, _ in self.replicas(model)]
         if infos:
-            least = ModelLimits(min(i.max_model_len for i in infos), min(i.vocab_size for i in infos))
-            self._limits[model.name] = least
+            self._limits[model.name] = ModelLimits(
+                vocab_size=min(i.vocab_size for i in infos), max_model_len=min(i.max_model_len for i in infos)
+            )
         if model.name not in self._limits:
             raise NoReplica(f"no replica of {model.name!r} is up yet; try again")
         return self._limits[model.name]
 
     def unhealthy(self) -> str | None:
-        """Why the server cannot answer now; None when it can. A replica that has work must make steps."""
+        """Why the server cannot answer now, or None. A replica that has work must make steps."""
         now = time.monotonic()
         for name, model in self.models.items():
             replicas = self.replicas(model)

@@ -1,4 +1,4 @@
-"""Who may ask for what: API keys for everything but the probes, an admin key for the inside."""
+"""API keys for every route except the probes; an admin key for the debug and admin routes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _digest(key: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """The keys of a server, as digests. Without any key everything is open, the admin routes only where `local`.
+    """The digests of a server's keys. Without any key every route is open, the admin routes only if `local`.
 
-    `local` says that the server listens on loopback alone.
+    `local` says that the server listens on loopback only.
     """
 
     api_keys: tuple[bytes, ...] = ()
@@ -33,16 +33,18 @@ class KeyRing:
     def of(cls, api_keys: Iterable[str] = (), admin_keys: Iterable[str] = (), *, local: bool = True) -> KeyRing:
         return cls(tuple(map(_digest, api_keys)), tuple(map(_digest, admin_keys)), local)
 
+    def needs_key(self, path: str) -> bool:
+        """Whether a request to `path` needs a key."""
+        if path in OPEN_ROUTES:
+            return False
+        return bool(self.api_keys or (self.admin_keys and path.startswith(ADMIN_PREFIXES)))
+
     def check(self, path: str, authorization: str | None) -> None:
         """Raise HttpError 401 or 403 unless a request to `path` with this Authorization header may pass."""
-        if path in OPEN_ROUTES:
-            return
         admin_route = path.startswith(ADMIN_PREFIXES)
-        if not self.api_keys and not self.admin_keys:
-            if admin_route and not self.local:
+        if not self.needs_key(path):
+            if admin_route and not self.local and not self.admin_keys:
                 raise HttpError(403, f"{path} needs an admin key, and this server has none configured")
-            return
-        if not self.api_keys and not admin_route:
             return
         known, admin = self._recognise(authorization)
         if not known:
@@ -56,7 +58,7 @@ class KeyRing:
             raise HttpError(403, f"{path} needs the admin key", code="admin_key_required")
 
     def _recognise(self, authorization: str | None) -> tuple[bool, bool]:
-        """Whether the key is known, and whether it is an admin's. Every key is compared, each in constant time."""
+        """Whether the key is known, and whether it is an admin key. Every key is compared, each in constant time."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or len(key) > _MAX_KEY_BYTES:
             return False, False

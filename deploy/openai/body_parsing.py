@@ -1,110 +1,128 @@
-"""From a JSON object to a request body, with errors that name the field."""
+"""Reads JSON bodies with limits of size and time, and turns validation findings into errors that name the field."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticCustomError
+import msgspec
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
 
 from ...replicas.errors import RequestError
-from ..nearest import did_you_mean
+from .errors import HttpError
 
-BodyType = TypeVar("BodyType", bound=BaseModel)
-
-# Fields that OpenAI's or vLLM's servers know and this one does not serve, and the values that ask for nothing.
-NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# Fields that change nothing about an answer here.
-WITHOUT_EFFECT = frozenset(
-    {
-        "include_reasoning",
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-    }
-)
-_REFUSED = {
-    "chat_template": "templates come from the model's folder, never from a client",
-    "request_id": "send it as the x-request-id header",
-}
+MAX_BODY_BYTES = 8 << 20
+MAX_DISCARDED_BYTES = 128 << 20
+BODY_TIMEOUT_S = 10.0
 
 
-def parse_body(kind: type[BodyType], value: Any) -> BodyType:
-    """`value`, decoded JSON, as a body. Raises RequestError with `param` set to the field at fault."""
-    if not isinstance(value, dict):
-        raise RequestError(f"the body must be a JSON object, not {_json_type(value)}")
-    given = {key: item for key, item in value.items() if item is not None}
-    for key in given.keys() - kind.model_fields.keys():
-        _refuse(kind, key, given[key])
+class JsonRoute(APIRoute):
+    """A route whose JSON body is read and decoded by Shoal; FastAPI validates it as the route's typed parameter."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read_and_handle(request: Request) -> Response:
+            return await handle(await JsonRequest.read(request))
+
+        return read_and_handle
+
+
+class JsonRequest(Request):
+    """A request whose JSON body was read and decoded."""
+
+    raw: bytes
+    value: Any
+
+    @classmethod
+    async def read(cls, request: Request) -> JsonRequest:
+        """Read and decode the body of `request`. Raises HttpError 400, 408, 413 or 415."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
+            raise HttpError(415, f"the body must be plain application/json, not {kind or 'of no type'}")
+        loaded = cls(request.scope, request.receive)
+        loaded.raw = await _read_body(request)
+        loaded.value = _decode(loaded.raw)
+        return loaded
+
+    async def body(self) -> bytes:
+        return self.raw
+
+    async def json(self) -> Any:
+        return self.value
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body. Raises HttpError 408 or 413.
+
+    A body above the limit is read up to MAX_DISCARDED_BYTES before the refusal. If the server closed the connection
+    while the client still writes, TCP would reset it and the client would never see the refusal.
+    """
+    chunks: list[bytes] = []
+    size = 0
     try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _request_error(error) from None
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= MAX_BODY_BYTES:
+                    chunks.append(chunk)
+                elif size > MAX_DISCARDED_BYTES:
+                    break
+    except TimeoutError:
+        raise HttpError(
+            408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s", headers={"connection": "close"}
+        ) from None
+    if size > MAX_BODY_BYTES:
+        raise HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
+    return b"".join(chunks)
 
 
-def field_error(param: str, message: str) -> PydanticCustomError:
-    """For validators that look at several fields: an error that names one of them."""
-    return PydanticCustomError("field", "{message}", {"param": param, "message": message})
+def _decode(body: bytes) -> Any:
+    """The JSON value. Raises HttpError 400.
+
+    msgspec refuses NaN, lone surrogates, bytes that are not UTF-8 and trailing text, which json.loads accepts in part.
+    It stops at Python's recursion limit.
+    """
+    try:
+        return msgspec.json.decode(body)
+    except UnicodeDecodeError as error:
+        raise HttpError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json") from None
+    except RecursionError:
+        raise HttpError(400, "the body is nested too deeply", code="invalid_json") from None
+    except msgspec.MsgspecError as error:
+        raise HttpError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-def _refuse(kind: type[BaseModel], key: str, value: Any) -> None:
-    if key in WITHOUT_EFFECT:
-        return
-    if key in _REFUSED:
-        raise RequestError(f"{key} is not accepted: {_REFUSED[key]}", param=key, code="unsupported_parameter")
-    if key in NOT_AVAILABLE:
-        if value in NOT_AVAILABLE[key]:
-            return
-        raise RequestError(f"{key} is not available on this server", param=key, code="unsupported_parameter")
-    hint = did_you_mean(key, kind.model_fields)
-    raise RequestError(f"unknown field {key[:64]!r}{hint}", param=key[:64], code="unknown_parameter")
+def request_error(findings: Sequence[Any]) -> RequestError:
+    """The first finding of pydantic or FastAPI as an error of one sentence, with `param` set to the field.
 
-
-def _request_error(error: ValidationError) -> RequestError:
-    """The first of pydantic's findings as one sentence."""
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx") or {}
-    if first["type"] == "field":
-        return RequestError(f"{context['param']} {context['message']}", param=context["param"])
-    path = ".".join(str(part)[:64] for part in first["loc"])  # keys are the client's own, of any length
+    A validator that raises a RequestError sets the whole message itself.
+    """
+    first = findings[0]
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, RequestError):
+        return cause
+    location = first["loc"][1:]  # FastAPI puts "body" first
+    if not location:
+        return not_an_object(None)
+    path = ".".join(str(part)[:64] for part in location)  # keys come from the client, with any length
     if first["type"] == "missing":
         return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
     if first["type"] == "value_error":
-        return RequestError(f"{path} {context['error']}", param=path)
+        return RequestError(f"{path} {cause}", param=path)
     reason = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "model_attributes_type":  # pydantic goes on about attributes, which JSON does not have
+        reason = "input should be a valid dictionary"
     got = first["input"]
     shown = f" (got {got!r})" if isinstance(got, int | float) else f" (got {_json_type(got)})"
     return RequestError(f"{path}: {reason}{shown}", param=path)
+
+
+def not_an_object(value: Any) -> RequestError:
+    return RequestError(f"the body must be a JSON object, not {_json_type(value)}")
 
 
 def _json_type(value: Any) -> str:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from typing import Any
 
-from starlette.requests import Request as HttpRequest
+from fastapi import Request
+from msgspec import UNSET, Struct
 from starlette.responses import Response
 
-from .api_state import ApiService, ServedModel
-from .body_parsing import parse_body
-from .generate import new_id, respond, start_generation, usage
+from .answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    Delta,
+    OptionalUsage,
+    Usage,
+)
+from .api_state import ApiState, ServedModel
+from .chat_schema import ChatCompletionBody, ChatFields
+from .generate import new_id, respond, start_generation
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from .middleware import read_json
 from .response_stream import Piece, ResponseStream
-from .schema import ChatCompletionBody, ChatFields
-from .sse import DONE, encode_json, event
+from .stream_events import usage_of
 
 
 def render_prompt(model: ServedModel, body: ChatFields) -> str:
@@ -29,117 +37,73 @@ def render_prompt(model: ServedModel, body: ChatFields) -> str:
     )
 
 
-async def create_chat_completion(service: ApiService, request: HttpRequest) -> Response:
+async def create_chat_completion(state: ApiState, request: Request, body: ChatCompletionBody) -> Response:
     """Answer one request, streaming or not. Raises ServingErrors."""
-    body = parse_body(ChatCompletionBody, await read_json(request))
-    model = service.resolve(body.model)
+    model = state.resolve(body.model)
     # The template writes the special tokens itself, so none are added by default.
     prompts = await model.encode([render_prompt(model, body)], add_special_tokens=body.add_special_tokens)
     answer_id = new_id("chatcmpl")
-    generation = start_generation(service, model, body, prompts, answer_id=answer_id)
-    answer = ChatAnswer(body, model, generation, answer_id)
-    return await respond(request, body, generation, answer, service.metrics[model.name])
+    stream = start_generation(state, model, body, prompts, answer_id=answer_id)
+    return await respond(request, body, ChatFormat(body, model, stream, answer_id), state.metrics[model.name])
 
 
-class ChatAnswer:
-    """Formats one generation as messages of the assistant."""
+class ChatFormat:
+    """Formats a stream as messages of the assistant."""
 
-    def __init__(
-        self, body: ChatCompletionBody, model: ServedModel, generation: ResponseStream, answer_id: str
-    ) -> None:
+    def __init__(self, body: ChatCompletionBody, model: ServedModel, stream: ResponseStream, answer_id: str) -> None:
+        self.stream = stream
         self._body = body
-        self._generation = generation
         self._names = TokenNames(model.tokenizer, as_ids=body.return_tokens_as_token_ids)
-        self._id = answer_id
-        self._model = model.name
-        self._created = int(time.time())
+        self._head = (answer_id, int(time.time()), model.name)
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+    @property
+    def text_only(self) -> bool:
+        return not (self._body.return_token_ids or self._body.logprobs)
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: the role, chunks, the usage if it is wanted, [DONE]."""
-        options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
-        continuous = options is not None and with_usage and options.continuous_usage_stats
-        head = self._head("chat.completion.chunk")
-        prefix = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":'
-        usage_null = b',"usage":null}\n\n' if with_usage else b"}\n\n"
-        plain_end = b'},"logprobs":null,"finish_reason":null}]' + usage_null
-        fast = not (continuous or self._body.return_token_ids or self._body.logprobs)
-        prefixes = [prefix + b'%d,"delta":{"content":' % choice.index for choice in self._generation.choices]
-        yield b"".join([self._opening(head, i, with_usage, continuous) for i in range(len(prefixes))])
-        async for pieces in self._generation:
-            out = []
-            for piece in pieces:
-                if fast and piece.finish_reason is None:
-                    if piece.text:
-                        out.append(prefixes[piece.choice] + encode_json(piece.text) + plain_end)
-                    continue
-                chunk = {**head, "choices": [self._streamed_choice(piece)]}
-                if with_usage:
-                    chunk["usage"] = usage(self._generation) if continuous else None
-                out.append(event(encode_json(chunk)))
-            if out:
-                yield b"".join(out)
-        if with_usage:
-            yield event(encode_json({**head, "choices": [], "usage": usage(self._generation)}))
-        yield DONE
+    def usage(self) -> Usage:
+        return usage_of(self.stream)
 
-    def _opening(self, head: dict[str, Any], index: int, with_usage: bool, continuous: bool) -> bytes:
-        """The first chunk of a choice, which has the role."""
-        delta = {"role": "assistant", "content": ""}
-        chunk = {**head, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]}
+    def opening(self, usage: OptionalUsage) -> list[Struct]:
+        """The first chunk of each choice has the role."""
+        delta = Delta(role="assistant", content="")
+        chunks = [ChatChunk(*self._head, [ChunkChoice(c.index, delta, None, None)], usage) for c in self.stream.choices]
         if self._body.return_token_ids:
-            chunk["prompt_token_ids"] = self._generation.requests[0].prompt_token_ids
-        if with_usage:
-            chunk["usage"] = usage(self._generation, 0) if continuous else None
-        return event(encode_json(chunk))
+            for chunk in chunks:
+                chunk.prompt_token_ids = self.stream.requests[0].prompt_token_ids
+        return [*chunks]
 
-    def _streamed_choice(self, piece: Piece) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": self._logprobs([piece]),
-            "finish_reason": piece.finish_reason,
-        }
+    def chunk(self, piece: Piece, usage: OptionalUsage, *, first: bool) -> ChatChunk:
+        choice = ChunkChoice(
+            piece.choice, Delta(content=piece.text or UNSET), self._logprobs([piece]), piece.finish_reason
+        )
         if piece.finish_reason is not None:
-            choice["stop_reason"] = piece.stop_reason
+            choice.stop_reason = piece.stop_reason
         if self._body.return_token_ids:
-            choice["token_ids"] = piece.token_ids
-        return choice
+            choice.token_ids = piece.token_ids
+        return ChatChunk(*self._head, [choice], usage)
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
-        collected: list[list[Piece]] = [[] for _ in self._generation.choices]
-        async for pieces in self._generation:
-            for piece in pieces:
-                collected[piece.choice].append(piece)
-        answer = {
-            **self._head("chat.completion"),
-            "choices": [self._choice(index, pieces) for index, pieces in enumerate(collected)],
-            "usage": usage(self._generation),
-        }
-        request, scored = self._generation.requests[0], self._generation.prompt_logprobs[0]
+    def usage_chunk(self, usage: OptionalUsage) -> ChatChunk:
+        return ChatChunk(*self._head, [], usage)
+
+    def whole(self, collected: list[list[Piece]]) -> ChatCompletion:
+        choices = [self._choice(index, pieces) for index, pieces in enumerate(collected)]
+        answer = ChatCompletion(*self._head, choices, self.usage())
+        request, scored = self.stream.requests[0], self.stream.prompt_logprobs[0]
         if self._body.prompt_logprobs is not None and scored is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(scored, self._body.prompt_logprobs, self._names)
+            answer.prompt_logprobs = prompt_logprobs(scored, self._body.prompt_logprobs, self._names)
         if self._body.return_token_ids:
-            answer["prompt_token_ids"] = request.prompt_token_ids
+            answer.prompt_token_ids = request.prompt_token_ids
         return answer
 
-    def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join([piece.text for piece in pieces]), "refusal": None},
-            "logprobs": self._logprobs(pieces),
-            "finish_reason": pieces[-1].finish_reason,
-            "stop_reason": pieces[-1].stop_reason,
-        }
+    def _choice(self, index: int, pieces: list[Piece]) -> ChatChoice:
+        message = ChatMessage("".join([piece.text for piece in pieces]))
+        last = pieces[-1]
+        choice = ChatChoice(index, message, self._logprobs(pieces), last.finish_reason, last.stop_reason)
         if self._body.return_token_ids:
-            choice["token_ids"] = [token_id for piece in pieces for token_id in piece.token_ids]
+            choice.token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
         return choice
 
-    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[Piece]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
         entries = [entry for piece in pieces for entry in piece.logprobs or ()]

@@ -1,71 +1,74 @@
-"""Bodies and errors in the OpenAPI document; routes read and write them themselves, so FastAPI cannot know them."""
+"""The OpenAPI document: answers, errors and keys. FastAPI itself adds the bodies, which are typed parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+import msgspec
+from fastapi import FastAPI
+from starlette.responses import Response
 
-from .body_parsing import WITHOUT_EFFECT
+from . import answers
+from .answers import encode_json
+from .auth import KeyRing
 
-_NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-_ERROR = {
-    "type": "object",
-    "properties": {
-        "message": {"type": "string"},
-        "type": {"type": "string"},
-        "param": _NULLABLE_TEXT,
-        "code": _NULLABLE_TEXT,
-    },
-    "required": ["message", "type", "param", "code"],
-    "additionalProperties": False,
-}
-_ERROR_BODY = {"type": "object", "properties": {"error": _ERROR}, "required": ["error"], "additionalProperties": False}
+_REF = "#/components/schemas/{name}"
+_ANSWERS = (
+    answers.Completion,
+    answers.ChatCompletion,
+    answers.ChatChunk,
+    answers.ModelCard,
+    answers.ModelList,
+    answers.Tokens,
+    answers.Text,
+    answers.Version,
+    answers.Health,
+    answers.TokenizerInfo,
+    answers.BlockReports,
+    answers.CacheResets,
+    answers.ErrorAnswer,
+)
+_SCHEMAS, _COMPONENTS = msgspec.json.schema_components(_ANSWERS, ref_template=_REF)
+_SCHEMA_OF = {repr(kind): schema for kind, schema in zip(_ANSWERS, _SCHEMAS, strict=True)}
+
+
+def json_response(content: object) -> Response:
+    """A 200 with a struct, or another value that msgspec encodes."""
+    return Response(encode_json(content), media_type="application/json")
+
+
+def answer(kind: Any, *, chunk: Any = None) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: a 200 of `kind`, and a stream of events that hold a `chunk` each."""
+    content: dict[str, Any] = {"application/json": {"schema": _SCHEMA_OF[repr(kind)]}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-schema": _SCHEMA_OF[repr(chunk)]}
+    return {200: {"description": "The answer", "content": content}}
 
 
 def error_responses() -> dict[int | str, dict[str, Any]]:
-    """What every route may answer beside its success."""
-    content = {"application/json": {"schema": _ERROR_BODY}}
+    """The errors of every route."""
+    content = {"application/json": {"schema": _SCHEMA_OF[repr(answers.ErrorAnswer)]}}
     return {
         "4XX": {"description": "The request is refused", "content": content},
         "5XX": {"description": "The server cannot answer", "content": content},
     }
 
 
-def generation_responses() -> dict[int | str, dict[str, Any]]:
-    """The success of a generation, in its two forms."""
-    return {200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
+class DocumentedApp(FastAPI):
+    """A FastAPI application whose document also has the answers' schemas and the keys that each route needs."""
 
+    def __init__(self, keys: KeyRing, **settings: Any) -> None:
+        super().__init__(responses=error_responses(), **settings)
+        self._keys = keys
 
-def request_schema(*bodies: type[BaseModel]) -> dict[str, Any]:
-    """What a route adds to its OpenAPI entry for a JSON body of one of these kinds, with all definitions in place."""
-    schemas = [_body_schema(body) for body in bodies]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """Unknown fields are refused and some known ones do nothing; the model itself sees neither."""
-    schema = body.model_json_schema(mode="validation")
-    definitions = schema.pop("$defs", {})
-    schema["properties"] = {key: {} for key in sorted(WITHOUT_EFFECT)} | schema["properties"]
-    schema["additionalProperties"] = False
-    return _inlined(schema, definitions)
-
-
-def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """The schema without references, and with null for every optional field of every object."""
-    if isinstance(node, list):
-        return [_inlined(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
-    inlined = {key: _inlined(value, definitions) for key, value in node.items() if key != "properties"}
-    if "properties" in node:
-        required = node.get("required", ())
-        fields = {key: _inlined(field, definitions) for key, field in node["properties"].items()}
-        inlined["properties"] = {
-            key: field if key in required else {"anyOf": [field, {"type": "null"}]} for key, field in fields.items()
-        }
-    return inlined
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            components = document.setdefault("components", {})
+            components.setdefault("schemas", {}).update(_COMPONENTS)
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    operation["security"] = [{"bearer": []}] if self._keys.needs_key(path) else [{}, {"bearer": []}]
+        assert self.openapi_schema is not None, "FastAPI keeps the document"
+        return self.openapi_schema

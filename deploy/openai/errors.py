@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import msgspec
 from starlette.responses import Response
 
 from ...replicas.errors import CapacityError, EngineError, RequestError, ServingError
+from .answers import ErrorAnswer, ErrorDetail, encode_json
 
 _TYPES = {
     401: "authentication_error",
@@ -21,7 +21,7 @@ _TYPES = {
 
 
 class HttpError(ServingError):
-    """A request that is refused for what it is as HTTP: its route, method, key, type or size."""
+    """A request that is refused for its route, method, key, content type or size."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class HttpError(ServingError):
 
 
 class ClientGone(ServingError):
-    """The client closed its connection before the answer; nobody reads what is returned."""
+    """The client closed its connection before the answer."""
 
     def __init__(self) -> None:
         super().__init__("the client closed its connection")
@@ -56,7 +56,7 @@ def _rebuild_http_error(
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status that tells of `error`. 429 and above may be retried by clients, 4xx may not."""
+    """The HTTP status of `error`. Clients may retry 429 and 5xx, and no other 4xx."""
     if isinstance(error, HttpError | RequestError):
         return error.status
     if isinstance(error, ClientGone):
@@ -67,24 +67,21 @@ def status_of(error: Exception) -> int:
 
 
 def error_body(error: Exception) -> bytes:
-    """The JSON error object of `error`. What is not an error of Shoal's own tells nothing of the inside."""
+    """The JSON error object of `error`. The message of an error that is not Shoal's own is not published."""
     status = status_of(error)
     message = error.message if isinstance(error, ServingError) else "internal error; the server's log has the details"
     default = "invalid_request_error" if status < 500 else "server_error"
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": message.encode("utf-8", "replace").decode(),
-                "type": _TYPES.get(status, default),
-                "param": getattr(error, "param", None),
-                "code": getattr(error, "code", None),
-            }
-        }
+    detail = ErrorDetail(
+        message.encode("utf-8", "replace").decode(),
+        _TYPES.get(status, default),
+        getattr(error, "param", None),
+        getattr(error, "code", None),
     )
+    return encode_json(ErrorAnswer(detail))
 
 
 def error_response(error: Exception) -> Response:
-    """`error` as a response, with the headers that tell clients whether and when to try again."""
+    """`error` as a response, with the headers that say whether and when to retry."""
     headers: dict[str, str] = {}
     if isinstance(error, HttpError):
         headers.update(error.headers)

@@ -1,39 +1,31 @@
-"""The course of a generation request, the same for completions and chat: start, stream or collect, count, close."""
+"""The steps of a generation request, the same for completions and chat: start, stream or collect, count, close."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
 
-from starlette.requests import Request as HttpRequest
+from fastapi import Request
 from starlette.responses import Response
 
-from .api_state import ApiService, ServedModel
+from .answers import encode_json
+from .api_state import ApiState, ServedModel
 from .errors import status_of
 from .metrics import ModelMetrics
 from .middleware import unless_disconnected
 from .response_stream import OutputOptions, ResponseStream
 from .sampling import build_request
 from .schema import GenerationBody
-from .sse import EventStream, encode_json
-
-
-class Answer(Protocol):
-    """Turns a generation into what the client gets."""
-
-    def events(self) -> AsyncIterator[bytes]: ...
-
-    async def whole(self) -> dict[str, Any]: ...
+from .sse import EventStream
+from .stream_events import AnswerFormat, collect, stream_events
 
 
 def new_id(prefix: str) -> str:
-    """An id for an answer. Not the client's request id: that may come twice."""
+    """An id for an answer. Not the client's request id, which may repeat."""
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
 def start_generation(
-    service: ApiService,
+    state: ApiState,
     model: ServedModel,
     body: GenerationBody,
     prompts: list[list[int]],
@@ -42,7 +34,7 @@ def start_generation(
     offsets: bool = False,
 ) -> ResponseStream:
     """Check every prompt against the model's limits and make the ResponseStream; nothing runs before its `start`."""
-    limits = service.limits(model)
+    limits = state.limits(model)
     requests = [
         build_request(body, prompt, request_id=f"{answer_id}-{i}", limits=limits, tokenizer=model.tokenizer)
         for i, prompt in enumerate(prompts)
@@ -54,58 +46,47 @@ def start_generation(
         min_tokens=body.min_tokens,
         offsets=offsets,
     )
-    intervals = service.metrics[model.name].inter_token_latency
-    return ResponseStream(service.router, model.name, requests, model.tokenizer, options, intervals)
+    intervals = state.metrics[model.name].inter_token_latency
+    return ResponseStream(state.router, model.name, requests, model.tokenizer, options, intervals)
 
 
-async def respond(
-    request: HttpRequest, body: GenerationBody, generation: ResponseStream, answer: Answer, metrics: ModelMetrics
-) -> Response:
-    """Run the generation to its end for a plain answer, or to its first token for a stream."""
+async def respond(request: Request, body: GenerationBody, answer: AnswerFormat, metrics: ModelMetrics) -> Response:
+    """Run the generation to its end for a whole answer, or to its first token for a stream."""
+    stream = answer.stream
 
     async def close() -> None:
-        await generation.aclose()
-        _count(metrics, generation)
+        await stream.aclose()
+        _count(metrics, stream)
 
     try:
-        await unless_disconnected(request.receive, generation.start())
+        await unless_disconnected(request.receive, stream.start())
         if body.stream:
-            return EventStream(answer.events(), close, {"server-timing": _timing(generation)})
-        content = await unless_disconnected(request.receive, answer.whole())
+            events = stream_events(answer, body.stream_options)
+            return EventStream(events, close, {"server-timing": _timing(stream)})
+        content = encode_json(answer.whole(await unless_disconnected(request.receive, collect(stream))))
     except BaseException as error:
         if isinstance(error, Exception):
             metrics.failed[status_of(error)] += 1
         await close()
         raise
     await close()
-    return Response(encode_json(content), headers={"server-timing": _timing(generation)}, media_type="application/json")
+    return Response(content, headers={"server-timing": _timing(stream)}, media_type="application/json")
 
 
-def usage(generation: ResponseStream, num_completion_tokens: int | None = None) -> dict[str, Any]:
-    """OpenAI's usage object, as of now."""
-    generated = generation.num_completion_tokens if num_completion_tokens is None else num_completion_tokens
-    return {
-        "prompt_tokens": generation.num_prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": generation.num_prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-    }
-
-
-def _timing(generation: ResponseStream) -> str:
-    """A Server-Timing value of what is known by now, in milliseconds; of several prompts, the first one's."""
-    times = generation.times[0]
+def _timing(stream: ResponseStream) -> str:
+    """A Server-Timing value of the times known so far, in milliseconds; of the first prompt if there are several."""
+    times = stream.times[0]
     marks = (("queue", times.arrived, times.dispatched), ("prefill", times.dispatched, times.first_token))
     marks += (("decode", times.first_token, times.finished),)
     known = [(name, end - start) for name, start, end in marks if start is not None and end is not None]
     return ", ".join([f"{name};dur={seconds * 1e3:.1f}" for name, seconds in known])
 
 
-def _count(metrics: ModelMetrics, generation: ResponseStream) -> None:
-    for choice in generation.choices:
+def _count(metrics: ModelMetrics, stream: ResponseStream) -> None:
+    for choice in stream.choices:
         if choice.last_token_at:
             metrics.finished[choice.finish_reason or "abort"] += 1
-    for times in generation.times:
+    for times in stream.times:
         if times.first_token is None:
             continue
         metrics.time_to_first_token.observe(times.first_token - times.arrived)

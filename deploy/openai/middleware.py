@@ -1,4 +1,4 @@
-"""What surrounds every route: request ids, keys, errors, and bodies read with limits of size and time."""
+"""Middleware of every route: request ids, keys, errors, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import secrets
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...replicas.errors import ServingError
 from .auth import KeyRing
-from .errors import ClientGone, HttpError, error_response
-
-MAX_BODY_BYTES = 8 << 20
-MAX_DISCARDED_BYTES = 128 << 20
-BODY_TIMEOUT_S = 10.0
+from .errors import ClientGone, error_response
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _Result = TypeVar("_Result")
@@ -30,7 +25,7 @@ logger = logging.getLogger(__name__)
 class RequestMiddleware:
     """ASGI middleware: checks keys, gives every request an id, and turns every exception into an error object.
 
-    `sends_id` is off behind a proxy that sends the id back itself, as Ray Serve's does: there would be two.
+    `sends_id` is off behind a proxy that returns the id itself, as Ray Serve's does.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, *, sends_id: bool = True) -> None:
@@ -77,56 +72,14 @@ def _route_path(scope: Scope) -> str:
     return below if path.startswith(root) and (not below or below[0] == "/") else path
 
 
-async def read_json(request: Request) -> Any:
-    """The request's body, decoded. Raises HttpError 400, 408, 413 or 415.
-
-    msgspec refuses what JSON does not have (NaN, lone surrogates, bytes that are not UTF-8, trailing text) and stops
-    at Python's recursion limit.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
-        raise HttpError(415, f"the body must be plain application/json, not {kind or 'of no type'}")
-    body = await _read_body(request)
-    try:
-        return msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        raise HttpError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json") from None
-    except RecursionError:
-        raise HttpError(400, "the body is nested too deeply", code="invalid_json") from None
-    except msgspec.MsgspecError as error:
-        raise HttpError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body. One that is too large is read to its end before it is refused, as far as that goes: a connection
-    that is closed while its client still writes is reset, and the client never sees the refusal."""
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= MAX_BODY_BYTES:
-                    chunks.append(chunk)
-                elif size > MAX_DISCARDED_BYTES:
-                    break
-    except TimeoutError:
-        raise HttpError(
-            408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s", headers={"connection": "close"}
-        ) from None
-    if size > MAX_BODY_BYTES:
-        raise HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
-    return b"".join(chunks)
-
-
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client closes its connection. Only after the body has been read."""
+    """Return when the client closes its connection. Call it only after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of `work`, which is cancelled if the client goes away first; ClientGone is raised then."""
+    """The result of `work`. If the client disconnects first, cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(wait_for_disconnect(receive))
     try:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +15,6 @@ from .middleware import wait_for_disconnect
 
 logger = logging.getLogger(__name__)
 
-encode_json: Callable[[object], bytes] = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 
 
@@ -26,10 +24,11 @@ def event(data: bytes) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. `close` runs in every case: at the end, on an error, when the client goes away.
+    """Sends events as they arrive. Starlette's StreamingResponse guarantees none of these:
 
-    An error after the start of the stream becomes an error event, so that no stream ends cleanly without its finish
-    reasons. A client that reads slowly makes `send` wait, and nothing is taken from `events` meanwhile.
+    - `close` runs in every case: at the end, on an error, on a disconnect. It is shielded from a second cancellation.
+    - An error after the start becomes an error event, then [DONE]: no stream ends without finish reasons or an error.
+    - A client that reads slowly blocks `send`; no event is taken from `events` meanwhile.
     """
 
     media_type = "text/event-stream"
@@ -41,7 +40,7 @@ class EventStream(Response):
         self.background = None
         self._events = events
         self._close = close
-        # Proxies such as nginx would collect the events otherwise.
+        # Without these, proxies such as nginx buffer the events.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +53,7 @@ class EventStream(Response):
             else:
                 logger.info("request %s: the client went away (499)", scope.get("state", {}).get("request_id"))
         finally:
-            # Shielded: a task may be cancelled again while it ends, and the engine would go on with the request.
+            # Shielded: a second cancellation would leave the request running in the engine.
             await asyncio.shield(self._end(pump, watcher))
 
     async def _end(self, *tasks: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""Which requests an engine can ever serve. Everything is checked before anything is allocated."""
+"""The limits that a request must meet. They are checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -9,51 +9,73 @@ from dataclasses import dataclass
 from ..errors import PromptTooLong, RequestError
 from ..protocol import SEED_BITS, Request, SamplingParams
 
-# What shards hold of a sequence's sampling parameters: float32 and int32.
+# Shards keep sampling parameters as float32 and int32.
 _MAX_FLOAT = 3.4e38
 _MAX_INT = (1 << 31) - 1
 
 
+def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
+    """Raise RequestError that names `param` if an id is outside the vocabulary."""
+    if not token_ids:
+        return
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"{param} has token id {token}, outside the vocabulary 0..{vocab_size - 1}",
+                param=param,
+                code="invalid_token_id",
+            )
+
+
 @dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """The sizes that bound a request; `check` is pure and may be called from any thread."""
+class ModelLimits:
+    """The limits of a model, in tokens: the HTTP layer and the engine both check them.
+
+    Every method is pure and may be called from any thread.
+    """
 
     vocab_size: int
     max_model_len: int
-    max_num_seqs: int
-    num_blocks: int
-    block_size: int
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError, with the numbers, if the request could never be served here."""
-        self._check_tokens(request)
-        self._check_sampling(request.sampling)
-        self._check_context(request)
-        self._check_samples(request)
+    def check_model(self, request: Request) -> None:
+        """Raise RequestError, with the numbers, if no engine with this model could serve the request."""
+        sampling = request.sampling
+        self._check_prompt(request)
+        self._check_ids(sampling)
+        self._check_ranges(sampling)
+        self.check_context(len(request.prompt_token_ids), sampling.max_tokens)
 
-    def _check_tokens(self, request: Request) -> None:
+    def check_context(self, prompt_len: int, max_tokens: int | None) -> int:
+        """The tokens that the context leaves for an answer. Raise PromptTooLong if it leaves fewer than `max_tokens`.
+
+        `max_tokens` None asks for one token at least.
+        """
+        remaining = self.max_model_len - prompt_len
+        if remaining < 1:
+            raise PromptTooLong(
+                f"the prompt has {prompt_len} tokens and the model's context is {self.max_model_len}, which leaves "
+                f"none for an answer; shorten the prompt to at most {self.max_model_len - 1} tokens"
+            )
+        if max_tokens is not None and max_tokens > remaining:
+            raise PromptTooLong(
+                f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}: {prompt_len + max_tokens} "
+                f"together, but the model's context is {self.max_model_len}; shorten the prompt or lower max_tokens "
+                f"to {remaining}"
+            )
+        return remaining
+
+    def _check_prompt(self, request: Request) -> None:
         if not request.prompt_token_ids:
             raise RequestError("the prompt is empty; send at least one token", param="prompt", code="empty_prompt")
-        sampling = request.sampling
-        self._check_ids(request.prompt_token_ids, "prompt")
-        self._check_ids(request.emitted_token_ids, "emitted_token_ids")
-        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
-        self._check_ids(sampling.allowed_token_ids, "allowed_token_ids")
-        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
-        self._check_ids([token for word in sampling.bad_words for token in word], "bad_words")
+        check_token_ids(request.prompt_token_ids, self.vocab_size, "prompt")
 
-    def _check_ids(self, token_ids: Collection[int], param: str) -> None:
-        if not token_ids:
-            return
-        for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{param} has token id {token}, outside the vocabulary 0..{self.vocab_size - 1}",
-                    param=param,
-                    code="invalid_token_id",
-                )
+    def _check_ids(self, sampling: SamplingParams) -> None:
+        check_token_ids(sampling.stop_token_ids, self.vocab_size, "stop_token_ids")
+        check_token_ids(sampling.allowed_token_ids, self.vocab_size, "allowed_token_ids")
+        check_token_ids([token for token, _ in sampling.logit_bias], self.vocab_size, "logit_bias")
+        check_token_ids([token for word in sampling.bad_words for token in word], self.vocab_size, "bad_words")
 
-    def _check_sampling(self, sampling: SamplingParams) -> None:
+    def _check_ranges(self, sampling: SamplingParams) -> None:
         ranges = (
             ("max_tokens", sampling.max_tokens, 1, math.inf),
             ("min_tokens", sampling.min_tokens, 0, sampling.max_tokens),
@@ -78,21 +100,24 @@ class RequestLimits:
         if any(not math.isfinite(bias) for _, bias in sampling.logit_bias):
             raise RequestError("logit_bias has a value that is not finite", param="logit_bias")
 
-    def _check_context(self, request: Request) -> None:
-        prompt_len, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
-        if prompt_len >= self.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {prompt_len} tokens and the model's context is {self.max_model_len}, which leaves no "
-                f"room for an answer; shorten the prompt to at most {self.max_model_len - 1} tokens"
-            )
-        if prompt_len + max_tokens > self.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}: {prompt_len + max_tokens} "
-                f"together, but the model's context is {self.max_model_len}; shorten the prompt or lower max_tokens "
-                f"to {self.max_model_len - prompt_len}",
-                param="max_tokens",
-            )
-        num_emitted = len(request.emitted_token_ids)
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits(ModelLimits):
+    """The limits of one engine: those of its model, its batch and its KV blocks."""
+
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, with the numbers, if this engine could never serve the request."""
+        self.check_model(request)
+        self._check_emitted(request)
+        self._check_samples(request)
+
+    def _check_emitted(self, request: Request) -> None:
+        num_emitted, max_tokens = len(request.emitted_token_ids), request.sampling.max_tokens
+        check_token_ids(request.emitted_token_ids, self.vocab_size, "emitted_token_ids")
         if num_emitted >= max_tokens:
             raise RequestError(
                 f"{num_emitted} tokens were emitted already and max_tokens is {max_tokens}: nothing is left to do",

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.api_state import ApiState, ServedModel
 from shoal.deploy.openai.http_app import create_http_app
 from shoal.replicas.text.tokenizer import Tokenizer
 from tests.support.fake_router import FakeRouter
@@ -48,7 +48,7 @@ class Api:
 @pytest.fixture(scope="module")
 def running_api(tokenizer: Tokenizer) -> Iterator[Api]:
     router = FakeRouter(tokenizer)
-    service = ApiService(router, [ServedModel("fake", tokenizer, "/models/fake")])
+    service = ApiState(router, [ServedModel("fake", tokenizer, "/models/fake")])
     with serve_app(create_http_app(service)) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30)
         yield Api(server, router, tokenizer, http, client)

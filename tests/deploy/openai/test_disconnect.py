@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.api_state import ApiState, ServedModel
 from shoal.deploy.openai.http_app import create_http_app
 from shoal.replicas.text.tokenizer import Tokenizer
 from tests.deploy.conftest import Api
@@ -75,7 +75,7 @@ def test_at_every_turn_of_the_event_loop(tokenizer: Tokenizer, how: str, prompt:
 
     async def every_turn() -> int:
         router, turn = FakeRouter(tokenizer), 0
-        app = create_http_app(ApiService(router, [ServedModel("fake", tokenizer, "/models/fake")]))
+        app = create_http_app(ApiState(router, [ServedModel("fake", tokenizer, "/models/fake")]))
         while not await leave_at(turn, router, app):
             turn += 1
         return turn

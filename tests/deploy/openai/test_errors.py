@@ -12,7 +12,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shoal.cluster.wire.errors import NoReplica, QueueFull
-from shoal.deploy.openai.schema import ChatCompletionBody, CompletionBody, DetokenizeBody
+from shoal.deploy.openai.chat_schema import ChatCompletionBody
+from shoal.deploy.openai.schema import CompletionBody, DetokenizeBody
 from shoal.replicas.errors import CapacityError, RequestError
 from tests.deploy.conftest import Api
 

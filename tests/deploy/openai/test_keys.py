@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from shoal.deploy.openai.api_state import ApiService, ServedModel
+from shoal.deploy.openai.api_state import ApiState, ServedModel
 from shoal.deploy.openai.auth import KeyRing
 from shoal.deploy.openai.errors import HttpError
 from shoal.deploy.openai.http_app import create_http_app
@@ -32,7 +32,7 @@ def status(ring: KeyRing, path: str, key: str | None) -> int:
 def test_admin_routes_are_known_below_any_prefix(tokenizer: Tokenizer, prefix: str) -> None:
     """`/debug/blocks` is not `ebug/blocks` below `/d`, to the check of keys as to the routes."""
     keys = KeyRing.of(["user"], ["boss"])
-    app = create_http_app(ApiService(FakeRouter(tokenizer), [ServedModel("fake", tokenizer, "")], keys))
+    app = create_http_app(ApiState(FakeRouter(tokenizer), [ServedModel("fake", tokenizer, "")], keys))
 
     async def statuses() -> list[int]:
         transport = httpx.ASGITransport(app, root_path=prefix)
@@ -87,7 +87,7 @@ def test_probes_are_open() -> None:
 
 
 def test_keys_over_http(tokenizer: Tokenizer) -> None:
-    service = ApiService(FakeRouter(tokenizer), [ServedModel("fake", tokenizer, "")], KeyRing.of(["one"], ["boss"]))
+    service = ApiState(FakeRouter(tokenizer), [ServedModel("fake", tokenizer, "")], KeyRing.of(["one"], ["boss"]))
     with serve_app(create_http_app(service)) as server, httpx.Client(base_url=server.url) as http:
         refused = http.get("/v1/models")
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
