@@ -13,7 +13,7 @@ from ...kernels.attention.paged_prefill import PrefillSlice, PrefillTables, page
 from ...kernels.attention.rope import RopeRows
 from ...kernels.backend import Backend, backend_of
 from ...kernels.linear.rms_norm import rms_norm
-from ...quant.methods.unquantized import LinearMethod
+from ...quant.methods.linear_method import LayerKind, MethodFor
 from ..errors import ConfigError
 from ..kv_cache_spec import KVCacheSpec
 from ..model_spec import DecoderSpec, LayerSpec, QKNorm
@@ -90,7 +90,7 @@ class AttentionStep:
 class Attention(Layer):
     """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
 
-    Writes the step's keys and values to layer `index` of the rank's cache first.
+    Writes the step's keys and values to layer `index` of the rank's cache first. number: the layer's in the model.
     """
 
     def __init__(
@@ -98,8 +98,9 @@ class Attention(Layer):
         spec: DecoderSpec,
         layer: LayerSpec,
         index: int,
+        number: int,
         comm: ParallelContext,
-        method: LinearMethod,
+        method_for: MethodFor,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -108,13 +109,14 @@ class Attention(Layer):
         self.layer, self.index, self.head_dim, self.qk_norm = layer, index, head_dim, spec.qk_norm
         self.scale = head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self.softcap, self.eps = spec.attention_softcap, spec.rms_norm_eps
+        name = f"layers.{number}.self_attn"
         self.qkv_proj = QKVLinear(
             spec.hidden_size, heads, kv_heads, head_dim, comm,
-            bias=spec.qkv_bias, method=method, dtype=dtype, device=device,
+            bias=spec.qkv_bias, method=method_for(f"{name}.qkv_proj", LayerKind.QKV), dtype=dtype, device=device,
         )  # fmt: skip
         self.o_proj = RowParallelLinear(
             heads * head_dim, spec.hidden_size, "o_proj", comm,
-            bias=spec.o_bias, method=method, dtype=dtype, device=device,
+            bias=spec.o_bias, method=method_for(f"{name}.o_proj", LayerKind.O), dtype=dtype, device=device,
         )  # fmt: skip
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.q_norm = self.k_norm = None
@@ -132,8 +134,9 @@ class Attention(Layer):
         self.comm = comm
 
     def forward(self, x: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
-        num_tokens, num_heads = x.shape[0], self.num_heads
-        qkv = self.qkv_proj(x).view(num_tokens, -1, self.head_dim)
+        qkv, num_heads = self.qkv_proj(x), self.num_heads
+        num_tokens = qkv.shape[0]
+        qkv = qkv.view(num_tokens, -1, self.head_dim)
         q_norm = k_norm = None
         if self.qk_norm is QKNorm.HEAD:
             q_norm, k_norm = self._norm_weights()

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ...kernels.linear.embedding import embed
-from ...quant.methods.unquantized import LinearMethod
+from ...quant.methods.linear_method import LinearMethod
 from ..parallel.comm import ParallelContext
 from ..parallel.vocabulary import VocabularySlice
 from .weights import Layer, Source, WeightSlot, empty_parameter
@@ -51,16 +52,31 @@ class VocabParallelEmbedding(Layer):
 
 
 class OutputHead(Layer):
-    """hidden [K, hidden] -> logits [K, size] of the rank's slice: fp32 on the CPU, the model's dtype on a GPU.
+    """hidden [K, hidden] -> logits [K, size] of the rank's slice: fp32 on CPU, the model's dtype on a GPU.
 
-    On a GPU whoever reads the logits does so in a kernel, which computes in fp32 as it reads.
-    It has rows of its own, or multiplies by an embedding's (tied); on CPU a tied head keeps a packed copy of them.
+    On a GPU the kernels that read the logits compute in fp32. The head has rows of its own, or shares an embedding's
+    (`tied`); on CPU a tied head stores a packed copy of them.
     """
 
-    def __init__(self, rows: VocabParallelEmbedding, method: LinearMethod, *, tied: bool) -> None:
+    def __init__(
+        self,
+        rows: VocabularySlice,
+        hidden_size: int,
+        method: LinearMethod,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        tied: VocabParallelEmbedding | None,
+    ) -> None:
         super().__init__()
-        self.method, self.slice, self.tied = method, rows.slice, tied
-        self.rows: VocabParallelEmbedding | None = rows
+        self.method, self.slice, self.hidden_size = method, rows, hidden_size
+        self._tied = [] if tied is None else [tied]  # in a list: no submodule of the head
+        self.specs = method.specs(dtype) if tied is None else ()
+        self.weights = nn.ParameterDict(
+            {one.suffix: empty_parameter(one.shape(rows.width, hidden_size), one.dtype, device) for one in self.specs}
+        )
+        for weight in self.weights.values():
+            weight.zero_()  # rows beyond the vocabulary stay zero
         self._operands: dict[str, torch.Tensor] = {}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,11 +84,16 @@ class OutputHead(Layer):
         return logits if logits.is_cuda else logits.float()
 
     def prepare(self) -> None:
-        """Called once the weights are loaded. Rows that the head shares with no embedding are let go."""
-        assert self.rows is not None
-        self._operands = self.method.prepare({"weight": self.rows.weight})
-        self.rows = None
+        """Called once the weights are loaded, which are then freed unless an embedding shares them."""
+        weights = {"weight": self._tied[0].weight} if self._tied else dict(self.weights.items())
+        self._operands = self.method.prepare(weights)
+        self._tied.clear()
+        self.weights.clear()
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        if not self.tied and self.rows is not None:
-            yield from self.rows.weight_slots(prefix)
+        first, size = self.slice.first, self.slice.size
+        every = slice(0, self.hidden_size)
+        for spec in self.specs:
+            shape = spec.shape(self.slice.vocab_size, self.hidden_size)
+            source = Source(f"{prefix}.{spec.suffix}", shape, spec.index(slice(first, first + size), every))
+            yield WeightSlot.of(spec, self.weights[spec.suffix][spec.index(slice(0, size), every)], (source,))

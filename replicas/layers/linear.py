@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...quant.methods.unquantized import LinearMethod
+from ...quant.methods.linear_method import LinearMethod
 from ..errors import ConfigError
 from ..parallel.comm import ParallelContext
 from .weights import Layer, Source, WeightSlot, empty_parameter
@@ -107,7 +107,7 @@ class ParallelLinear(Layer):
                 target = self.weights[spec.suffix][spec.index(outputs, slice(0, self.inputs.stop - self.inputs.start))]
                 own = spec.index(part.local, self.inputs), spec.shape(part.size, self.in_features)
                 whole = spec.index(fused, self.inputs), spec.shape(total, self.in_features)
-                yield WeightSlot(target, self._sources(prefix, part, spec.suffix, own, whole))
+                yield WeightSlot.of(spec, target, self._sources(prefix, part, spec.suffix, own, whole))
             if self.bias is not None:
                 own, whole = ((part.local,), (part.size,)), ((fused,), (total,))
                 yield WeightSlot(self.bias[outputs], self._sources(prefix, part, "bias", own, whole))

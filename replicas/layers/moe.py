@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import nn
 
-from ...kernels.linear.gemm import linear
-from ...kernels.moe.moe import moe_mlp, route
+from ...kernels.moe.moe import route
+from ...quant.methods.linear_method import LayerKind, MethodFor
 from ..model_spec import DecoderSpec, ExpertsSpec
 from ..parallel.comm import ParallelContext
-from .linear import shard_range
-from .weights import Index, Layer, Source, WeightSlot, empty_parameter
+from .linear import ParallelLinear, Part, shard_range
+from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
 class MoE(Layer):
     """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
 
-    Checkpoints store experts in three ways, told apart by their tensor names: Mixtral's (`w1`, `w3`, `w2` of
+    Checkpoints store experts in three ways, which tensor names distinguish: Mixtral's (`w1`, `w3`, `w2` of
     `block_sparse_moe.experts.N`), Qwen's (`gate_proj`, `up_proj`, `down_proj` of `mlp.experts.N`), and stacked over
     the experts (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`).
     """
@@ -26,51 +28,72 @@ class MoE(Layer):
         self,
         spec: DecoderSpec,
         experts: ExpertsSpec,
+        number: int,
         comm: ParallelContext,
+        method_for: MethodFor,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        self.batch_invariant = batch_invariant
         self.experts, self.activation, self.hidden_size = experts, spec.hidden_act, spec.hidden_size
         self.local = shard_range(experts.intermediate_size, comm.tp_rank, comm.tp_size, "features of an expert")
+        self.method = method_for(f"layers.{number}.mlp.experts", LayerKind.EXPERTS)
+        self.specs = self.method.specs(dtype)
+        self.gate = ParallelLinear(
+            spec.hidden_size,
+            [Part("gate", experts.num_experts, slice(0, experts.num_experts))],
+            bias=False,
+            method=method_for(f"layers.{number}.mlp.gate", LayerKind.ROUTER),
+            dtype=dtype,
+            device=device,
+        )
         size = self.local.stop - self.local.start
-        self.gate = empty_parameter((experts.num_experts, spec.hidden_size), dtype, device)
-        self.gate_up = empty_parameter((experts.num_experts, 2 * size, spec.hidden_size), dtype, device)
-        self.down = empty_parameter((experts.num_experts, spec.hidden_size, size), dtype, device)
+
+        def stacked(outputs: int, inputs: int) -> nn.ParameterDict:
+            shapes = {one.suffix: ((experts.num_experts, *one.shape(outputs, inputs)), one.dtype) for one in self.specs}
+            return nn.ParameterDict({name: empty_parameter(*sized, device) for name, sized in shapes.items()})
+
+        self.gate_up, self.down = stacked(2 * size, spec.hidden_size), stacked(spec.hidden_size, size)
+        self._operands: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = linear(x, self.gate, invariant=self.batch_invariant)
-        weights, chosen = route(logits, self.experts.top_k, renormalize=self.experts.renormalize)
-        return moe_mlp(x, self.gate_up, self.down, weights, chosen, self.activation, invariant=self.batch_invariant)
+        weights, chosen = route(self.gate(x), self.experts.top_k, renormalize=self.experts.renormalize)
+        return self.method.apply_experts(*self._operands, x, weights, chosen, self.activation)
+
+    def prepare(self) -> None:
+        """Called once the weights are loaded; the gate prepares itself."""
+        prepare = self.method.prepare_experts
+        self._operands = prepare(dict(self.gate_up.items())), prepare(dict(self.down.items()))
+        self.gate_up.clear()
+        self.down.clear()
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """`prefix` ends in `.mlp`; Mixtral's original name of the same module stands beside it."""
         mixtral = prefix.removesuffix(".mlp") + ".block_sparse_moe"
-        shape = tuple(self.gate.shape)
-        yield WeightSlot(self.gate, (Source(f"{prefix}.gate.weight", shape), Source(f"{mixtral}.gate.weight", shape)))
+        for own, other in zip(self.gate.weight_slots(prefix), self.gate.weight_slots(mixtral), strict=True):
+            yield replace(own, sources=own.sources + other.sources)
         full, hidden, local = self.experts.intermediate_size, self.hidden_size, self.local
         size = local.stop - local.start
-        stacked = {
-            "gate_up_proj": (self.experts.num_experts, 2 * full, hidden),
-            "down_proj": (self.experts.num_experts, hidden, full),
-        }
-        up_rows = slice(full + local.start, full + local.stop)
+        every, up_rows = slice(0, hidden), slice(full + local.start, full + local.stop)
+        first, second = slice(0, size), slice(size, 2 * size)
+        # tensor, (rows, columns) of the rank's part, names, the part and the whole: of one expert, of stacked experts
+        parts = (
+            (self.gate_up, (first, every), "gate_proj", "w1", (local, every), (full, hidden),
+             "gate_up_proj", (local, every), (2 * full, hidden)),
+            (self.gate_up, (second, every), "up_proj", "w3", (local, every), (full, hidden),
+             "gate_up_proj", (up_rows, every), (2 * full, hidden)),
+            (self.down, (every, first), "down_proj", "w2", (every, local), (hidden, full),
+             "down_proj", (every, local), (hidden, full)),
+        )  # fmt: skip
         for e in range(self.experts.num_experts):
-            parts: tuple[tuple[torch.Tensor, str, str, tuple[int, ...], Index, str, Index], ...] = (
-                (self.gate_up[e, :size], "gate_proj", "w1", (full, hidden), (local,), "gate_up_proj", (e, local)),
-                (self.gate_up[e, size:], "up_proj", "w3", (full, hidden), (local,), "gate_up_proj", (e, up_rows)),
-                (self.down[e], "down_proj", "w2", (hidden, full), (slice(0, hidden), local), "down_proj",
-                 (e, slice(0, hidden), local)),
-            )  # fmt: skip
-            for target, name, mixtral_name, own_shape, own_index, stacked_name, stacked_index in parts:
-                yield WeightSlot(
-                    target,
-                    (
-                        Source(f"{prefix}.experts.{e}.{name}.weight", own_shape, own_index),
-                        Source(f"{mixtral}.experts.{e}.{mixtral_name}.weight", own_shape, own_index),
-                        Source(f"{prefix}.experts.{stacked_name}", stacked[stacked_name], stacked_index),
-                    ),
-                )
+            for tensors, target, name, mixtral_name, own, sizes, stacked_name, stacked, stacked_sizes in parts:
+                for spec in self.specs:
+                    shape, index = spec.shape(*sizes), spec.index(*own)
+                    sources = [
+                        Source(f"{prefix}.experts.{e}.{name}.{spec.suffix}", shape, index),
+                        Source(f"{mixtral}.experts.{e}.{mixtral_name}.{spec.suffix}", shape, index),
+                    ]
+                    if spec.suffix == "weight":
+                        whole = (self.experts.num_experts, *spec.shape(*stacked_sizes))
+                        sources.append(Source(f"{prefix}.experts.{stacked_name}", whole, (e, *spec.index(*stacked))))
+                    yield WeightSlot.of(spec, tensors[spec.suffix][e][spec.index(*target)], tuple(sources))

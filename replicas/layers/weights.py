@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...quant.methods.linear_method import STORED_FLOATS, WeightSpec
+
 Index = tuple[slice | int, ...]
 
 
@@ -36,6 +38,13 @@ class WeightSlot:
     target: torch.Tensor
     sources: tuple[Source, ...]
     offset: float = 0.0
+    stored: tuple[str, ...] = STORED_FLOATS  # dtypes that the checkpoint may have, as safetensors spells them
+    finite: bool = True  # NaN and infinity are refused
+
+    @classmethod
+    def of(cls, spec: WeightSpec, target: torch.Tensor, sources: tuple[Source, ...]) -> WeightSlot:
+        """The slot of a linear method's tensor."""
+        return cls(target, sources, stored=spec.stored, finite=spec.finite)
 
 
 class Layer(nn.Module):

@@ -8,14 +8,14 @@ the ranks is part of that kernel too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
+from ...quant.methods.linear_method import LayerKind, LinearMethod, MethodFor
 from ..kv_cache_spec import KVCacheSpec
 from ..layers.attention import Attention, AttentionStep
 from ..layers.batch import AttentionMetadata
@@ -29,6 +29,7 @@ from ..layers.rotary import RotaryEmbedding
 from ..layers.weights import Layer, WeightSlot
 from ..model_spec import DecoderSpec, LayerSpec
 from ..parallel.comm import ParallelContext
+from ..parallel.vocabulary import VocabularySlice
 from ..stages import stage_layers
 
 
@@ -40,13 +41,13 @@ class DecoderLayer(Layer):
         spec: DecoderSpec,
         layer: LayerSpec,
         index: int,
+        number: int,
         comm: ParallelContext,
-        method: LinearMethod,
+        method_for: MethodFor,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        batch_invariant: bool = False,
     ) -> None:
+        """index: of the layer on this rank; number: in the model."""
         super().__init__()
         self.spec, self.layer_spec, self.comm = spec, layer, comm
 
@@ -59,21 +60,24 @@ class DecoderLayer(Layer):
         self.attention_post_norm = norm(spec.attention_post_norm)
         self.mlp_pre_norm = norm(spec.mlp_pre_norm)
         self.mlp_post_norm = norm(spec.mlp_post_norm)
-        self.self_attn = Attention(spec, layer, index, comm, method, dtype, device)
+        self.self_attn = Attention(spec, layer, index, number, comm, method_for, dtype, device)
         if layer.experts is None:
-            self.mlp = GatedMLP(spec, comm, method, dtype, device)
+            self.mlp = GatedMLP(spec, number, comm, method_for, dtype, device)
         else:
-            self.mlp = MoE(spec, layer.experts, comm, dtype, device, batch_invariant=batch_invariant)
+            self.mlp = MoE(spec, layer.experts, number, comm, method_for, dtype, device)
+        # Bound once, so that a layer of plain tensors runs no line for formats.
+        self._enter_attention = _entry(self.self_attn.qkv_proj.method)
+        self._enter_mlp = _entry(self.mlp.gate_up_proj.method if isinstance(self.mlp, GatedMLP) else None)
 
     def forward(
         self, pending: torch.Tensor | None, residual: torch.Tensor, step: AttentionStep, cache: KVCache
     ) -> torch.Tensor:
         """Adds `pending` and the attention's result to `residual` [T, hidden]; returns the MLP's, still to be added."""
         comm, spec = self.comm, self.spec
-        x = _enter(self.attention_pre_norm, pending, residual, comm, partial=spec.mlp_post_norm is None)
-        x = _leave(self.attention_post_norm, self.self_attn(x, step, cache), comm)
-        x = _enter(self.mlp_pre_norm, x, residual, comm, partial=spec.attention_post_norm is None)
-        return _leave(self.mlp_post_norm, self.mlp(x), comm)
+        x = self._enter_attention(self.attention_pre_norm, pending, residual, comm, partial=spec.mlp_post_norm is None)
+        x = reduce_and_norm(self.attention_post_norm, self.self_attn(x, step, cache), comm)
+        x = self._enter_mlp(self.mlp_pre_norm, x, residual, comm, partial=spec.attention_post_norm is None)
+        return reduce_and_norm(self.mlp_post_norm, self.mlp(x), comm)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         for place in ("attention_pre_norm", "attention_post_norm", "mlp_pre_norm", "mlp_post_norm"):
@@ -84,7 +88,7 @@ class DecoderLayer(Layer):
         yield from self.mlp.weight_slots(f"{prefix}.mlp")
 
 
-def _enter(
+def add_residual_and_norm(
     norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.Tensor, comm: ParallelContext, *, partial: bool
 ) -> torch.Tensor:
     """Adds `pending` to the residual in place and returns a sub-layer's input, normed where there is a norm.
@@ -100,8 +104,16 @@ def _enter(
     return residual.add_(comm.all_reduce(pending) if partial else pending)
 
 
-def _leave(norm: RMSNorm | None, x: torch.Tensor, comm: ParallelContext) -> torch.Tensor:
-    """A sub-layer's output, still to be added: a part of a sum as it came, or summed and normed."""
+def _entry(method: LinearMethod | None) -> Callable[..., Any]:
+    """add_residual_and_norm, with its result in the format that the layer after it reads."""
+    quantize = None if method is None else method.input_quantizer()
+    if quantize is None:
+        return add_residual_and_norm
+    return lambda *args, **kwargs: quantize(add_residual_and_norm(*args, **kwargs))
+
+
+def reduce_and_norm(norm: RMSNorm | None, x: torch.Tensor, comm: ParallelContext) -> torch.Tensor:
+    """A sub-layer's output, still to be added: this rank's partial sum, or all-reduced and normed."""
     return x if norm is None else norm(comm.all_reduce(x))
 
 
@@ -113,7 +125,7 @@ class DecoderModel(Layer):
         spec: DecoderSpec,
         config: Any,
         comm: ParallelContext,
-        method: LinearMethod,
+        method_for: MethodFor,
         *,
         max_model_len: int,
         dtype: torch.dtype,
@@ -122,7 +134,7 @@ class DecoderModel(Layer):
     ) -> None:
         """`config` is the Hugging Face text config that `spec` was made from: its rope parameters are read here.
 
-        With `batch_invariant`, which `method` must know of too, a token has the same bits in any batch.
+        With `batch_invariant`, which the methods must support too, a token has the same bits in any batch.
         """
         super().__init__()
         self.spec, self.comm, self.dtype, self.batch_invariant = spec, comm, dtype, batch_invariant
@@ -137,13 +149,13 @@ class DecoderModel(Layer):
             self.norm = RMSNorm(
                 spec.hidden_size, spec.rms_norm_eps, dtype=dtype, device=device, offset=spec.norm_offset
             )
-            rows = self.embed_tokens
-            if rows is None or not spec.tie_word_embeddings:
-                rows = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, comm, dtype=dtype, device=device)
-            self.lm_head = OutputHead(rows, UnquantizedLinear(batch_invariant), tied=spec.tie_word_embeddings)
+            self.lm_head = OutputHead(
+                VocabularySlice(spec.vocab_size, comm), spec.hidden_size, method_for("lm_head", LayerKind.HEAD),
+                dtype=dtype, device=device, tied=self.embed_tokens if spec.tie_word_embeddings else None,
+            )  # fmt: skip
         self.layers = nn.ModuleList(
-            DecoderLayer(spec, layer, i, comm, method, dtype, device, batch_invariant=batch_invariant)
-            for i, layer in enumerate(own)
+            DecoderLayer(spec, spec.layers[number], index, number, comm, method_for, dtype, device)
+            for index, number in enumerate(self.layer_range)
         )
         self.windows = tuple(dict.fromkeys(layer.window for layer in own))
         # Keyed in order rather than by name: a rope name may be None, which is no name of a module.
@@ -201,7 +213,7 @@ class DecoderModel(Layer):
         pending = None
         for layer in self.layers:
             pending = layer(pending, residual, step, kv_cache)
-        return _enter(self.norm, pending, residual, self.comm, partial=self.spec.mlp_post_norm is None)
+        return add_residual_and_norm(self.norm, pending, residual, self.comm, partial=self.spec.mlp_post_norm is None)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -217,7 +229,7 @@ class DecoderModel(Layer):
     def prepare(self) -> None:
         """Called once the weights are loaded, before the first forward: linear layers take their final form."""
         for module in list(self.modules()):
-            if isinstance(module, ParallelLinear | OutputHead):
+            if isinstance(module, ParallelLinear | MoE | OutputHead):
                 module.prepare()
 
     def weight_slots(self, prefix: str, head: str) -> Iterator[WeightSlot]:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ...kernels.linear.silu_mul import ACTIVATIONS
-from ...quant.methods.unquantized import LinearMethod, UnquantizedLinear
+from ...quant.methods.linear_method import STORED_FLOATS, MethodFor
+from ...quant.methods.unquantized import UnquantizedLinear
 from ..config import ResolvedConfig
 from ..errors import ModelError, ServingError
 from ..layers.weights import Source, WeightSlot
@@ -36,18 +37,24 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
-def load_model(config: ResolvedConfig, device: torch.device, comm: ParallelContext | None = None) -> DecoderModel:
-    """The rank's part of the model of a resolved `config`, its weights in `config.model.dtype` on `device`.
+def load_model(
+    config: ResolvedConfig,
+    device: torch.device,
+    comm: ParallelContext | None = None,
+    method_for: MethodFor | None = None,
+) -> DecoderModel:
+    """The rank's part of the model, its weights in `config.model.dtype` on `device`.
 
-    With load_format "dummy" the weights are random and the folder needs only config.json. Raises ModelError for
-    anything in the checkpoint that is missing, damaged, misshapen, not a number or not understood.
+    With load_format "dummy" the weights are random and the folder needs only config.json. method_for: replaces the
+    methods that config.json asks for. Raises ModelError for anything in the checkpoint that is missing, damaged,
+    misshapen, not a number or not understood.
     """
     folder = Path(config.model.path)
     if config.model.load_format not in ("safetensors", "dummy"):
         raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
     # The headers first: they cost nothing, and a damaged file is found before memory is taken.
     tensors = list_tensors(folder) if config.model.load_format == "safetensors" else None
-    model = _build(config, folder, comm or ParallelContext(), device)
+    model = _build(config, folder, comm or ParallelContext(), device, method_for)
     if tensors is None:
         _fill_randomly(model, config.model.seed)
     else:
@@ -56,7 +63,13 @@ def load_model(config: ResolvedConfig, device: torch.device, comm: ParallelConte
     return model.eval()
 
 
-def _build(config: ResolvedConfig, folder: Path, comm: ParallelContext, device: torch.device) -> DecoderModel:
+def _build(
+    config: ResolvedConfig,
+    folder: Path,
+    comm: ParallelContext,
+    device: torch.device,
+    method_for: MethodFor | None,
+) -> DecoderModel:
     """The model that config.json describes, its weights not yet set."""
     text_config = _text_config(folder)
     path = folder / "config.json"
@@ -64,13 +77,13 @@ def _build(config: ResolvedConfig, folder: Path, comm: ParallelContext, device: 
     if spec.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ModelError(f"{path}: activation {spec.hidden_act!r} is not supported; known: {known}")
-    method = _linear_method(folder, text_config, config.batch_invariant)
+    method_for = method_for or _linear_methods(folder, text_config, config.batch_invariant)
     try:
         return DecoderModel(
             spec,
             text_config,
             comm,
-            method,
+            method_for,
             max_model_len=config.model.max_model_len,
             dtype=getattr(torch, config.model.dtype),
             device=device,
@@ -101,12 +114,13 @@ def _text_config(folder: Path) -> Any:
     return text
 
 
-def _linear_method(folder: Path, config: Any, batch_invariant: bool) -> LinearMethod:
+def _linear_methods(folder: Path, config: Any, batch_invariant: bool) -> MethodFor:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder / 'config.json'} asks for quantization {method!r}, which is not supported")
-    return UnquantizedLinear(batch_invariant)
+    plain = UnquantizedLinear(batch_invariant)
+    return lambda _name, _kind: plain
 
 
 def _fill(model: DecoderModel, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
@@ -141,8 +155,9 @@ def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None
     where = f"{info.file}: tensor {source.name}"
     if info.shape != source.shape:
         raise ModelError(f"{where} has shape {list(info.shape)}; config.json makes it {list(source.shape)}")
-    if info.dtype not in ("F32", "F16", "BF16", "F64"):
-        raise ModelError(f"{where} has dtype {info.dtype}; expected F32, F16 or BF16")
+    if info.dtype not in slot.stored:
+        expected = "F32, F16 or BF16" if slot.stored == STORED_FLOATS else " or ".join(slot.stored)
+        raise ModelError(f"{where} has dtype {info.dtype}; expected {expected}")
     if not slot.target.numel():
         return
     try:
@@ -153,6 +168,8 @@ def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None
     if slot.offset:
         part = part.to(target.dtype) + slot.offset
     target.copy_(part.view(target.shape))
+    if not slot.finite:
+        return
     low, high = target.aminmax()  # NaN comes through both; one pass, no temporary
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ModelError(f"{where} holds NaN or infinite values (as {str(target.dtype).removeprefix('torch.')})")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.quant.methods.linear_method import MethodFor
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, ResolvedConfig
 from shoal.replicas.layers.batch import AttentionMetadata
 from shoal.replicas.layers.kv_cache import KVCache
@@ -36,10 +37,11 @@ class PagedModel:
         *,
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        method_for: MethodFor | None = None,
     ) -> None:
         config = engine_config(folder, device, dtype=str(dtype).removeprefix("torch."))
         self.device = device
-        self.model: DecoderModel = load_model(config, device, comm)
+        self.model: DecoderModel = load_model(config, device, comm, method_for)
         num_blocks = num_sequences * BLOCKS_PER_SEQUENCE + 1
         self.cache = KVCache(self.model.kv_cache_spec(BLOCK_SIZE), num_blocks, device)
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoal.quant.methods.unquantized import UnquantizedLinear, WeightSpec
+from shoal.quant.methods.linear_method import WeightSpec
+from shoal.quant.methods.unquantized import UnquantizedLinear
 
 PLAIN = WeightSpec("weight", torch.float32, out_axis=0, in_axis=1)
 PACKED_ALONG_IN = WeightSpec("weight_packed", torch.int32, out_axis=0, in_axis=1, in_unit=8)
