@@ -289,7 +289,7 @@ def test_a_ray_of_two_nodes() -> None:
     found = ray_cluster.findings(said, wanted=False)
     assert statuses(found) == ["ok", "ok"]
     assert found[0].message == "Ray has 2 nodes with 16 CPUs and 4 GPUs"
-    assert "0.190 s or less" in found[1].message
+    assert "at most 0.190 s" in found[1].message
 
 
 def test_nodes_that_do_not_fit_together() -> None:
