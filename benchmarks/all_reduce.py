@@ -25,18 +25,8 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from benchmarks.report import RESULTS, Report
-from shoal.kernels.comm.all_reduce import (
-    NUM_BUFFERS,
-    STATE_SIZE,
-    Algorithm,
-    Exchange,
-    all_reduce,
-    all_reduce_add_rms_norm,
-    all_reduce_cost,
-    all_reduce_int8,
-    buffer_bytes,
-    choose,
-)
+from shoal.kernels.comm.all_reduce import all_reduce, all_reduce_add_rms_norm, all_reduce_cost, all_reduce_int8, choose
+from shoal.kernels.comm.exchange import NUM_BUFFERS, STATE_SIZE, Algorithm, Exchange, buffer_bytes
 from shoal.kernels.linear.rms_norm import add_rms_norm
 from shoal.replicas.parallel.c10d import TCPStore
 from shoal.replicas.parallel.symmetric_memory import SymmetricMemory, open_symmetric_memory
@@ -108,8 +98,8 @@ def open_exchange(
     peers = torch.tensor(memory.addresses, dtype=torch.int64, device=device)
     state = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)
     alarm = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Exchange(rank, world_size, capacity, memory.own, peers, state, alarm, SPIN_LIMIT, multiprocessors), memory
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return Exchange(rank, world_size, capacity, memory.own, peers, state, alarm, SPIN_LIMIT, num_sms), memory
 
 
 def graph_us(call: Callable[[], Any], replays: int, calls: int = CALLS) -> float:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from ...kernels.attention.block_copy import block_copy, block_copy_cost
 from ...kernels.linear.embedding import embed, embed_cost
 from ...kernels.moe.moe import moe_mlp, moe_mlp_cost, route
-from ...kernels.sampling.penalties import PenaltySlots, apply_penalties, apply_penalties_cost
-from ...kernels.sampling.sample import SamplingRows, sample_rows, sample_rows_cost
+from ...kernels.sampling.params import PenaltySlots, SamplingRows
+from ...kernels.sampling.penalties import apply_penalties, apply_penalties_cost
+from ...kernels.sampling.sample import sample_rows, sample_rows_cost
 from ...kernels.sampling.score import score, score_cost
 from .kernel_cases import Built, Case, Sizes
 

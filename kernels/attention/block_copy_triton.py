@@ -28,6 +28,7 @@ def _block_copy_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program p copies columns p * BLOCK_N .. of every block pair."""
     release_dependents(PDL)
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     copies = tl.arange(0, MAX_COPIES)

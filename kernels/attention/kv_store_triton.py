@@ -39,6 +39,7 @@ def _kv_store_kernel(
     BLOCK_DIM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (t, h) stores heads h * BLOCK_HEADS .. of token t in its slot."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -84,6 +85,7 @@ def _rope_kv_store_kernel(
     BLOCK_REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (t, h) norms and rotates heads h * BLOCK_HEADS .. of token t and stores its keys and values."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .tables import DecodeTables
+
 # Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what more of them add to
 # the joining costs more than it saves. Many: two rounds of the three that a multiprocessor holds, for an even end.
 _FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
@@ -45,22 +47,6 @@ class DecodeIndex:
     # [2 * S * KV * M, BS, D], where each layer gathers in turn. New memory for each would cost more than the copy:
     # 68 us against 20 for 512 KiB on CPU, page faults and a cold cache.
     workspace: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTables:
-    """What Triton reads: the step's own tensors, and how many programs may share a sequence."""
-
-    context_lens: torch.Tensor  # int32 [S]
-    block_tables: torch.Tensor  # int32 [S, M]
-    window: int | None
-    num_splits: int  # programs launched for each kv head of a sequence
-    min_blocks: int  # blocks of a split, at least
-    arrivals: torch.Tensor  # int32 [S, KV], zeros: splits that are done; each launch leaves it at zeros again
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.context_lens)
 
 
 def decode_tables(

@@ -27,8 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops_triton import softmax_step
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents
-from .paged_decode import DecodeTables
+from .tables import DecodeTables
 
 _LOG2_E = 1 / math.log(2)
 SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
@@ -129,12 +130,9 @@ def _attend(
         v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
-        shrink = tl.exp2(highest - higher)
-        p = tl.exp2(scores * unit - higher[:, None])
+        p, shrink, highest = softmax_step(scores, highest, unit)  # pyright: ignore[reportGeneralTypeIssues]
         totals = totals * shrink[:, None] + p
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        highest = higher
         block = next_block
     total = tl.sum(totals, 1)
     return acc / total[:, None], total, highest

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from .paged_decode import check_out
+from .tables import PrefillTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,6 @@ class PrefillSlice:
     start: int  # of the slice in the step
     query_len: int  # Q
     mask: torch.Tensor | None  # [Q, L], 0 or -inf; None: plain causal, Q = L
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTables:
-    """What Triton reads: the step's own tensors, of S slices."""
-
-    starts: torch.Tensor  # int32 [S + 1]
-    context_lens: torch.Tensor  # int32 [S]
-    block_tables: torch.Tensor  # int32 [S, M]
-    window: int | None
 
 
 def prefill_index(

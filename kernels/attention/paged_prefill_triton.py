@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops_triton import softmax_step
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .paged_decode_triton import SHARED_BYTES, cap_scores, check_operands, padded_dim, score_factors
-from .paged_prefill import PrefillTables
+from .tables import PrefillTables
 
 
 @triton.jit
@@ -97,12 +98,9 @@ def _attend_blocks(
             scores = tl.where(seen, scores, float("-inf"))
         else:
             v = tl.load(v_ptrs, mask=in_dim, other=0.0)
-        higher = tl.maximum(highest, tl.max(scores, 1) * unit)
-        shrink = tl.exp2(highest - higher)
-        p = tl.exp2(scores * unit - higher[:, None])
+        p, shrink, highest = softmax_step(scores, highest, unit)  # pyright: ignore[reportGeneralTypeIssues]
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        highest = higher
         block = next_block
     return acc, total, highest
 

@@ -60,6 +60,7 @@ def _rope_kernel(
     BLOCK_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (t, h) rotates heads h * BLOCK_HEADS .. of token t in place."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

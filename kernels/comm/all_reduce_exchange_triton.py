@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .all_reduce import NUM_BUFFERS
+from .exchange import NUM_BUFFERS
 
 TICKETS = tl.constexpr(1 << 16)
 BUFFERS = tl.constexpr(NUM_BUFFERS)
@@ -82,6 +82,7 @@ def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _missing(words):
+    """1 where any of the words has not arrived, else 0."""
     return tl.max(tl.max((words == MISSING).to(tl.int32), axis=0), axis=0)
 
 

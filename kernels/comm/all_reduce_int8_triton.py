@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
-from .all_reduce import INT8_GROUP, INT8_LEAST_SCALE, INT8_PIECE, Exchange, int8_slot_bytes
 from .all_reduce_exchange_triton import MISSING, arrived, begin_step, draw_step, empty_buffer, sendable
 from .all_reduce_triton import max_programs
+from .exchange import INT8_GROUP, INT8_LEAST_SCALE, INT8_PIECE, Exchange, int8_slot_bytes
 
 NUM_WARPS = 8
 NUM_REGISTERS = 128
@@ -126,7 +126,7 @@ def all_reduce_int8_triton(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     if numel:
         launch_kernel(
             _all_reduce_int8_kernel,
-            (min(slice_pieces, max_programs(exchange.multiprocessors, NUM_WARPS, NUM_REGISTERS)),),
+            (min(slice_pieces, max_programs(exchange.num_sms, NUM_WARPS, NUM_REGISTERS)),),
             (x, *memory, *sizes, exchange.rank, exchange.spin_limit),
             WORLD=world_size,
             num_warps=NUM_WARPS,

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
-from .all_reduce import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
 from .all_reduce_exchange_triton import arrived, begin_step, draw_step, empty_buffer, pointers_to_words, sendable
+from .exchange import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
 
 MAX_TILE = 2048  # bytes of the ranks' words that a warp holds: 4 vectors a thread
 
@@ -239,9 +239,9 @@ def launch_parameters(
     return group, num_warps, 64 if few else 128
 
 
-def max_programs(multiprocessors: int, num_warps: int, num_registers: int) -> int:
+def max_programs(num_sms: int, num_warps: int, num_registers: int) -> int:
     """How many programs run at once, whatever else does: each of them may wait for what the others' send."""
-    return multiprocessors * (65536 // (32 * num_warps * num_registers))
+    return num_sms * (65536 // (32 * num_warps * num_registers))
 
 
 def all_reduce_triton(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
@@ -294,7 +294,7 @@ def _launch(
     strides = (exchange.capacity // x.itemsize, slot_size(algorithm, num_rows, num_features, world_size))
     launch_kernel(
         _two_shot_kernel if sliced else _one_shot_kernel,
-        (min(rows[-1], max_programs(exchange.multiprocessors, num_warps, num_registers)),),
+        (min(rows[-1], max_programs(exchange.num_sms, num_warps, num_registers)),),
         (*operands, *memory, *strides, numel, *rows, exchange.rank, exchange.spin_limit, eps),
         NUM_FEATURES=num_features,
         HAS_NORM=weight is not None,

@@ -24,6 +24,7 @@ def _embed_kernel(
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (t, b) looks up features b * BLOCK_H .. of token t."""
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     wait_for_inputs(PDL)

@@ -38,6 +38,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Trit
 
 @gluon.jit
 def _activate(gate, up, GELU: gl.constexpr):
+    """act(gate) * up; Gluon cannot call the `activate` of ops_triton.py."""
     if GELU:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
     else:
@@ -57,6 +58,7 @@ def _send_weights(w_desc, w_ring, slot, bar, n, m, num_outputs, pred, GATED: gl.
 
 @gluon.jit
 def _sum_of_parts(parts, SPLITS: gl.constexpr, SIZE: gl.constexpr):
+    """The partial sums of a tile, added in the order of the splits."""
     acc = gl.load(parts, cache_modifier=".cg")
     for part in gl.static_range(1, SPLITS):
         acc += gl.load(parts + part * SIZE, cache_modifier=".cg")
@@ -96,6 +98,7 @@ def _stream_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    """Program (p, s) computes split s of output tile p, [BLOCK_N, BLOCK_T]."""
     dtype: gl.constexpr = w_desc.dtype
     PARTS: gl.constexpr = 2 if GATED else 1
     BYTES: gl.constexpr = (PARTS * BLOCK_N + BLOCK_T) * BLOCK_M * dtype.primitive_bitwidth // 8

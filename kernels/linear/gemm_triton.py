@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops_triton import activate
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from ..tuning import Launch
 
@@ -48,15 +49,6 @@ def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexp
             }""",
             "=r,l,r,r", [w_ptr + rows * num_columns + column, SIZE, ROWS], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def _activate(gate, up, GELU: tl.constexpr):
-    if GELU:
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
-    else:
-        inner = gate
-    return gate * tl.sigmoid(inner) * up
 
 
 @triton.jit
@@ -101,6 +93,7 @@ def _fma_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program p computes outputs p * BLOCK_N .. of one token."""
     WORDS: tl.constexpr = BLOCK_M // 2
     first = tl.program_id(0) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
@@ -138,7 +131,7 @@ def _fma_kernel(
         y_up = tl.sum(acc_up, 1)
         if HAS_BIAS:
             y_up += tl.load(bias_ptr + num_outputs + rows, mask=in_rows, other=0.0).to(tl.float32)
-        y = _activate(y, y_up, GELU)
+        y = activate(y, y_up, GELU)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=in_rows)
 
 
@@ -174,6 +167,7 @@ def _is_last(arrivals_ptr, SPLITS: tl.constexpr):
 
 @triton.jit
 def _sum_of_parts(parts, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """The partial sums of a tile, added in the order of the splits."""
     acc = tl.load(parts, cache_modifier=".cg")
     for i in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
         acc += tl.load(parts + i * SIZE, cache_modifier=".cg")
@@ -203,6 +197,7 @@ def _mma_kernel(
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (p, s) computes split s of output tile p, [BLOCK_N, BLOCK_T]."""
     tile, split = tl.program_id(0), tl.program_id(1)
     num_blocks_t = tl.cdiv(num_tokens, BLOCK_T)
     n, t = tile // num_blocks_t * BLOCK_N, tile % num_blocks_t * BLOCK_T  # programs side by side share their weights
@@ -244,7 +239,7 @@ def _mma_kernel(
     if GATED:
         if HAS_BIAS:
             acc_up += tl.load(bias_ptr + num_outputs + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-        acc = _activate(acc, acc_up, GELU)
+        acc = activate(acc, acc_up, GELU)
     y_ptrs = y_ptr + tokens.to(tl.int64)[None, :] * num_outputs + rows[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (tokens < num_tokens)[None, :])
 

@@ -35,6 +35,7 @@ def _rms_norm_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program p normalises rows p * BLOCK_ROWS .., after adding x to the residual where there is one."""
     release_dependents(PDL)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_N)

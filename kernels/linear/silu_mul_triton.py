@@ -1,7 +1,4 @@
-"""Triton kernel of silu_mul.py. A program takes BLOCK_N features of one token.
-
-tanh is written by the logistic function: 0.5 * (1 + tanh(u)) = sigmoid(2u), which every backend of Triton has.
-"""
+"""Triton kernel of silu_mul.py."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops_triton import activate
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 # 8 values a thread: one 16-byte load of bf16 for the gate, one for up. Half of it takes 4.8 instead of 3.9 us for 256
@@ -20,6 +18,7 @@ BLOCK_N, NUM_WARPS = 2048, 8
 def _silu_mul_kernel(
     x_ptr, y_ptr, stride_x, num_features, GELU: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):
+    """Program (t, b) computes features b * BLOCK_N .. of token t."""
     release_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -28,11 +27,7 @@ def _silu_mul_kernel(
     wait_for_inputs(PDL)
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + num_features, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
-    else:
-        inner = gate
-    y = gate * tl.sigmoid(inner) * up
+    y = activate(gate, up, GELU)
     tl.store(y_ptr + row * num_features + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..backend import Backend, backend_of
 from ..linear.silu_mul import ACTIVATIONS, silu_mul, silu_mul_ref
+from .expected_experts import expected_experts
 
 
 def route_ref(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,11 +109,6 @@ def moe_mlp(
             out.index_add_(0, tokens[part], F.linear(hidden, down[expert]).mul_(scales[part]))
             first += count
     return out
-
-
-def expected_experts(num_tokens: int, num_experts: int, top_k: int) -> float:
-    """How many experts `num_tokens` tokens touch, when each chooses its k of E with equal chances."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
 
 
 def moe_mlp_cost(

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops_triton import activate
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 
@@ -62,11 +63,7 @@ def _gate_up_few_experts_kernel(
         up += _products(w_up, x)
         w_gate, w_up = next_gate, next_up
     y_gate, y_up = tl.sum(gate, 1), tl.sum(up, 1)
-    if GELU:
-        inside = 1.5957691216057308 * (y_gate + 0.044715 * y_gate * y_gate * y_gate)  # as in silu_mul_triton.py
-    else:
-        inside = y_gate
-    y = y_gate * tl.sigmoid(inside) * y_up * tl.load(scale_ptr + i).to(tl.float32)
+    y = activate(y_gate, y_up, GELU) * tl.load(scale_ptr + i).to(tl.float32)
     tl.store(hidden_ptr + i * num_features + features, y, mask=features < num_features)
 
 

@@ -36,6 +36,7 @@ def _route_experts_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program p selects the top-k experts of tokens p * BLOCK_ROWS .., and their weights."""
     wait_for_inputs(PDL)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_E)

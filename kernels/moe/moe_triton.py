@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops_triton import activate
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
-from .moe import expected_experts
+from .expected_experts import expected_experts
 from .moe_route_triton import most_tiles, sort_by_expert
 
 COMBINE_N, COMBINE_WARPS = 1024, 4  # features of a program of the last kernel: 16 bytes of bf16 a thread and expert
@@ -103,11 +104,7 @@ def _gate_up_experts_kernel(
         w_up = _load_block(gate_up, row + num_features, start, last_row, num_inner, BLOCK_FEATURES, BLOCK_INNER, TMA)
         gate = tl.dot(w_gate, tl.trans(x), gate, input_precision="ieee")
         up = tl.dot(w_up, tl.trans(x), up, input_precision="ieee")
-    if GELU:
-        inside = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # as in silu_mul_triton.py
-    else:
-        inside = gate
-    y = tl.trans((gate * tl.sigmoid(inside) * up).to(hidden_ptr.dtype.element_ty))
+    y = tl.trans(activate(gate, up, GELU).to(hidden_ptr.dtype.element_ty))
     features = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     out_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * num_features + features[None, :]
     tl.store(out_ptrs, y, mask=live[:, None] & (features < num_features)[None, :])

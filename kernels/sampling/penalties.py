@@ -13,20 +13,10 @@ is chosen, `count_tokens` after. Papers: Keskar et al., CTRL, 2019, arXiv:1909.0
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..backend import Backend, backend_of
-
-
-class PenaltySlots(NamedTuple):
-    """What was seen in each slot, and its penalties."""
-
-    history: torch.Tensor  # int32 [S, V]
-    repetition: torch.Tensor  # float32 [S]; 1 changes nothing
-    frequency: torch.Tensor  # float32 [S]; 0 changes nothing
-    presence: torch.Tensor  # float32 [S]; 0 changes nothing
+from .params import PenaltySlots
 
 
 def empty_slots(num_slots: int, vocab_size: int, device: torch.device) -> PenaltySlots:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
-from .penalties import PenaltySlots
+from .params import PenaltySlots
 
 BLOCK_V, BLOCK_K, NUM_WARPS = 2048, 128, 8
 
@@ -29,6 +29,7 @@ def _apply_penalties_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (b, k) applies the penalties to tokens b * BLOCK_V .. of row k."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -51,6 +52,7 @@ def _apply_penalties_kernel(
 def _count_tokens_kernel(
     history_ptr, slots_ptr, token_ptr, stride_history, num_rows, BLOCK_K: tl.constexpr, PDL: tl.constexpr
 ):
+    """Program p counts the emitted tokens of rows p * BLOCK_K .. in their slots."""
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     wait_for_inputs(PDL)
     release_dependents(PDL)

@@ -14,27 +14,16 @@ On a CUDA device: sample_triton.py and sample_limits_triton.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..backend import Backend, backend_of
+from .params import SamplingRows
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class SamplingRows(NamedTuple):
-    """Sampling parameters by row, each [R], on the device of the logits."""
-
-    temperature: torch.Tensor  # float32; 0 is greedy
-    top_k: torch.Tensor  # int32; 0 keeps all
-    top_p: torch.Tensor  # float32; 1 keeps all
-    min_p: torch.Tensor  # float32; 0 keeps all
-    seed: torch.Tensor  # int64, the bit pattern of the 64-bit key
 
 
 def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, first_counter: int = 0) -> torch.Tensor:

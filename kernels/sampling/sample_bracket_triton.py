@@ -46,6 +46,7 @@ def lowest_inside(highest, temperature, min_p):
 
 @triton.jit
 def mass_of(x, highest, temperature):
+    """Unnormalised probability exp(z - max z) of logits x."""
     inverse = tl.div_rn(1.0, temperature)
     return tl.exp(x * inverse - highest * inverse)
 
@@ -201,6 +202,7 @@ def sample_profile_kernel(
     TURN: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (p, k) sums count and mass above each pivot for every P-th chunk of row k."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -261,6 +263,7 @@ def sample_gather_kernel(
     CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (p, k) collects the logits inside the bracket from every P-th chunk of row k."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)

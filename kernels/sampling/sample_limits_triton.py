@@ -10,13 +10,12 @@ chunk were left (most logits equal), the search reads the row itself: slow, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
+from .params import SamplingRows
 from .sample_bracket_triton import (
     PIVOTS,
     bracket,
@@ -29,9 +28,6 @@ from .sample_bracket_triton import (
     sample_profile_kernel,
 )
 from .sample_triton import best_of_parts, is_filtered, num_programs
-
-if TYPE_CHECKING:
-    from .sample import SamplingRows
 
 CHUNK, TURN = 4096, 512  # tokens of a chunk, and those that a program compares with the pivots at a time
 CAPACITY = 512  # of the 4096; 8 MB for 256 rows of 128,256 logits in half precision
@@ -152,6 +148,7 @@ def _sample_limits_kernel(
     SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program k searches the lowest logit that the filters of row k keep."""
     k = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)

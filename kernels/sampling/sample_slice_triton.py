@@ -9,13 +9,12 @@ Legend: K rows, V tokens of a slice, P parts of a row, each of every P-th chunk,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
+from .params import SamplingRows
 from .sample_triton import (
     NUM_WARPS,
     PROGRAMS,
@@ -26,9 +25,6 @@ from .sample_triton import (
     num_programs,
     padded_parts,
 )
-
-if TYPE_CHECKING:
-    from .sample import SamplingRows
 
 WINNERS_BLOCK = 128
 
@@ -49,6 +45,7 @@ def _slice_choose_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (p, k) finds the best token in every P-th chunk of row k's slice."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -71,6 +68,7 @@ def _slice_choose_kernel(
 def _slice_join_kernel(
     rows_ptr, score_ptr, token_ptr, key_ptr, first_token, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
 ):
+    """Program k reduces the parts of row k to one key."""
     k = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -87,6 +85,7 @@ def _slice_join_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _winners_kernel(key_ptr, out_ptr, num_rows, num_ranks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program p takes the token of the highest key over ranks, for rows p * BLOCK .."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     wait_for_inputs(PDL)

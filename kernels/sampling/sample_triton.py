@@ -15,16 +15,13 @@ logits and parameters alone: parts of another size find the same maximum.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from ..ops_triton import argmax_lowest
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
-
-if TYPE_CHECKING:
-    from .sample import SamplingRows
+from .params import SamplingRows
 
 NUM_WARPS = 8
 LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small where few rows would leave multiprocessors idle
@@ -44,8 +41,7 @@ def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
     parts = tl.arange(0, PARTS)
     scores = tl.load(score_ptr + k * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
     tokens = tl.load(token_ptr + k * num_parts + parts, mask=parts < num_parts, other=2147483647)
-    best = tl.max(scores, axis=0)
-    token = tl.min(tl.where(scores == best, tokens, 2147483647), axis=0)
+    best, token = argmax_lowest(scores, tokens)  # pyright: ignore[reportGeneralTypeIssues]
     return best, tl.where(tl.min(tokens, axis=0) < 0, -1, token)
 
 
@@ -81,14 +77,15 @@ def _perturb(scaled, seed, position, first_counter, chunk, score, token, CHUNK: 
 
 @triton.jit
 def _store_best(score_ptr, token_ptr, part, scores, tokens, unusable):
-    best = tl.max(scores, axis=0)
-    token = tl.min(tl.where(scores == best, tokens, 2147483647), axis=0)
+    """Store the argmax of a part; token -1 where any logit is NaN or +inf."""
+    best, token = argmax_lowest(scores, tokens)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(score_ptr + part, best)
     tl.store(token_ptr + part, tl.where(tl.max(unusable, axis=0) > 0, -1, token))
 
 
 @triton.jit
 def _load_chunk(row_ptr, chunk, vocab_size, CHUNK: tl.constexpr):
+    """Logits of one chunk in fp32, -inf beyond the vocabulary."""
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     return tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
 
@@ -160,6 +157,7 @@ def _sample_choose_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (p, k) finds the best token in every P-th chunk of row k."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -194,6 +192,7 @@ def _sample_choose_kernel(
 def _sample_join_kernel(
     rows_ptr, score_ptr, token_ptr, out_ptr, num_parts, PARTS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    """Program k reduces the parts of row k to its token."""
     k = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)

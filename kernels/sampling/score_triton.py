@@ -17,6 +17,7 @@ CHUNK, NUM_WARPS = 4096, 8
 
 @triton.jit
 def _chosen_logit(row_ptr, chosen_ptr, p, SLICE: tl.constexpr):
+    """The chosen token's logit in row p: given, or looked up by its id."""
     if SLICE:
         return tl.load(chosen_ptr + p)
     else:
@@ -36,6 +37,7 @@ def _score_chunks_kernel(
     SLICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program (c, p) computes maximum, mass and rank share of chunk c of row p."""
     p = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     wait_for_inputs(PDL)
@@ -68,6 +70,7 @@ def _score_join_kernel(
     SLICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program p combines the chunks of row p into log-probability, log-sum-exp and rank."""
     p = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, CHUNKS)
     parts, mask = p * num_chunks + chunks, chunks < num_chunks

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..backend import Backend, backend_of
-from ..sampling.sample import SamplingRows
+from ..sampling.params import SamplingRows
 
 # A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
 ROW_START = 7

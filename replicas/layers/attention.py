@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.attention.kv_store import rope_kv_store, store_rows
-from ...kernels.attention.paged_decode import DecodeIndex, DecodeTables, decode_index, decode_tables, paged_decode
-from ...kernels.attention.paged_prefill import PrefillSlice, PrefillTables, paged_prefill, prefill_index
+from ...kernels.attention.paged_decode import DecodeIndex, decode_index, decode_tables, paged_decode
+from ...kernels.attention.paged_prefill import PrefillSlice, paged_prefill, prefill_index
 from ...kernels.attention.rope import RopeRows
+from ...kernels.attention.tables import DecodeTables, PrefillTables
 from ...kernels.backend import Backend, backend_of
 from ...kernels.linear.rms_norm import rms_norm
 from ...quant.methods.linear_method import LayerKind, MethodFor

@@ -15,19 +15,13 @@ from ...kernels.comm.all_reduce import (
     DTYPES,
     INT8_ABOVE_KIB,
     LIMITS_KIB,
-    NUM_BUFFERS,
-    STATE_SIZE,
     WORLD_SIZES,
-    Algorithm,
-    Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
     all_reduce_int8,
-    as_rows,
-    buffer_bytes,
     choose,
-    int8_part_size,
 )
+from ...kernels.comm.exchange import NUM_BUFFERS, STATE_SIZE, Algorithm, Exchange, as_rows, buffer_bytes, int8_part_size
 from ...kernels.linear.rms_norm import add_rms_norm
 from ..errors import ShardGroupError
 from .c10d import Store
@@ -93,7 +87,7 @@ def open_collectives(
         # Kernels set it when a wait gave up. It is in host memory, where reading it needs no copy.
         alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         spin_limit=_SPIN_LIMIT,
-        multiprocessors=torch.cuda.get_device_properties(group.device).multi_processor_count,
+        num_sms=torch.cuda.get_device_properties(group.device).multi_processor_count,
     )
     every_size = batch_invariant or kind == "triton"
     return SymmetricCollectives(plain, exchange, every_size=every_size, quantized=quantized, fused=not batch_invariant)

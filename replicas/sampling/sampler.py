@@ -19,7 +19,8 @@ from typing import cast
 import numpy as np
 import torch
 
-from ...kernels.sampling.sample import SamplingRows, sample_rows
+from ...kernels.sampling.params import SamplingRows
+from ...kernels.sampling.sample import sample_rows
 from ...kernels.sampling.sample_slice import best_keys, winners
 from ...kernels.sampling.score import Scores, score
 from ..host_copy import send_ints

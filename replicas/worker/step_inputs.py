@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.sampling.sample import SamplingRows
+from ...kernels.sampling.params import SamplingRows
 from ...kernels.step.step_inputs import RowState
 from ..host_copy import HostCopy
 from ..layers.batch import AttentionMetadata, GraphShape, InputBatch

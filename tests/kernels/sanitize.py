@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.kernels.comm.all_reduce import Algorithm
+from shoal.kernels.comm.exchange import Algorithm
 from tests.kernels import (
     test_all_reduce,
     test_embedding,

@@ -24,7 +24,8 @@ from shoal.kernels.compiling.compile_process import CompileProcess, Specializati
 from shoal.kernels.compiling.compile_triton import compile_kernels, rehearsal
 from shoal.kernels.compiling.compile_worker_triton import compile_kernel
 from shoal.kernels.linear.gemm_triton import gemm_triton
-from shoal.kernels.sampling.sample import SamplingRows, sample_rows
+from shoal.kernels.sampling.params import SamplingRows
+from shoal.kernels.sampling.sample import sample_rows
 from shoal.kernels.tuning import Launch
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.models.checkpoint import read_model_facts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shoal.kernels.backend import Backend, use_backend
-from shoal.kernels.comm.all_reduce import NUM_BUFFERS, STATE_SIZE, Exchange
+from shoal.kernels.comm.exchange import NUM_BUFFERS, STATE_SIZE, Exchange
 from tests.support.interpreter import search_once_a_launch
 
 CAPACITY = 1 << 14

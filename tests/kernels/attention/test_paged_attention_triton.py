@@ -13,7 +13,6 @@ import torch
 
 from shoal.kernels.attention.paged_decode import (
     DecodeIndex,
-    DecodeTables,
     decode_index,
     decode_tables,
     paged_decode,
@@ -22,12 +21,12 @@ from shoal.kernels.attention.paged_decode import (
 )
 from shoal.kernels.attention.paged_prefill import (
     PrefillSlice,
-    PrefillTables,
     paged_prefill,
     paged_prefill_cost,
     paged_prefill_ref,
     prefill_index,
 )
+from shoal.kernels.attention.tables import DecodeTables, PrefillTables
 from shoal.kernels.backend import Backend, backend_of
 from tests.support.paged_cache import paged_cache, starts_after
 

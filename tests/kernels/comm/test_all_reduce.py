@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.kernels.backend import Backend, backend_of
 from shoal.kernels.comm.all_reduce import (
-    INT8_GROUP,
-    INT8_PIECE,
     LIMITS_KIB,
-    NUM_BUFFERS,
-    STATE_SIZE,
-    Algorithm,
-    Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
     all_reduce_add_rms_norm_ref,
@@ -26,9 +20,17 @@ from shoal.kernels.comm.all_reduce import (
     all_reduce_int8,
     all_reduce_int8_ref,
     all_reduce_ref,
+    choose,
+)
+from shoal.kernels.comm.exchange import (
+    INT8_GROUP,
+    INT8_PIECE,
+    NUM_BUFFERS,
+    STATE_SIZE,
+    Algorithm,
+    Exchange,
     as_rows,
     buffer_bytes,
-    choose,
     int8_slot_bytes,
     slot_size,
 )

@@ -13,13 +13,13 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.all_reduce import open_exchange, run_ranks
 from shoal.kernels.comm.all_reduce import (
-    Algorithm,
     all_reduce,
     all_reduce_add_rms_norm,
     all_reduce_add_rms_norm_ref,
     all_reduce_int8,
     all_reduce_ref,
 )
+from shoal.kernels.comm.exchange import Algorithm
 from shoal.replicas.parallel.collectives import TorchCollectives
 from shoal.replicas.parallel.symmetric import Group, open_collectives
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from shoal.kernels.comm.all_reduce import (
-    Algorithm,
-    Exchange,
     all_reduce,
     all_reduce_add_rms_norm,
     all_reduce_int8,
     all_reduce_int8_ref,
     all_reduce_ref,
 )
+from shoal.kernels.comm.exchange import Algorithm, Exchange
 from tests.support.symmetric_ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")

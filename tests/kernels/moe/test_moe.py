@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoal.kernels.backend import Backend, backend_of
-from shoal.kernels.moe.moe import expected_experts, moe_mlp, moe_mlp_cost, moe_mlp_ref, route, route_cost, route_ref
+from shoal.kernels.moe.expected_experts import expected_experts
+from shoal.kernels.moe.moe import moe_mlp, moe_mlp_cost, moe_mlp_ref, route, route_cost, route_ref
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest result
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shoal.kernels.sampling.params import PenaltySlots
 from shoal.kernels.sampling.penalties import (
-    PenaltySlots,
     apply_penalties,
     apply_penalties_cost,
     begin_history,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from shoal.kernels.sampling.sample import SamplingRows, filter_logits, gumbel_noise, philox, sample_rows
+from shoal.kernels.sampling.params import SamplingRows
+from shoal.kernels.sampling.sample import filter_logits, gumbel_noise, philox, sample_rows
 
 MASK = 0xFFFFFFFF
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from shoal.kernels.backend import Backend, backend_of
-from shoal.kernels.sampling.sample import SamplingRows, gumbel_noise, sample_rows, sample_rows_cost, sample_rows_ref
+from shoal.kernels.sampling.params import SamplingRows
+from shoal.kernels.sampling.sample import gumbel_noise, sample_rows, sample_rows_cost, sample_rows_ref
 
 FILTERS = {
     "greedy": {"temperature": 0.0},

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoal.kernels.backend import Backend, backend_of
-from shoal.kernels.sampling.sample import SamplingRows, sample_rows, sample_rows_ref
+from shoal.kernels.sampling.params import SamplingRows
+from shoal.kernels.sampling.sample import sample_rows, sample_rows_ref
 from shoal.kernels.sampling.sample_slice import LAST_TOKEN, best_keys, make_keys, read_keys, winners
 from tests.kernels.sampling.test_sample_rows import make_logits, make_params
 

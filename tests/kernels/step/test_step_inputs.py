@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.kernels.sampling.sample import SamplingRows
+from shoal.kernels.sampling.params import SamplingRows
 from shoal.kernels.step.step_inputs import RowState, StepTensors, expand_plan_ref, load_plan, store_tokens
 from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
 from shoal.replicas.protocol import SamplingParams

@@ -13,14 +13,11 @@ from torch._C._distributed_c10d import HashStore, _resolve_process_group
 from shoal.kernels.comm.all_reduce import (
     LIMITS_KIB,
     WORLD_SIZES,
-    Algorithm,
-    Exchange,
     all_reduce_add_rms_norm_ref,
     all_reduce_int8_ref,
     all_reduce_ref,
-    as_rows,
-    buffer_bytes,
 )
+from shoal.kernels.comm.exchange import Algorithm, Exchange, as_rows, buffer_bytes
 from shoal.kernels.linear.rms_norm import add_rms_norm
 from shoal.replicas.errors import ShardGroupError
 from shoal.replicas.parallel import symmetric
