@@ -1,4 +1,4 @@
-"""Which kernel a matrix product runs by, and its launch parameters: decided by host shapes alone, never measured here.
+"""Which kernel runs a GEMM, and its launch parameters: decided by host shapes alone, never measured here.
 
 `kernels/tuned/<device>.json`, written by `python -m benchmarks.tune` on that device, has for each (outputs, inputs) the
 choice for each bucket of tokens: launch parameters of gemm_triton.py, or null where cuBLAS was faster. A product of T
@@ -30,8 +30,9 @@ class Launch:
 
     `kernel` is "fma" (one token) or "mma", both in gemm_triton.py, or "stream", gemm_stream_triton.py, on Hopper. A
     program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead; `splits`
-    programs share the inputs of a tile. `prefetch` inputs of each of a program's weight rows are on their way to the L2
-    cache before an fma or mma kernel waits for the one before it.
+    programs share the inputs of a tile. fma and mma kernels prefetch `prefetch` inputs of each
+    weight row into L2 before
+    they wait for their predecessor.
     """
 
     kernel: str

@@ -3,15 +3,14 @@
     o[s, h] = softmax_j( cap(q[s, h] . K[s, h // G, j] * scale) ) . V[s, h // G, :]       j = 0 .. context_len[s] - 1
     cap(x) = softcap * tanh(x / softcap) where a soft cap is set; with a window W only j >= context_len[s] - W count
 
-Legend: T tokens of the step, S sequences, H query heads, KV kv heads, G = H / KV, B blocks, BS block_size, D head_dim,
+Legend: T tokens of the step, S sequences, H query heads, KV kv heads, G = H / KV; B blocks, BS block_size, D head_dim,
 M blocks of a table. q, out [T, H, D]: token s is that of sequence s, other tokens are not touched; cache
 [B, 2, KV, BS, D], keys at 0 and values at 1; context_lens int32 [S], this token included; block_tables int32 [S, M].
 On a GPU a context_len of 0 is padding: nothing is written for it.
 
-The torch path gathers keys and values of each head with one index_select into [2, S * KV, L, D] and packs the G heads
-that share a kv head as rows of one product. What it gathers, where to, and what it masks is equal for all layers of
-one window: `decode_index`, once a step. The kernels of paged_decode_triton.py read the block tables themselves:
-`decode_tables`. Which of the two a step is given decides what runs.
+The torch path gathers keys and values with one index_select into [2, S * KV, L, D]. The G heads
+that share a kv head are rows of one GEMM. `decode_index` builds its indices and mask once a step.
+The kernels of paged_decode_triton.py read the block tables themselves, from `decode_tables`.
 
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
@@ -26,8 +25,8 @@ import torch
 
 from .tables import DecodeTables
 
-# Programs of a launch on the 132 multiprocessors of an H200. Few sequences: one each, for what more of them add to
-# the joining costs more than it saves. Many: two rounds of the three that a multiprocessor holds, for an even end.
+# Programs of a launch on the 132 SMs of an H200. Few sequences: one per SM, as joining more
+# splits costs more than it saves. Many: two waves of the three programs that fit an SM.
 _FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
 _MAX_SPLITS = 32  # of few sequences; each 16 splits are one more wait for memory when they are joined
 # Tokens of a split, at least: for few sequences, and for many, which have enough programs unless contexts are long.
@@ -44,7 +43,7 @@ class DecodeIndex:
     length: int  # L, at most M * BS
     mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] where every position counts
     hidden: torch.Tensor | None  # int64 [n], rows of [2 * S * KV * M * BS, D] that are masked
-    # [2 * S * KV * M, BS, D], where each layer gathers in turn. New memory for each would cost more than the copy:
+    # [2 * S * KV * M, BS, D], the gather buffer of every layer. Allocating one per layer costs more than the copy:
     # 68 us against 20 for 512 KiB on CPU, page faults and a cold cache.
     workspace: torch.Tensor
 
@@ -60,7 +59,7 @@ def decode_tables(
 ) -> DecodeTables:
     """The tables of one step, from shapes alone: no value is read from the device.
 
-    The longest context is taken to fill its table. A small batch is split until every multiprocessor has work, a large
+    The longest context is taken to fill its table. A small batch is split until every SM has work, a large
     one only where a context is much longer than the others may be. `num_expected` of the S sequences are taken to be
     there and not padding; None: all.
     """

@@ -1,4 +1,4 @@
-"""Decode attention on a GPU: the keys of a sequence are split over programs, the last of which joins their results.
+"""Decode attention on a GPU: the keys of a sequence are split over programs; the last to finish joins the results.
 
     part[s, h, i] = softmax over the keys of split i . V         lse[s, h, i] = log2 of the sum of 2^score
     out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i      i in order
@@ -8,9 +8,9 @@ head of a split, block by block, for all G query heads of it: they are the rows 
 
 How many splits are launched depends on host integers alone; how many of them a sequence uses, and how long they are,
 follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host, and
-programs beyond the splits in use end at once. A sequence in one split is written directly. Of several, each program
-counts itself in `arrivals` when its part is in memory; the one that finds all others there joins the parts in their
-order, whichever it is, and leaves the count at 0 for the next layer.
+programs beyond the splits in use end at once. A sequence in one split is written directly. With
+several splits each program
+increments `arrivals` once its part is in memory. The last to arrive joins the parts in order and resets the count to 0.
 For a context of 0, the padding of such a graph, nothing is written.
 
 The kernel starts when those before it have ended, so that it waits for nothing; the one after it may start early.
@@ -32,7 +32,7 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents
 from .tables import DecodeTables
 
 _LOG2_E = 1 / math.log(2)
-SHARED_BYTES = 220 << 10  # of one sm_90 multiprocessor, less what Triton keeps for reductions
+SHARED_BYTES = 220 << 10  # of one sm_90 SM, less what Triton keeps for reductions
 _JOINED_AT_A_TIME = 8192  # numbers of all splits that are read at once, 64 for each thread of four warps
 _MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 products hold as much again
 
@@ -68,7 +68,7 @@ def _join_splits(
     for begin in range(0, num_used, CHUNK):
         splits = begin + offsets
         used = splits < num_used
-        # Past the first level of cache: other multiprocessors wrote these.
+        # Bypass L1: other SMs wrote these.
         parts = tl.load(
             parts_ptr + splits[:, None, None] * (GROUP * HEAD_DIM) + tile[None],
             mask=used[:, None, None] & in_group[None],
@@ -232,7 +232,7 @@ def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
     if block_bytes > _MAX_BLOCK_BYTES:
         raise ValueError(
             f"a block of {block_size} tokens with head_dim {cache.shape[4]} in {cache.dtype} takes {block_bytes} bytes "
-            f"of shared memory; a multiprocessor has room for {_MAX_BLOCK_BYTES}: use a smaller block_size"
+            f"of shared memory; an SM holds {_MAX_BLOCK_BYTES}: use a smaller block_size"
         )
     if q.dtype != cache.dtype:
         raise ValueError(f"q is {q.dtype}, the cache {cache.dtype}; they must be equal")
@@ -246,8 +246,7 @@ def padded_dim(head_dim: int) -> int:
 
 
 def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """Warps and pipeline stages, which keep one block less in flight: as many as let three programs share a
-    multiprocessor, one at least."""
+    """Warps and pipeline stages, chosen so that three programs fit an SM; one block less is in flight."""
     block_bytes = 2 * block_size * padded_dim(head_dim) * element_size
     in_flight = min(3, max(1, SHARED_BYTES // 3 // block_bytes))
     return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}
@@ -292,9 +291,9 @@ def paged_decode_triton(
         "PADDED_GROUP": padded_group,
         "JOIN_CHUNK": join_chunk(padded_group, head_dim),
         **decode_launch(block_size, head_dim, q.element_size()),
-        # No dependent launch: programs that start early crowd onto the multiprocessors that the kernels before leave
-        # free first, and the others idle. Within a layer of an 8B model on an H200 one sequence of 1k tokens took 13.6
-        # us with it and takes 9.4 without, 32 of them 37.7 and 34.1, eight of 8k 111 and 67.
+        # No dependent launch: programs that start early crowd onto the SMs that are free first,
+        # and the others idle. Layer of an 8B model on an H200, with and without: one sequence of 1k
+        # tokens 13.6 and 9.4 us; 32 of them 37.7 and 34.1; eight of 8k 111 and 67.
         "PDL": pdl_launch(q)["PDL"],
     }
     strides = (q.stride(0), q.stride(1), tables.block_tables.stride(0))

@@ -1,9 +1,9 @@
 """Causal attention of several new tokens of a sequence over its blocks of the paged KV cache (prefill, chunks).
 
-    query i of a slice stands at position p = context_len - Q + i and sees keys j <= p, with a window W only j > p - W
+    query i of a slice has position p = context_len - Q + i and sees keys j <= p; with a window W, only j > p - W
     o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
 
-Legend: T tokens of the step, S slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV, B blocks,
+Legend: T tokens of the step, S slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV; B blocks,
 BS block_size, D head_dim, M blocks of a table. q, out [T, H, D]; starts [S + 1], first token of each slice, then the
 end of the last: other tokens are not touched; cache [B, 2, KV, BS, D], keys at 0 and values at 1; block_tables int32
 [S, M]. A slice's own keys and values are in the cache already. On a GPU a slice may be empty: padding.

@@ -72,8 +72,8 @@ def _attend_blocks(
 ):
     """Online softmax over blocks begin .. stop - 1 of the table.
 
-    A block of which a row sees nothing leaves the row's sums bit for bit, and one of which it sees all is the same with
-    and without the mask: so a row's result does not depend on the rows that share its tile.
+    A fully masked block leaves a row's sums bit-equal. A fully visible block gives the same bits
+    with and without the mask. So a row's result does not depend on the other rows of its tile.
     """
     dims, slots = tl.arange(0, q.shape[1])[None, :], tl.arange(0, BLOCK_SIZE)
     in_dim = dims < HEAD_DIM

@@ -12,8 +12,9 @@ import triton.language as tl
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 TILE, NUM_WARPS = 512, 2  # elements of each half in a program: 8 a thread
-# With more tokens than these a program takes twice as much: an H200 starts one on a multiprocessor every 160 ns, in
-# which its memory moves 5 KB of it. 8192 tokens of 48 heads of 128, stored as they are rotated: 54 us so, 61 us not.
+# With more tokens than these a program takes twice as much: an H200 SM starts one every 160 ns, the
+# time in which its memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored as they are
+# rotated: 54 us so, 61 us not.
 FEW_TOKENS = 512
 
 

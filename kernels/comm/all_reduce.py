@@ -56,8 +56,9 @@ def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum as `all_reduce_int8` takes it: what is sent is rounded to 255 steps of its group of 128 elements.
 
-    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. An element of a group whose largest
-    magnitudes are a[r] in the ranks' parts and s in the sum is off by at most (sum of the others' a[r] + s) / 254.
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. Let a[r] be a
+    group's largest magnitude in rank r's
+    part, and s in the sum. The error is at most (sum of the others' a[r] + s) / 254.
     """
     flat = [part.float().flatten() for part in parts]
     numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE

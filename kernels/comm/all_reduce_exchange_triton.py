@@ -2,20 +2,21 @@
 
 A rank's buffers are filled with words that no message has, all bits set, which in every floating type is a NaN; a NaN
 with these bits is sent as another. A rank pushes its words into the others' buffers and reads its own until no word is
-missing: one way over the link, with neither barrier nor flag. (To read the others' memory instead takes a flag, and
-then a way there and back.)
+missing: one way over the link, with neither barrier nor flag. (Reading the others' memory instead
+takes a flag and a round trip.)
 
-Three buffers take turns. While a rank reads that of step s, a faster one may be writing that of s + 1 already, so the
-buffer that is emptied during s is that of s - 1: no one writes it before s + 2, and s + 2 begins nowhere before this
-rank has begun s + 1. What was written there is known from the state: the size of a message is free at every step.
+Three buffers take turns. While a rank reads the buffer of step s, a faster rank may already write
+that of s + 1. So step s empties the buffer of s - 1: no rank writes it before s + 2. Step s + 2
+starts on no rank before this rank has started s + 1. What was written there is known from the
+state: the size of a message is free at every step.
 
 The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
 one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one, and all of
 them draw while the kernel before theirs still runs. State, int64: tickets drawn | bytes written in each of three
 buffers | 1 once something did not arrive.
 
-No loop is endless. After `spin_limit` turns without all words, some 0.5 us each on an H200, the kernel notes the
-failure, in its state and where the host looks, and goes on with what it has: NaN. From then on nothing waits any more.
+No loop is endless. After `spin_limit` turns, some 0.5 us each on an H200, the kernel records the
+failure in its state and in host-visible memory. It continues with the missing words, NaN; later waits return at once.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ STRIDE = tl.constexpr(INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))  # bytes of a
 
 @triton.jit
 def _send(value, to):
-    """Quantise a piece, fp32 [PIECE], and store it at the addresses `to` [R], of which 0 is none."""
+    """Quantise a piece, fp32 [PIECE], and store it at the addresses `to` [R]; address 0 is skipped."""
     groups = tl.reshape(value, (GROUPS, GROUP))
     # As integers, for a NaN is the largest of them; as numbers it would be passed over.
     largest = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)

@@ -1,7 +1,7 @@
 """Kernels compiled before their first launch, many at a time.
 
-Triton compiles a kernel when it is first launched, a second each and one after the other, and a model has some fifty of
-them, for which a GPU would wait. `rehearsal` notes what would be launched, without launching or compiling anything;
+Triton compiles a kernel at its first launch, a second each and one at a time. A model has some fifty,
+and the GPU would wait for them. `rehearsal` notes what would be launched, without launching or compiling anything;
 `compile_kernels` has it compiled on all cores, into Triton's cache on disk, where the launch then finds it.
 """
 

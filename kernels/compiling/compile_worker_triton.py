@@ -79,7 +79,7 @@ def _compile_all(kernels: Sequence[Specialization], target: GPUTarget, num_proce
     owner, running = sys.stdin.fileno(), {process.sentinel for process in processes}
     while running:
         ended = set(wait([owner, *running]))
-        if owner in ended:  # nobody wants the rest
+        if owner in ended:  # the owner has exited
             os.killpg(os.getpid(), signal.SIGKILL)
         running -= ended
     for process in processes:
@@ -95,7 +95,7 @@ def _compile_next(taken: int, kernels: Sequence[Specialization], target: GPUTarg
 def main() -> None:
     _get_ready()
     said = sys.stdin.readline()
-    if said.endswith("\n"):  # else whoever started this process is gone
+    if said.endswith("\n"):  # else the parent process has exited
         target, num_processes, kernels = json.loads(said)
         all_compile = _compile_all([Specialization(*kernel) for kernel in kernels], GPUTarget(*target), num_processes)
         sys.exit(0 if all_compile else 1)

@@ -1,4 +1,4 @@
-"""Rows of an embedding table, of which this rank holds some.
+"""Embedding lookup in this rank's rows of the table.
 
     out[t] = weight[id[t] - first_row] * scale      where first_row <= id[t] < first_row + N
     out[t] = 0                                      for any other id

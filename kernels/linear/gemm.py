@@ -5,8 +5,8 @@
 
 Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (gated: [2N, M]), bias like its rows, y [T, N];
 x, weight and bias of one dtype, sums in fp32, y in x's dtype.
-On a CUDA device a product of few tokens is as fast as its weight can be read; gemm_triton.py does it where tuning.py
-says that it beats cuBLAS, and cuBLAS does it elsewhere. Called by quant/methods/unquantized.py.
+On a CUDA device a GEMM of few tokens is bound by reading the weight. tuning.py selects gemm_triton.py
+where it beats cuBLAS, and cuBLAS elsewhere; `launch_for` asks `backend_of`. Called by quant/methods/unquantized.py.
 
 With `invariant` a row has the same bits whatever the other rows are and however many: one tile shape and one order of
 sums for every T. cuBLAS chooses its kernel by T, so it has no part in that.

@@ -1,10 +1,11 @@
 """The Hopper kernel of gemm.py for few tokens: acc[BLOCK_N, BLOCK_T] = W @ X^T, as gemm_triton.py's, written in Gluon.
 
-Tiles of W and X go by TMA into a ring of STAGES buffers in shared memory, from where wgmma multiplies them. What Gluon
-is for is the ring's start: all its tiles of W, which are constant, are sent for before the kernel waits for the kernel
-before it, so that the memory reads weights while that one ends. Triton's own pipeline starts after the wait.
+Tiles of W and X go by TMA into a ring of STAGES buffers in shared memory, from where wgmma
+multiplies them. Gluon allows the
+ring to start early: TMA loads of W, a constant, are issued before the kernel waits for its
+predecessor. Triton's own pipeline starts after the wait.
 
-With SPLITS > 1 the inputs of a tile are split over programs, added up by the last to end in the order of the splits.
+With SPLITS > 1 the inputs of a tile are split over programs. The last to end adds up the parts, in order.
 
 Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (with a gate [2N, M]), y [T, N].
 """
@@ -48,7 +49,7 @@ def _activate(gate, up, GELU: gl.constexpr):
 
 @gluon.jit
 def _send_weights(w_desc, w_ring, slot, bar, n, m, num_outputs, pred, GATED: gl.constexpr):
-    """Sends for one tile of the weight, or for the gate's and up's; `bar` will count their bytes."""
+    """Issue TMA loads of one weight tile, or of the gate's and up's; `bar` will count their bytes."""
     if GATED:
         tma.async_copy_global_to_shared(w_desc, [n, m], bar, w_ring.index(2 * slot), pred=pred)
         tma.async_copy_global_to_shared(w_desc, [num_outputs + n, m], bar, w_ring.index(2 * slot + 1), pred=pred)

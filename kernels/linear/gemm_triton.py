@@ -1,13 +1,14 @@
-"""Triton kernels of gemm.py. For few tokens the weight's way from memory is what takes time, and what they hide.
+"""Triton kernels of gemm.py. At few tokens they are bound by reading the weight from HBM, and overlap that read.
 
-`_fma_kernel`: one token. A program multiplies a few rows of the weight by x in registers: 3.3 to 4.2 instructions of a
-lane for each weight in bf16, of the 15.6 that there is time for.
-`_mma_kernel`: acc[BLOCK_N, BLOCK_T] = W @ X^T. The weight is the operand with the rows, so that the 64 rows of wgmma
-(16 of mma) are outputs, not padding of a few tokens. Tiles come by TMA where strides allow it. With SPLITS > 1 the
-inputs are split over programs that store partial sums; the last of a tile to end adds them up in the order of the
-splits, so the result does not depend on which one it was.
+`_fma_kernel`: one token. A program multiplies a few rows of the weight by x in registers: 3.3 to
+4.2 instructions of a thread per
+bf16 weight, within a budget of 15.6.
+`_mma_kernel`: acc[BLOCK_N, BLOCK_T] = W @ X^T. The weight is the left operand: the 64 rows of wgmma
+(16 of mma) are outputs, not padding of few tokens. Tiles come by TMA where strides allow it. With SPLITS > 1 the
+inputs are split over programs that store partial sums; the last of a tile to end adds them in the order
+of the splits. So the result does not depend on which one is last.
 
-Weights are constant: a kernel sends for the first of them before it waits for the kernel before it.
+Weights are constant: a kernel prefetches its first tile before it waits for its predecessor (PDL).
 
 Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (with a gate [2N, M]), y [T, N].
 """
@@ -32,9 +33,9 @@ MAX_STREAMS = 64  # torch has 32 to a device and priority
 
 @triton.jit
 def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sends for a tile of the weight, as far as the L2 cache: one bulk copy a row, which no thread waits for.
+    """Prefetch a tile of the weight into L2: one asynchronous bulk copy a row.
 
-    Thread i has row i, and copies of the rows are in the threads beyond: they are told apart by the thread's number.
+    Thread i prefetches row i; threads beyond hold copies of rows and are masked by their number.
     """
     SIZE: tl.constexpr = COLUMNS * w_ptr.dtype.element_ty.primitive_bitwidth // 8
     if column + COLUMNS <= num_columns:
@@ -252,7 +253,7 @@ class _Arrivals:
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a product with split inputs must run once before one is captured, for its counters")
+            raise RuntimeError("a GEMM with split inputs must run once before one is captured, for its counters")
         self._rows = torch.zeros(MAX_STREAMS, MAX_SPLIT_TILES, dtype=torch.int32, device=device)
         self._streams: dict[int, int] = {}
 

@@ -2,8 +2,8 @@
 
 Legend as in moe.py. Both kernels multiply in registers, where a load of 16 bytes is eight products: few instructions,
 no tile of rows that one token would leave empty, and many small programs, whose loads keep the memory busy. The next
-weights are loaded before the present ones are used. A program of the second kernel goes through all k experts of its
-features, so that their sum needs neither a kernel nor a place of its own.
+weights are loaded before the present ones are used. A program of the second kernel
+loops over all k experts of its features, so their sum needs no further kernel or buffer.
 """
 
 from __future__ import annotations

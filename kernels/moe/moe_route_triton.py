@@ -2,9 +2,9 @@
 
 Legend: T tokens, E experts, k experts per token; slot t * k + i is token t's i-th expert, S = T * k slots.
 
-The slots are sorted by expert, those of one expert in their own order, and each expert's run is cut into tiles of at
-most `tile_rows` rows. `order` int32 [S] holds the sorted slots. `tiles` int32 [1 + 3 N] holds the number of tiles, then
-of each tile its expert, then of each its first row in the sorted order, then of each the end of its expert's rows. N is
+The slots are sorted by expert, stably. Each expert's run is cut into tiles of at most `tile_rows`
+rows. `order` int32 [S] holds the sorted slots. `tiles` int32 [1 + 3 N] holds the number of tiles,
+then three arrays [N]: each tile's expert; its first sorted row; the end of its expert's rows. N is
 the most tiles that S slots can make, so grids follow from shapes alone. Nothing depends on which program runs first.
 """
 

@@ -1,11 +1,11 @@
 """Triton kernels of moe.py: the two products of every chosen expert, and the sum of a token's experts.
 
 Legend as in moe.py, S = T * k slots; `order` and `tiles` as in moe_route_triton.py. hidden [S, I] stands in sorted
-order, so that the second product reads whole blocks; parts [S, H] in slot order, so that a token's k rows are
-neighbours and are added in a fixed order, in fp32, by a kernel of their own.
+order, so that the second product reads whole blocks; parts [S, H] is in slot order: a token's k rows are
+adjacent, and a third kernel adds them in a fixed order, in fp32.
 
 Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Tensor cores of Hopper
-take 64 of the left operand's rows and as few as 8 of the right one's columns, so few tokens waste nothing. A row of
+take 64 left rows and as few as 8 right columns, so few tokens waste nothing. A row of
 padding, NaN as it may be, is a column of acc and touches no other; neither do rows of the next expert, which the
 second product reads behind the last row of a tile and does not store. Blocks come by TMA where strides allow it, only
 the gathered rows of x do not: on an H200 that is 1 to 20 % of a product's time, the more the more rows there are.

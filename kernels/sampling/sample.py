@@ -6,7 +6,8 @@
 
 Adding Gumbel noise and taking the argmax draws from softmax(z) exactly (Maddison et al., "A* Sampling", 2014). The
 noise is a function of (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-2011), so a token does not depend on what else is in the batch, and a stream can be replayed from any position.
+2011). So a token does not depend on the rest of
+the batch, and a stream can be replayed from any position.
 
 Letters: K rows to sample, V vocabulary, R rows that parameters are kept for. Called by the sampler of each shard.
 On a CUDA device: sample_triton.py and sample_limits_triton.py.
@@ -59,8 +60,9 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, 
 def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """`logits` [K, V] with every token outside min-p, top-k and top-p at -inf, applied in this order.
 
-    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the likeliest.
-    Tokens that tie with the last one that stays are kept. The likeliest token always stays.
+    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative
+    to the most probable token.
+    Tokens that tie with the last one that stays are kept. The most probable token always stays.
     """
     vocab_size = logits.shape[1]
     floor = logits.amax(dim=1, keepdim=True) + torch.log(min_p).unsqueeze(1)
@@ -128,6 +130,6 @@ def sample_rows_ref(
 
 
 def sample_rows_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): the logits are read once; noise takes 90 operations a token, of which 40 are Philox."""
+    """(bytes, flops): the logits are read once; noise takes 90 operations a token, 40 of them Philox."""
     size = num_rows * vocab_size
     return size * dtype.itemsize, 90 * size

@@ -93,3 +93,9 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
     key = keys.amax(dim=0)
     score = key >> 32
     return torch.where((score == LAST_TOKEN) | (score == NOTHING), -1, LAST_TOKEN - (key & LAST_TOKEN))
+
+
+def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops) of sampled rows: logits are read once and keys written; noise takes 90 operations a token."""
+    size = num_rows * slice_size
+    return size * dtype.itemsize + 8 * num_rows, 90 * size

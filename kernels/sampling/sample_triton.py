@@ -24,7 +24,7 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from .params import SamplingRows
 
 NUM_WARPS = 8
-LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small where few rows would leave multiprocessors idle
+LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small where few rows would leave SMs idle
 FEW_ROWS = 8
 PROGRAMS = 132 * 8
 

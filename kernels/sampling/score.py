@@ -1,10 +1,10 @@
-"""Log-probabilities of chosen tokens, their ranks, and the likeliest tokens beside them.
+"""Log-probabilities of chosen tokens, their ranks, and the top-N tokens beside them.
 
     logprob[p] = x[p, token[p]] - log(sum_v exp(x[p, v]))
     rank[p]    = 1 + the number of v with x[p, v] > x[p, token[p]]       (ties rank equal)
 
-Legend: P rows of logits, V vocabulary, N likeliest tokens. Sums are taken in fp32 whatever the logits' dtype.
-On a CUDA device: score_triton.py for all but the N likeliest, which are torch's. Called for rows with logprobs, and
+Legend: P rows of logits, V vocabulary, N top tokens. Sums are taken in fp32 whatever the logits' dtype.
+On a CUDA device: score_triton.py for all but the top N, which use torch's topk. Called for rows with logprobs, and
 for prompts. Where a rank has a slice of the vocabulary, `score_slice` gives its share of the same.
 """
 
@@ -19,15 +19,15 @@ from ..backend import Backend, backend_of
 
 class Scores(NamedTuple):
     logprobs: torch.Tensor  # float32 [P]
-    ranks: torch.Tensor  # int64 [P]; 1 is the likeliest
-    top_ids: torch.Tensor  # int64 [P, N], the likeliest first
+    ranks: torch.Tensor  # int64 [P]; 1 is the most probable
+    top_ids: torch.Tensor  # int64 [P, N], the most probable first
     top_logprobs: torch.Tensor  # float32 [P, N]
 
 
 class SliceScores(NamedTuple):
     totals: torch.Tensor  # float32 [P], the slice's log-sum-exp
     above: torch.Tensor  # int64 [P], its tokens that are likelier than the chosen one
-    top_ids: torch.Tensor  # int64 [P, N], its likeliest, counted from its first token
+    top_ids: torch.Tensor  # int64 [P, N], its top N, counted from its first token
     top_logits: torch.Tensor  # float32 [P, N]
 
 
@@ -41,7 +41,8 @@ def score_ref(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sc
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
-    """Scores of token_ids int64 [P] under logits [P, V] of any float dtype, with the `num_top` <= V likeliest of each.
+    """Scores of token_ids int64 [P] under logits [P, V] of any float dtype, with the `num_top` <= V
+    most probable of each.
 
     A row of `logits` has no gaps; there may be gaps between rows. For a token of -1, no token, the scores of token 0
     are given.
@@ -52,7 +53,7 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores
             "[P, V] without gaps in a row and [P]"
         )
     if num_top > logits.shape[1]:
-        raise ValueError(f"{num_top} likeliest tokens of a vocabulary of {logits.shape[1]} are too many")
+        raise ValueError(f"{num_top} top tokens of a vocabulary of {logits.shape[1]} are too many")
     if backend_of(logits) is Backend.TORCH:
         return score_ref(logits, token_ids, num_top)
     from .score_triton import score_triton
@@ -70,7 +71,7 @@ def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Sli
     if logits.dim() != 2 or chosen.shape != logits.shape[:1] or num_top > logits.shape[1]:
         raise ValueError(
             f"logits {list(logits.shape)} and chosen {list(chosen.shape)} must be [P, V] and [P], with V of at least "
-            f"the {num_top} likeliest that are asked for"
+            f"the {num_top} top tokens that are asked for"
         )
     top_logits, top_ids = logits.topk(num_top, dim=1)
     if logits.shape[1] == 0:
@@ -85,6 +86,6 @@ def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Sli
 
 
 def score_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): the logits are read once, for the likeliest once more."""
+    """(bytes, flops): the logits are read once, and once more for the top N."""
     size = num_rows * vocab_size
     return 2 * size * dtype.itemsize, 4 * size

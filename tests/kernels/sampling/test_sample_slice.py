@@ -8,7 +8,7 @@ import torch
 from shoal.kernels.backend import Backend, backend_of
 from shoal.kernels.sampling.params import SamplingRows
 from shoal.kernels.sampling.sample import sample_rows, sample_rows_ref
-from shoal.kernels.sampling.sample_slice import LAST_TOKEN, best_keys, make_keys, read_keys, winners
+from shoal.kernels.sampling.sample_slice import LAST_TOKEN, best_keys, best_keys_cost, make_keys, read_keys, winners
 from tests.kernels.sampling.test_sample_rows import make_logits, make_params
 
 SETTINGS = [{"temperature": 0.0}, {}, {"temperature": 0.02}, {"temperature": 20.0}]
@@ -115,3 +115,9 @@ def test_wrong_arguments_are_named():
         best_keys(torch.zeros(3, 4), index, params, index, 4)
     with pytest.raises(ValueError, match="int64"):
         winners(torch.zeros(2, 4))
+
+
+def test_cost_is_one_read_of_the_logits_and_one_key_a_row():
+    num_bytes, flops = best_keys_cost(4, 1000, torch.bfloat16)
+    assert num_bytes == 4 * 1000 * 2 + 4 * 8
+    assert flops == 90 * 4 * 1000

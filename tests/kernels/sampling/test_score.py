@@ -1,4 +1,4 @@
-"""Log-probabilities, ranks and likeliest tokens, against double precision."""
+"""Log-probabilities, ranks and top tokens, against double precision."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_slices_add_up_to_the_whole(num_top, device, dtype):
 
 def test_wrong_arguments_are_named():
     index = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="20 likeliest tokens of a vocabulary of 5"):
+    with pytest.raises(ValueError, match="20 top tokens of a vocabulary of 5"):
         score(torch.zeros(2, 5), index, 20)
     with pytest.raises(ValueError, match=r"\[3\]"):
         score(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64), 1)
-    with pytest.raises(ValueError, match="the 6 likeliest"):
+    with pytest.raises(ValueError, match="the 6 top tokens"):
         score_slice(torch.zeros(2, 5), torch.zeros(2), 6)
 
 
