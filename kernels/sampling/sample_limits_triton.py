@@ -198,8 +198,8 @@ def _sample_limits_kernel(
             bottom, top, highest, temperature, floor, True, CHUNKS, WIDTH, SHIFT,
         )  # fmt: skip
     lowest = _logit(cut.to(tl.int32), SHIFT)
-    # The most probable token always stays, also where top_p is 0 and nothing needs to be reached. Where top_k is more than there
-    # are tokens, and nothing else cuts, the cut is still where it began.
+    # The most probable token always stays, also where top_p is 0. Where top_k exceeds the number of
+    # tokens, and nothing else cuts, the cut is still where it began.
     tl.store(limits_ptr + 2 * k, tl.minimum(lowest, highest))
 
 
