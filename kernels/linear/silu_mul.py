@@ -3,7 +3,7 @@
     y[t, i] = act(x[t, i]) * x[t, I + i]         act: SiLU, or GELU in its tanh form
 
 Legend: T tokens, I intermediate features. x [..., 2I], y [..., I].
-On a CUDA device: silu_mul_triton.py. Called by quant/methods/unquantized.py, kernels/linear/gemm.py and kernels/moe/moe.py.
+On a CUDA device: silu_mul_triton.py. Called by quant/methods/unquantized.py, linear/gemm.py and moe/moe.py.
 Paper: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202.
 """
 
