@@ -1,7 +1,7 @@
-"""The engine's configuration: frozen dataclasses of the standard library, resolved once.
+"""The engine's configuration: frozen, standard library only.
 
-A user's `EngineConfig` may hold None for "auto". `EngineConfig.resolve(model, device)` is pure and returns a
-`ResolvedConfig`, in which every field has a value. Nothing changes a configuration afterwards.
+A user's `EngineConfig` may hold None for "auto". `EngineConfig.resolve(model, device)` is pure and
+returns a `ResolvedConfig`, in which every field has a value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEP_LIMITS_S = {"cuda": 5.0, "cpu": 60.0}  # on CPU a prefill chunk may take l
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the engine needs from a checkpoint before it is loaded; read from its config.json."""
+    """A checkpoint's properties that the engine needs before loading it."""
 
     architecture: str
     num_layers: int
@@ -34,16 +34,16 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's own
     num_parameters: int = 0  # 0: unknown
-    intermediate_sizes: tuple[int, ...] = ()  # distinct widths, of dense MLPs and of one expert; empty: unknown
-    mlp_features: tuple[int, ...] = ()  # of each layer, summed over its experts; empty: unknown
-    norms_all_kv_heads: bool = False  # the K norm spans all kv heads (OLMo 2): ranks cannot replicate kv heads
+    intermediate_sizes: tuple[int, ...] = ()  # distinct MLP widths; empty: unknown
+    mlp_features: tuple[int, ...] = ()  # of each layer; empty: unknown
+    norms_all_kv_heads: bool = False  # K norm spans all kv heads (OLMo 2)
 
     def kv_cache_spec(self, dtype: str, block_size: int = 1, tp: int = 1, pp: int = 1) -> KVCacheSpec:
-        """The cache of the rank with the most layers. With more ranks than kv heads, ranks replicate heads."""
+        """The cache of the rank with the most layers. More ranks than kv heads replicate heads."""
         return KVCacheSpec(self._most_layers(pp), max(1, self.num_kv_heads // tp), block_size, self.head_dim, dtype)
 
     def _most_layers(self, num_stages: int) -> int:
-        """Layers of the largest pipeline stage; of equal stages if the layers' costs are unknown."""
+        """Layers of the largest pipeline stage; of equal stages if costs are unknown."""
         if num_stages == 1 or not self.mlp_features:
             return -(-self.num_layers // num_stages)
         heads = self.num_attention_heads, self.num_kv_heads, self.head_dim
@@ -79,10 +79,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How one model copy is split. `all_reduce` is the all-reduce backend of tensor-parallel GPU ranks.
+    """How one model copy is split. `all_reduce`: the backend of tensor-parallel GPU ranks.
 
-    auto: by message size, from a table. nccl, symm_mem (torch's operators over symmetric memory) or triton
-    (Shoal's kernels over symmetric memory): that backend for every size it supports. CPU ranks use gloo.
+    auto: by message size. nccl, symm_mem (torch's operators over symmetric memory) or triton
+    (Shoal's kernels over it): for every size that the backend supports. CPU ranks use gloo.
     """
 
     tensor_parallel_size: int = 1
@@ -112,7 +112,7 @@ class BlocksInMemory:
 
 @dataclass(frozen=True, slots=True)
 class ProfiledBlocks:
-    """The KV blocks that fit beside weights and activations, which a GPU measures once the weights are loaded."""
+    """The KV blocks that a GPU measures to fit beside weights and activations."""
 
     gpu_memory_utilization: float
 
@@ -131,7 +131,7 @@ class ResolvedModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedCacheConfig:
-    """`blocks` says how a rank finds its number of KV blocks; the ranks then agree on the least."""
+    """`blocks`: how a rank finds its number of KV blocks. The ranks agree on the least."""
 
     block_size: int
     enable_prefix_caching: bool
@@ -170,13 +170,13 @@ class EngineConfig:
     device: str = "auto"  # cpu, cuda; auto: cuda if available
     num_threads: int | None = None  # torch threads of a CPU shard; auto: all usable cores but one
     enforce_eager: bool = False  # no CUDA graphs: a quicker start, slower steps
-    batch_invariant: bool = False  # a sequence's bits do not depend on its batch: fixed tiles and splits, slower
+    batch_invariant: bool = False  # a sequence's bits do not depend on its batch; slower
     step_limit_s: float | None = None  # shorter steps never count as stuck (step_watchdog.py); auto: by the device
 
     def resolve(self, model: ModelFacts, device: str) -> ResolvedConfig:
         """Set every automatic value, for `device` "cpu" or "cuda".
 
-        Raises ConfigError, with the numbers, if the values cannot work together.
+        Raises ConfigError, with the numbers, if values contradict each other.
         """
         resolved_model = _resolve_model(self.model, model, device)
         max_model_len = resolved_model.max_model_len
@@ -283,7 +283,6 @@ def _resolve_cache(config: CacheConfig, kv_cache: KVCacheSpec, max_model_len: in
 
 
 def _check_split(parallel: ParallelConfig, model: ModelFacts) -> None:
-    """Raise ConfigError if the model cannot be split over so many ranks."""
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     if tp < 1 or pp < 1:
         raise ConfigError(f"tensor_parallel_size is {tp} and pipeline_parallel_size {pp}; both must be at least 1")
@@ -298,17 +297,13 @@ def _check_split(parallel: ParallelConfig, model: ModelFacts) -> None:
 
 
 def _why_not_split(model: ModelFacts, tp: int) -> str | None:
-    """Why `tp` ranks cannot share every layer of a model evenly; None if they can.
-
-    Ranks split attention heads, intermediate features and kv heads; ranks beyond the kv heads replicate them. Any
-    vocabulary can be split, because it is padded.
-    """
+    """Why `tp` ranks cannot share every layer evenly; None if they can. Vocabularies are padded."""
     if model.num_attention_heads % tp:
         return f"does not divide the model's {model.num_attention_heads} attention heads"
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         return f"neither divides the model's {model.num_kv_heads} kv heads nor is a multiple of them"
     if tp > model.num_kv_heads and model.norms_all_kv_heads:
-        return f"is above the model's {model.num_kv_heads} kv heads, all of which share one norm: none can be repeated"
+        return f"is above the model's {model.num_kv_heads} kv heads, and one norm spans them all: none can be repeated"
     for size in model.intermediate_sizes:
         if size % tp:
             return f"does not divide the {size} intermediate features of the model's MLP"
@@ -316,7 +311,6 @@ def _why_not_split(model: ModelFacts, tp: int) -> str | None:
 
 
 def _check_collectives(parallel: ParallelConfig, device: str, dtype: str, *, batch_invariant: bool) -> None:
-    """Raise ConfigError if the all-reduce options do not fit the device, the dtype or each other."""
     tp, kind, quantized = parallel.tensor_parallel_size, parallel.all_reduce, parallel.quantized_all_reduce
     if kind not in ALL_REDUCES:
         raise ConfigError(f"all_reduce {kind!r} is not known; use one of {', '.join(ALL_REDUCES)}")

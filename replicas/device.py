@@ -1,7 +1,4 @@
-"""The device and the machine that a shard computes on, and how many CPU threads it may take.
-
-torch is imported only where it is asked: the command line shares out the cores without it.
-"""
+"""The device and the CPU threads of a shard. torch is imported late: the CLI needs this without it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for EngineConfig.device. Raises ConfigError for a CUDA that is not there."""
+    """ "cpu" or "cuda" for EngineConfig.device. Raises ConfigError if there is no CUDA device."""
     if device not in DEVICES:
         raise ConfigError(f"device {device!r} is not supported; use one of {', '.join(DEVICES)}")
     if device == "cpu":
@@ -31,7 +28,7 @@ def choose_device(device: str) -> str:
 
 
 def this_machine() -> tuple[str, str]:
-    """The host's name, and what its kernel calls this boot of it ("" where it does not say): hosts may share a name."""
+    """Host name and boot id ("" if unknown): hosts may share a name."""
     return socket.gethostname(), _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
@@ -41,19 +38,19 @@ def usable_cores() -> int:
 
 
 def automatic_threads(num_engines: int = 1) -> int:
-    """Threads for one of `num_engines` CPU engines of this machine: its share of all cores but one.
+    """Threads for each of `num_engines` CPU engines: a share of all cores but one.
 
-    The core left over is for the router, the proxy and Ray. OpenMP's threads meet at the end of every operator, so
-    one that loses its core stalls the others: on 2 busy cores a decode step of the shipped model took 17 to 48 ms
-    with two threads and 4 ms with one.
+    The router, the proxy and Ray use the other core. OpenMP threads meet at the end of every
+    operator, so one that loses its core stalls the rest: on 2 busy cores a decode step of the
+    shipped model took 17 to 48 ms with two threads and 4 ms with one.
     """
     return max(1, (usable_cores() - 1) // num_engines)
 
 
 def set_cpu_threads(num_threads: int | None, num_neighbours: int = 1) -> int:
-    """Sets and returns torch's intra-op threads for this process; None is its share among `num_neighbours` like it.
+    """Set and return torch's intra-op threads; None: this process's share among `num_neighbours`.
 
-    It must be said aloud: Ray starts workers with OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch obeys.
+    Ray starts workers with OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch would obey.
     """
     threads = automatic_threads(num_neighbours) if num_threads is None else num_threads
     if threads < 1:

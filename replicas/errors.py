@@ -1,23 +1,23 @@
-"""The tree of errors that Shoal raises for its users.
+"""The errors that Shoal raises for its users. Standard library only.
 
 ServingError
-├── ConfigError            the configuration cannot work; the process exits with status 2
-├── ModelError             a model folder, tensor or architecture that cannot be served
-├── RequestError           this request can never succeed here; HTTP 400 unless a subclass says otherwise
+├── ConfigError            the configuration cannot work; exit status 2.
+├── ModelError             a model that cannot be served.
+├── RequestError           the request can never succeed; HTTP 400 by default.
 │   ├── PromptTooLong
-│   └── UnknownModel       HTTP 404
-├── CapacityError          not now: try again later; HTTP 429 or 503
-├── ShardGroupError        the ranks of a model copy could not come together
-└── EngineError            the engine failed while it worked on a request; HTTP 500
+│   └── UnknownModel       HTTP 404.
+├── CapacityError          try again later; HTTP 429 or 503.
+├── ShardGroupError        the ranks of a model copy could not form a group.
+└── EngineError            the engine failed while it ran a request; HTTP 500.
 
-A message says what is wrong, the numbers, and what to change. Only the standard library is imported here.
+A message says what is wrong, the numbers, and what to change.
 """
 
 from __future__ import annotations
 
 
 class ServingError(Exception):
-    """Base of every error that Shoal raises on purpose."""
+    """Base of all errors that Shoal raises on purpose."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -29,13 +29,14 @@ class ConfigError(ServingError, ValueError):
 
 
 class ModelError(ServingError):
-    """A checkpoint is missing, truncated, misshapen or of an unknown architecture; names the file and the tensor."""
+    """A checkpoint is missing, damaged or not supported; the message names file and tensor."""
 
 
 class RequestError(ServingError, ValueError):
-    """The request can never succeed as it stands.
+    """The request can never succeed as it is.
 
-    `param` is the request's field at fault and `code` a short machine-readable reason, as in OpenAI's error object.
+    `param` and `code` are those of OpenAI's error object: the field at fault and a machine-readable
+    reason.
     """
 
     status = 400
@@ -50,7 +51,7 @@ class RequestError(ServingError, ValueError):
 
 
 class PromptTooLong(RequestError):
-    """Prompt plus the tokens asked for do not fit the model's context."""
+    """The prompt plus max_tokens exceeds the model's context."""
 
     def __init__(self, message: str, *, param: str | None = "prompt", code: str | None = "context_length_exceeded"):
         super().__init__(message, param=param, code=code)
@@ -66,7 +67,7 @@ class UnknownModel(RequestError):
 
 
 class CapacityError(ServingError):
-    """There is no room now. `retry_after` is in seconds."""
+    """No capacity now; retry in `retry_after` seconds."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -77,11 +78,11 @@ class CapacityError(ServingError):
 
 
 class ShardGroupError(ServingError):
-    """The ranks of a model copy could not come together: one is missing, failed, or does not fit the others."""
+    """The ranks could not form a group: one is missing, failed, or differs from the others."""
 
 
 class EngineError(ServingError):
-    """The engine failed while it worked on a request that it had accepted."""
+    """The engine failed while it ran an accepted request."""
 
 
 def _rebuild_request_error(cls: type[RequestError], message: str, param: str | None, code: str | None) -> RequestError:

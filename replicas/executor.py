@@ -1,4 +1,4 @@
-"""The seam between an engine and the shards that run its plans."""
+"""The interface between an engine and the shards that run its plans."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .plan import StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Runs step plans in order on one copy of the model.
+    """Runs step plans in order on one copy of the model, two or more in flight.
 
-    `submit` returns at once; `result` blocks until the oldest submitted plan is done and returns its result. Two or
-    more plans may be in flight. A plan that cannot be run makes `submit` or its `result` raise EngineError.
+    `submit` returns at once; `result` blocks for the oldest plan's result. Either raises
+    EngineError for a plan that fails.
     """
 
-    num_blocks: int  # KV blocks that the shards have room for
+    num_blocks: int  # KV blocks of the shards
 
     def submit(self, plan: StepPlan) -> None: ...
 

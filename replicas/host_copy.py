@@ -1,4 +1,4 @@
-"""Results on their way from the device to the host, beside the work that follows them, and integers to the device."""
+"""Copies between host and device that overlap later work."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import torch
 
 
 def send_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [N] on the device, queued. torch.tensor(..., device=) would wait for the steps that are under way."""
+    """int64 [N] on the device, queued. torch.tensor(..., device=) would wait for the steps in
+    flight.
+    """
     host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 class HostCopy:
-    """Arrays that are being filled by a device; `wait` gives them."""
+    """Arrays that the device is filling."""
 
     def __init__(self, arrays: list[np.ndarray], done: torch.cuda.Event | None) -> None:
         self._arrays, self._done = arrays, done
 
     def wait(self) -> list[np.ndarray]:
-        """Blocks, without the interpreter's lock, until they are filled."""
+        """Block, without the GIL, until the arrays are filled."""
         if self._done is not None:
             self._done.synchronize()
         return self._arrays
 
 
 class HostCopier:
-    """Starts copies. On CUDA they run on a stream of their own, so that the next step need not wait for them."""
+    """Starts copies; on CUDA in a stream of their own, so that the next step need not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, tensors: Sequence[torch.Tensor]) -> HostCopy:
-        """Copy what the work queued so far makes of `tensors`. On a CPU they are taken as they are."""
+        """Copy `tensors` as the queued work leaves them. On CPU they are not copied."""
         if self._stream is None or not tensors:
             return HostCopy([tensor.numpy() for tensor in tensors], None)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))

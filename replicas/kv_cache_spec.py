@@ -1,4 +1,4 @@
-"""The KV cache of one rank as numbers: shape, dtype and bytes. Standard library only, so that configuration uses it."""
+"""The KV cache of one rank as numbers. Standard library only, for configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder is, as data: a family turns its Hugging Face config into a DecoderSpec, and decoder.py builds it."""
+"""A decoder as data: families.py makes a DecoderSpec from config.json, decoder.py builds it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from enum import Enum
 
 
 class QKNorm(Enum):
-    """Norms of queries and keys before the rotary embedding."""
+    """Norms of queries and keys before RoPE."""
 
     NONE = "none"
-    HEAD = "head"  # each head by itself, one weight of head_dim (Qwen3, Gemma 3)
+    HEAD = "head"  # per head, weight [head_dim] (Qwen3, Gemma 3)
     PROJECTION = "projection"  # all heads together (OLMo 2)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """A mixture-of-experts MLP in place of a dense one."""
+    """A mixture-of-experts MLP."""
 
     num_experts: int
     top_k: int
     intermediate_size: int
-    renormalize: bool  # the chosen experts' weights sum to one
+    renormalize: bool  # the top-k weights sum to one
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What may differ from layer to layer."""
+    """Properties that may differ between layers."""
 
-    window: int | None = None  # sliding window in tokens, the query's own included
-    rope: str | None = None  # the layer type whose rope parameters apply; None: the model's only ones
+    window: int | None = None  # sliding window in tokens, with the query's own
+    rope: str | None = None  # layer type of its rope parameters; None: the model has one set
     experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder-only transformer. Names follow Hugging Face configs where they have one."""
+    """A decoder-only transformer, with Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -52,7 +52,7 @@ class DecoderSpec:
     mlp_bias: bool = False
     qk_norm: QKNorm = QKNorm.NONE
     norm_offset: float = 0.0  # 1: norms are x * (1 + w)
-    # Names of the norms in the checkpoint; None: there is none at that place.
+    # Names of the norms in the checkpoint; None: no norm there.
     attention_pre_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
     mlp_pre_norm: str | None = "post_attention_layernorm"
@@ -64,7 +64,7 @@ class DecoderSpec:
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
-        """The distinct widths of the MLPs: of dense ones, and of one expert."""
+        """Distinct widths of dense MLPs and of one expert."""
         widths = (layer.experts.intermediate_size if layer.experts else self.intermediate_size for layer in self.layers)
         return tuple(dict.fromkeys(widths))
 

@@ -1,4 +1,4 @@
-"""From a configuration to an engine, and a batch of requests to their answers: the offline entry."""
+"""The offline entry: an engine from a configuration, completions from a batch of requests."""
 
 from __future__ import annotations
 
@@ -40,14 +40,13 @@ class Completion:
 def build_engine(
     config: EngineConfig, *, device: str | None = None, start: Callable[[ResolvedConfig], Executor] | None = None
 ) -> Engine:
-    """Read the checkpoint's facts, resolve the configuration, load the model and put an engine on it.
+    """Read the checkpoint's facts, resolve the configuration, and start an engine.
 
-    The model is loaded in this process or, where it is split over several ranks, by processes that are started for
-    them on this machine. start: makes the executor of a resolved configuration in another way, and device says then
-    what its ranks run on, "cpu" or "cuda", if this process cannot see it.
-    Raises ConfigError or ModelError, with the file or the field at fault, and ShardGroupError.
+    The model loads in this process, or in processes on this machine if it has several ranks. start:
+    another way to make the executor; device then names the ranks' device if this process cannot see
+    it. Raises ConfigError or ModelError, with the file or the field at fault, and ShardGroupError.
     """
-    from .device import choose_device  # torch is loaded here, not by those who only want the types above
+    from .device import choose_device  # loads torch
 
     facts = read_model_facts(Path(config.model.path))
     resolved = config.resolve(facts, device or choose_device(config.device))
@@ -65,10 +64,10 @@ def _start_here(config: ResolvedConfig) -> Executor:
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> dict[str, list[Completion]]:
-    """Run requests to their ends; the completions of each request id, in order of their samples.
+    """Run requests to their ends; the completions of each request id, ordered by sample.
 
-    Raises RequestError for the first request that cannot be served, before any is run, and EngineError if the engine
-    fails.
+    Raises RequestError for the first invalid request, before any runs, and EngineError if the
+    engine fails.
     """
     requests = list(requests)
     for request in requests:
@@ -82,7 +81,7 @@ def generate(engine: Engine, requests: Iterable[Request]) -> dict[str, list[Comp
     deltas: list[TokenDelta] = []
     while deltas or engine.has_work:
         engine.submit()
-        for delta in deltas:  # of the step before, while the device works on the next
+        for delta in deltas:  # of the previous step, while the device runs the next
             completions[delta.request_id][delta.sample - first_samples[delta.request_id]].append(delta)
         deltas = engine.collect()
     if engine.failure is not None:

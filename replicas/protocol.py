@@ -1,7 +1,6 @@
-"""What crosses the boundary of an engine: requests in, token deltas out.
+"""An engine's interface: requests in, token deltas out.
 
-Frozen and of the standard library alone, so that routers speak it without loading torch and msgspec can put it on
-the wire as it is.
+Frozen and standard library only: routers need no torch, and msgspec encodes the types as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 SEED_BITS = 64
-# Bounds of the counts in StepTimes: a step of a GPU takes milliseconds, one of a CPU tens of them, and chunks more.
+# Histogram bounds of StepTimes.
 STEP_SECONDS = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05),
     *(0.075, 0.1, 0.2, 0.5, 1.0, 5.0),
@@ -29,10 +28,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. Every default is neutral, and `temperature=0` is greedy.
+    """Sampling of one request's tokens. Defaults are neutral; `temperature=0` is greedy.
 
-    Order of application: logit_bias, allowed_token_ids, bad_words and min_tokens, then penalties, temperature,
-    min_p, top_k, top_p. Log-probabilities are those of the model's own logits, before all of these.
+    Order: logit_bias, allowed_token_ids, bad_words, min_tokens, then penalties, temperature, min_p,
+    top_k, top_p. Logprobs are of the model's own logits, before all of these.
     """
 
     max_tokens: int = 16
@@ -46,11 +45,11 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
-    seed: int = 0  # unsigned, SEED_BITS wide; the router draws one for a request that names none
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
+    seed: int = 0  # unsigned, SEED_BITS wide; default: drawn by the router
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # alternatives returned beside the sampled token; None returns nothing
+    logprobs: int | None = None  # alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None
 
     @property
@@ -59,17 +58,17 @@ class SamplingParams:
 
     @property
     def uses_history(self) -> bool:
-        """Whether the sampler must know the tokens that came before."""
+        """Whether sampling depends on earlier tokens."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and the sequences wanted of it.
+    """One prompt and its samples.
 
-    `num_samples` sequences are forked from the prompt; they are numbered from `first_sample`, and sample i draws its
-    noise with `sample_seed(i)`. `emitted_token_ids` are tokens of an earlier life of this request that its client
-    already has: they are run as context, counted as output, and not sent again (num_samples is 1 then).
+    `num_samples` sequences fork from the prompt, numbered from `first_sample`. `emitted_token_ids`
+    are tokens that the client has from an earlier run of this request. They count as output but are
+    not sent again; num_samples is then 1.
     """
 
     request_id: str
@@ -79,15 +78,15 @@ class Request:
     first_sample: int = 0
     emitted_token_ids: tuple[int, ...] = ()
     priority: int = 0  # lower runs first; ties by arrival
-    cache_salt: str = ""  # prefixes are shared only between requests of equal salt
+    cache_salt: str = ""  # requests share prefixes only under an equal salt
 
     def sample_seed(self, sample: int) -> int:
-        """The seed of sample `sample`: distinct per sample, and sample 0 has the request's own."""
+        """A distinct seed for each sample; sample 0 has the request's own."""
         return (self.sampling.seed + sample) % (1 << SEED_BITS)
 
 
 class Logprob(NamedTuple):
-    """Log-probability of one token, its rank (1 is the likeliest), and the top alternatives as (id, logprob)."""
+    """Logprob of one token, its rank (1: most probable), and the top-k as (id, logprob)."""
 
     token_id: int
     logprob: float
@@ -96,10 +95,11 @@ class Logprob(NamedTuple):
 
 
 class TokenDelta(NamedTuple):
-    """New tokens of one sequence. The last delta of a sequence, and only that one, has a `finish_reason`.
+    """New tokens of one sequence. Only its last delta has a `finish_reason`.
 
-    `stop_reason` is the stop token's id (None at end-of-sequence) or the stop string. `prompt_logprobs` comes once,
-    with the first delta of sample `first_sample`; its first entry is None. `error` explains FinishReason.ERROR.
+    `stop_reason` is the stop token's id (None at end-of-sequence) or the stop string.
+    `prompt_logprobs` comes once, with the first delta of sample `first_sample`; its first entry is
+    None. `error` explains FinishReason.ERROR.
     """
 
     request_id: str
@@ -108,16 +108,16 @@ class TokenDelta(NamedTuple):
     logprobs: tuple[Logprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    num_cached_tokens: int = 0  # prompt tokens served by the prefix cache; set on a sample's first delta
+    num_cached_tokens: int = 0  # prompt tokens from the prefix cache; on a sample's first delta
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """How a request's sequences, or all of an engine, hold KV blocks. Counts are of blocks.
+    """KV blocks of a request or of a whole engine.
 
-    shared: distinct blocks held by two or more sequences; private: held by one; copied: copy-on-write copies made.
+    shared: held by two or more sequences; private: held by one; copied: copy-on-write copies made.
     """
 
     shared: int
@@ -127,11 +127,11 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """How long an engine's steps have taken since its start.
+    """Durations of an engine's steps since its start.
 
-    A step lasts from the end of the one before it, or from its own beginning where nothing ran, to the arrival of its
-    tokens. `counts[i]` is of steps of at most STEP_SECONDS[i] seconds and more than the bound before; the last count
-    has no bound. `seconds` is their sum.
+    A step lasts from the end of the previous step, or from its own start if idle, until its tokens
+    arrive. `counts[i]` counts steps of at most STEP_SECONDS[i] seconds and above the bound before;
+    the last has no bound. `seconds` is the sum.
     """
 
     counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)
@@ -140,13 +140,13 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """What a replica tells its routers about itself, for placement and for /metrics."""
+    """A replica's report to its routers, for placement and /metrics."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 0
-    num_free_blocks: int = 0  # uncached or evictable: what a new request can be given
-    num_cached_blocks: int = 0  # of the free ones, those that hold a reusable prefix
+    num_free_blocks: int = 0  # uncached or evictable
+    num_cached_blocks: int = 0  # free blocks that hold a reusable prefix
     block_size: int = 16
     blocks: BlockReport = BlockReport(0, 0, 0)
     prefix_cache_queries: int = 0  # prompt tokens looked up, since start
@@ -155,4 +155,4 @@ class ReplicaLoad:
     num_steps: int = 0
     prompt_tokens: int = 0  # computed or reused, since start
     generation_tokens: int = 0
-    step_times: StepTimes = StepTimes()  # where the engine runs in a thread of its own
+    step_times: StepTimes = StepTimes()  # of an EngineThread

@@ -1,8 +1,7 @@
-"""Which layers each stage of a pipeline runs: contiguous, and of costs as equal as whole layers allow.
+"""The layers of each pipeline stage: contiguous, the costliest stage as cheap as possible.
 
-The slowest stage sets the pace of all, so the largest cost is made as small as it can be. A cost is a number of
-parameters, which is what a decode step reads. The output head counts on the last stage. The embedding costs the first
-one memory and no time: of its rows a step reads one a token.
+A cost is a number of parameters, which a decode step reads. The output head counts on the last
+stage. The embedding is free: a step reads one of its rows a token.
 """
 
 from __future__ import annotations
@@ -14,22 +13,23 @@ from .model_spec import DecoderSpec
 
 
 def stage_layers(spec: DecoderSpec, num_stages: int) -> list[range]:
-    """The layers of every stage of `spec`, each stage having one at least."""
+    """The layers of every stage of `spec`, at least one each."""
     heads = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     costs = [layer_cost(spec.hidden_size, *heads, one) for one in spec.mlp_features]
     return split_costs(costs, spec.vocab_size * spec.hidden_size, num_stages)
 
 
 def layer_cost(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, features: int) -> int:
-    """Parameters of a layer's matrices; norms, biases and routers are too few to matter. features: of all experts."""
+    """Parameters of a layer's matrices. features: summed over its experts."""
     heads = 2 * num_heads + 2 * num_kv_heads  # queries, output, keys, values
     return hidden_size * head_dim * heads + 3 * hidden_size * features
 
 
 def split_costs(costs: Sequence[int], last_extra: int, num_stages: int) -> list[range]:
-    """Contiguous ranges of `costs`, the largest sum of which is least; the last one's sum includes `last_extra`.
+    """Contiguous ranges of `costs` with the least largest sum; the last one's includes
+    `last_extra`.
 
-    Of splits that are equal in that the one whose other sums are closest to each other.
+    Among equal splits it takes the one with the least sum of squares.
     """
     if not 1 <= num_stages <= len(costs):
         raise ValueError(f"{len(costs)} layers cannot be split over {num_stages} stages, each with one at least")
@@ -39,7 +39,7 @@ def split_costs(costs: Sequence[int], last_extra: int, num_stages: int) -> list[
 
     @cache
     def best(first: int, stages: int) -> tuple[int, int, tuple[int, ...]]:
-        """Of the layers from `first` on: the largest sum, the sum of squares, and where each stage begins."""
+        """Largest sum, sum of squares and stage starts of the layers from `first` on."""
         if stages == 1:
             total = ends[-1] - ends[first] + last_extra
             return total, total * total, (first,)

@@ -1,10 +1,9 @@
-"""The interface of a weight's storage scheme: one LinearMethod per scheme, one WeightSpec per stored tensor.
+"""A weight's storage scheme: one LinearMethod per scheme, one WeightSpec per stored tensor.
 
-A layer has feature counts and a tensor-parallel split; a method defines the tensors that store the weight. `WeightSpec`
-says how a tensor's axes follow the layer's output and input features. One piece of shard arithmetic so serves packed,
-grouped and plain weights alike.
+A WeightSpec maps a tensor's axes to the layer's features, so that one shard arithmetic serves
+packed, grouped and plain weights.
 
-Legend: M features in, N features out (of the whole layer or of a rank's part).
+Legend: M features in, N features out (of the layer or of a rank's part).
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ class LayerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One stored tensor of a linear layer, called `<layer>.<suffix>` in the checkpoint.
+    """One stored tensor of a layer, `<layer>.<suffix>` in the checkpoint.
 
-    `out_axis` and `in_axis` name the axes that run along the layer's outputs and inputs (None: the tensor does not);
-    a unit is the number of features that one index of the axis stands for (8 for eight 4-bit values in an int32).
+    `out_axis`, `in_axis`: the axes along outputs and inputs (None: no such axis). A unit is the
+    features per index of the axis (8 for eight 4-bit values in an int32).
     """
 
     suffix: str
@@ -58,22 +57,22 @@ class WeightSpec:
     in_unit: int = 1
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """The tensor's shape for a layer, or a part of one, of these sizes."""
+        """The tensor's shape for these feature counts."""
         axes = {self.out_axis: -(-out_features // self.out_unit), self.in_axis: -(-in_features // self.in_unit)}
         return tuple(size for axis, size in sorted((a, s) for a, s in axes.items() if a is not None))
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """The dtypes, as safetensors spells them, that a checkpoint may store: any wide float is cast to another."""
+        """Dtypes that a checkpoint may store, as safetensors spells them; floats are cast."""
         return STORED_FLOATS if self.dtype in _CAST else (_EXACT[self.dtype],)
 
     @property
     def finite(self) -> bool:
-        """Whether the values must be checked for NaN and infinity, which integers do not have."""
+        """Whether to check the values for NaN and infinity."""
         return self.dtype.is_floating_point and self.dtype.itemsize > 1
 
     def index(self, outputs: slice, inputs: slice) -> tuple[slice, ...]:
-        """The part of the tensor that holds these feature ranges. Raises ValueError where they split a unit."""
+        """The part with these feature ranges. Raises ValueError if they split a unit."""
         axes = {self.out_axis: (outputs, self.out_unit), self.in_axis: (inputs, self.in_unit)}
         index = []
         for axis, (features, unit) in sorted((a, f) for a, f in axes.items() if a is not None):
@@ -94,14 +93,14 @@ class QuantizedActivation(NamedTuple):
 
 
 class LinearMethod(Protocol):
-    """Storage and GEMM of one layer's weight. `weights` maps a spec's suffix to its tensor."""
+    """Storage and GEMM of one layer's weight. `weights` maps suffixes to tensors."""
 
     def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
         """The tensors to allocate and to load, for a model that computes in `dtype`."""
         ...
 
     def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors that `apply` multiplies by, made once from the loaded ones, which are then freed."""
+        """The tensors that `apply` reads, made once; the loaded ones are then freed."""
         ...
 
     def apply(self, weights: Mapping[str, torch.Tensor], x: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -111,21 +110,19 @@ class LinearMethod(Protocol):
     def apply_gated(
         self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, activation: str, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x [T, M] -> [T, N], act(gate) * up, for a weight whose 2N outputs are the gate's, then up's.
-
-        Override it where one kernel does both.
+        """x [T, M] -> [T, N], act(gate) * up: 2N outputs, gate first. Override it if one kernel
+        does both.
         """
         return silu_mul(self.apply(weights, x, bias), activation)
 
     def input_quantizer(self) -> Callable[[torch.Tensor], QuantizedActivation] | None:
-        """The function that the norm before the layer applies to its result; None: `apply` reads a plain tensor.
-
-        Only QKV and GATE_UP layers are asked.
+        """Applied to the norm's result before QKV and GATE_UP layers; None: `apply` reads a plain
+        tensor.
         """
         return None
 
     def prepare_experts(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `prepare`, for tensors with a leading axis of experts; `apply_experts` then reads them."""
+        """As `prepare`, for stacked tensors [experts, ...] that `apply_experts` reads."""
         return dict(weights)
 
     def apply_experts(
@@ -137,7 +134,8 @@ class LinearMethod(Protocol):
         chosen: torch.Tensor,
         activation: str,
     ) -> torch.Tensor:
-        """x [T, M] -> [T, M]: the sum of each token's experts `chosen` [T, top_k], weighted by `weights` [T, top_k].
+        """x [T, M] -> [T, M]: the sum of the experts `chosen` [T, top_k], times `weights` [T,
+        top_k].
 
         Expert e's gated MLP is gate_up[e] [2N, M], then down[e] [M, N].
         """

@@ -16,12 +16,11 @@ from .onednn import can_pack, linear_packed, pack
 class UnquantizedLinear(LinearMethod):
     """A plain weight [N, M] in the model's dtype.
 
-    With `batch_invariant` a token's result on a GPU has the same bits in any batch (kernels/linear/gemm.py). On CPU it
-    always does.
+    batch_invariant: a token has the same bits in any batch on a GPU; on CPU it always does.
 
-    On CPU the weight is stored in oneDNN's blocked layout, as `packed`. torch.nn.functional.linear, with a row-major
-    weight, has half of the speed for few tokens. All GEMMs of an 8 M parameter decoder on two cores (fp32, AVX-512),
-    in ms, plain / packed: 1 token 1.8 / 1.0, 8 tokens 2.6 / 1.35, 32 tokens 5.8 / 2.0.
+    On CPU the weight is in oneDNN's blocked layout, `packed`; torch.nn.functional.linear has half
+    of its speed for few tokens. All GEMMs of an 8 M parameter decoder on two cores (fp32, AVX-512),
+    ms plain / packed: 1 token 1.8 / 1.0, 8 tokens 2.6 / 1.35, 32 tokens 5.8 / 2.0.
     """
 
     def __init__(self, batch_invariant: bool = False) -> None:

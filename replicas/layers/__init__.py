@@ -1,1 +1,1 @@
-"""Layers: what a decoder is made of, each with its share of the weights when several ranks serve one model."""
+"""Layers of a decoder, each with its rank's share of the weights."""

@@ -1,4 +1,4 @@
-"""Self-attention on the paged KV cache, and the part of it that all layers of a step share."""
+"""Self-attention on the paged KV cache, and the inputs that all layers of a step share."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ from .weights import Layer, WeightSlot
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What a step's layers share: made once per forward, so that a layer does nothing but its own work.
+    """Inputs that a step's layers share, made once per forward.
 
-    Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` the layers' rope names. What the
-    attention operators read depends on their backend: torch needs indices that the host works out, Triton the tensors
-    of the metadata as they are.
+    Keys of `decode` and `prefill` are windows (None: the whole context), of `ropes` rope names.
+    torch operators read indices made on the host, Triton kernels the metadata's tensors.
 
-    Batch-invariant steps have nothing to decode: slices of one token are prefilled like all others, so that a token's
-    attention is the same bits however its sequence was cut into slices and whatever else is in the step.
+    Batch-invariant steps decode nothing. They prefill slices of one token too, so that a token's
+    bits do not depend on slices or neighbours.
     """
 
-    store: torch.Tensor  # from store_rows: where in the cache the step writes
+    store: torch.Tensor  # from store_rows: cache rows to write
     decode: Mapping[int | None, DecodeIndex | DecodeTables]  # empty without decode slices
-    prefill: Mapping[int | None, Sequence[Sequence[PrefillSlice] | PrefillTables]]  # one launch after the other
+    prefill: Mapping[int | None, Sequence[Sequence[PrefillSlice] | PrefillTables]]  # in launch order
     ropes: Mapping[str | None, RopeRows]
 
     @classmethod
@@ -54,18 +53,18 @@ class AttentionStep:
         dtype: torch.dtype,
         batch_invariant: bool = False,
     ) -> AttentionStep:
-        """The shared part of a step, for layers of these windows. dtype: of the queries."""
+        """The inputs of layers with these windows. dtype: of the queries."""
         shape = {"num_kv_heads": kv_cache.num_kv_heads, "block_size": kv_cache.block_size}
         on_torch = backend_of(metadata.slot_mapping) is Backend.TORCH
         lens, tables = metadata.decode_lens, metadata.decode_tables
         cuts = [(metadata.prefill_starts, metadata.prefill_lens, metadata.prefill_tables)]
         decode: dict[int | None, DecodeIndex | DecodeTables] = {}
-        # The graph shape of few sequences beside a prefill often holds one and padding (graphs.py), and its context may
-        # be long: as a program's alone, 8192 tokens take 100 us a layer on an H200, seven times what they need.
+        # The graph shape of few sequences beside a prefill often holds one and padding (graphs.py). A long context in
+        # one program is slow: 8192 tokens take 100 us a layer on an H200, seven times the need.
         few = len(metadata.prefill_lens) and len(lens) <= FEW_DECODES
         expected = max(1, len(lens) // 8) if few else len(lens)
         if batch_invariant:
-            # In a CUDA graph the device alone knows how many of these are padding: a launch of their own skips them.
+            # In a CUDA graph only the device has the number of real entries; a separate launch skips padding.
             cuts.append((torch.arange(len(lens) + 1, dtype=torch.int32, device=lens.device), lens, tables))
         elif len(lens):
             for window in windows:
@@ -89,9 +88,10 @@ class AttentionStep:
 
 
 class Attention(Layer):
-    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
+    """x [T, hidden] -> [T, hidden], this rank's partial sum.
 
-    Writes the step's keys and values to layer `index` of the rank's cache first. number: the layer's in the model.
+    First writes the step's keys and values to layer `index` of the rank's cache. number: the
+    layer's in the model.
     """
 
     def __init__(
@@ -162,13 +162,13 @@ class Attention(Layer):
         return self.q_norm.weight, self.k_norm.weight
 
     def _normalize(self, qkv: torch.Tensor) -> None:
-        """The norms of the whole projections of queries and keys, in place in qkv [T, H + 2 KV, D]."""
+        """Norm all queries and all keys, in place in qkv [T, H + 2 KV, D]."""
         q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
         for part, weight in zip((q, k), self._norm_weights(), strict=True):
             part.copy_(self._norm_whole(part, weight))
 
     def _norm_whole(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """One mean over all heads: with several ranks each norms the whole projection and keeps its own heads."""
+        """One mean over all heads: each rank norms the gathered projection and keeps its heads."""
         num_tokens, heads, _ = x.shape
         whole = rms_norm(self.comm.all_gather(x.reshape(num_tokens, -1)), weight, self.eps)
         first = self.comm.tp_rank * heads

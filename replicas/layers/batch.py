@@ -1,6 +1,6 @@
-"""The tensors of one step, as a rank builds them from a plan. Passed as arguments, never global.
+"""The tensors of one step, built from a plan. Passed as arguments, never global.
 
-Letters: T tokens, D decode slices, P prefill slices, M blocks a table has room for, K samples.
+Letters: T tokens, D decode slices, P prefill slices, M blocks of a table, K samples.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Where each token's keys and values live, and what each query may see.
+    """Where each token's keys and values are, and what each query may attend to.
 
-    Slices of one token ("decode") stand before all others ("prefill"), token i of the step being decode slice i. On
-    the CPU D and P are what the step has. In a CUDA graph they are what the graph has room for: there the values on
-    the device say what the step has, and entries beyond it are padding.
+    Slices of one token ("decode") precede all others ("prefill"); token i is decode slice i. In a
+    CUDA graph D and P are the graph's capacity: values on the device give the step's counts, and
+    the rest is padding.
     """
 
-    slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset; -1 is padding, which nobody writes
+    slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset; -1 is padding
     decode_lens: torch.Tensor  # int32 [D] context lengths, this step's token included; 0 is padding
     decode_tables: torch.Tensor  # int32 [D, M]
     prefill_starts: torch.Tensor  # int32 [P + 1], first token of each slice in the step, then the end of the last
@@ -27,15 +27,16 @@ class AttentionMetadata:
     prefill_tables: torch.Tensor  # int32 [P, M]
 
 
-# Up to so many decodes of a step beside prefills are few: CUDA graphs keep rooms for them of their own.
+# Steps with up to so many decodes beside prefills have CUDA graph shapes of their own.
 FEW_DECODES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """How many entries of each kind a step's tensors hold: what the step has or, in a CUDA graph, more.
+    """Entries of each kind in a step's tensors: the step's own, or a CUDA graph's capacity.
 
-    filtered: with tensor parallelism, a row is sampled from less than the whole vocabulary: that is another program.
+    filtered: a row samples from part of the vocabulary, which is another program under tensor
+    parallelism.
     """
 
     tokens: int  # T
@@ -60,14 +61,14 @@ class InputBatch:
     input_ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T]
     attention: AttentionMetadata
-    sample_indices: torch.Tensor  # int64 [K], token indices whose hidden states are sampled from
+    sample_indices: torch.Tensor  # int64 [K], tokens whose hidden states are sampled
     sample_rows: torch.Tensor  # int64 [K], the rows that receive the tokens
-    sample_positions: torch.Tensor  # int64 [K], where in their sequences the tokens will stand
+    sample_positions: torch.Tensor  # int64 [K], the tokens' positions in their sequences
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """Results of one forward over T tokens, K of them sampled from. Stages before the last have K = 0."""
+    """Results of one forward over T tokens, K sampled. Stages before the last have K = 0."""
 
     hidden: torch.Tensor | None  # [T, hidden]; None, like logits, after a CUDA graph, which may reuse their memory
     logits: torch.Tensor | None  # [K, size], this rank's slice of the vocabulary

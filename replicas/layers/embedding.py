@@ -1,6 +1,6 @@
 """Token embedding and output head, their vocabulary rows split over tensor-parallel ranks.
 
-Every rank holds as many rows (vocabulary.py); those beyond the vocabulary are zero.
+Every rank has equally many rows (vocabulary.py); rows beyond the vocabulary are zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
 class VocabParallelEmbedding(Layer):
-    """input_ids int64 [T] -> [T, hidden], times `scale` rounded to the model's dtype (Gemma: sqrt(hidden))."""
+    """int64 [T] -> [T, hidden], times `scale` rounded to the model's dtype (Gemma: sqrt(hidden))."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class VocabParallelEmbedding(Layer):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.comm.tp_size > 1 or self.weight.is_cuda:
             return self.comm.all_reduce(embed(input_ids, self.weight, self.slice.first, self.scale))
-        x = F.embedding(input_ids, self.weight)  # every id is this rank's: nothing to mask
+        x = F.embedding(input_ids, self.weight)  # every id is this rank's
         return x if self.scale == 1.0 else x * self.scale
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
@@ -52,10 +52,10 @@ class VocabParallelEmbedding(Layer):
 
 
 class OutputHead(Layer):
-    """hidden [K, hidden] -> logits [K, size] of the rank's slice: fp32 on CPU, the model's dtype on a GPU.
+    """hidden [K, hidden] -> logits [K, size] of the rank's slice: fp32 on CPU, model dtype on GPU.
 
-    On a GPU the kernels that read the logits compute in fp32. The head has rows of its own, or shares an embedding's
-    (`tied`); on CPU a tied head stores a packed copy of them.
+    GPU kernels that read the logits compute in fp32. `tied`: the head uses the embedding's rows; on
+    CPU a packed copy.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class OutputHead(Layer):
     ) -> None:
         super().__init__()
         self.method, self.slice, self.hidden_size = method, rows, hidden_size
-        self._tied = [] if tied is None else [tied]  # in a list: no submodule of the head
+        self._tied = [] if tied is None else [tied]  # in a list, so that it is no submodule
         self.specs = method.specs(dtype) if tied is None else ()
         self.weights = nn.ParameterDict(
             {one.suffix: empty_parameter(one.shape(rows.width, hidden_size), one.dtype, device) for one in self.specs}
@@ -84,7 +84,7 @@ class OutputHead(Layer):
         return logits if logits.is_cuda else logits.float()
 
     def prepare(self) -> None:
-        """Called once the weights are loaded, which are then freed unless an embedding shares them."""
+        """Call once the weights are loaded; frees them unless an embedding shares them."""
         weights = {"weight": self._tied[0].weight} if self._tied else dict(self.weights.items())
         self._operands = self.method.prepare(weights)
         self._tied.clear()

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: a tensor of keys and values per layer, and block copies across them all."""
+"""The paged KV cache of one rank."""
 
 from __future__ import annotations
 

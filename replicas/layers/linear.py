@@ -1,9 +1,8 @@
-"""Linear layers split over tensor-parallel ranks, and the arithmetic of the split.
+"""Linear layers split over tensor-parallel ranks.
 
-A layer is one or more parts, stacked along the output features, that a checkpoint may store apart (`q_proj`, `k_proj`,
-`v_proj`) or as one tensor (`qkv_proj`). Column-parallel: a rank holds a range of every part's outputs. Row-parallel: a
-rank holds a range of the inputs, and the ranks' results are to be summed, which the decoder does where it reads them.
-What is stored, and how it is multiplied, is the LinearMethod's.
+A layer has one or more parts, stacked along the outputs, stored apart (`q_proj`, `k_proj`) or fused
+(`qkv_proj`). Column-parallel ranks hold a range of every part's outputs. Row-parallel ranks hold a
+range of the inputs and return partial sums. The LinearMethod stores and multiplies.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .weights import Layer, Source, WeightSlot, empty_parameter
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stacked projection: its name in the checkpoint, its outputs, and the rank's range of them."""
+    """A stacked projection: its checkpoint name, its outputs, and the rank's range of them."""
 
     name: str
     size: int
@@ -34,7 +33,7 @@ class Part:
 
 
 def shard_range(size: int, rank: int, num_shards: int, what: str) -> slice:
-    """Rank `rank`'s equal range of `size`. Raises ConfigError where the split is not even."""
+    """Rank `rank`'s equal range of `size`. Raises ConfigError if the split is uneven."""
     if size % num_shards:
         raise ConfigError(f"tensor_parallel_size {num_shards} does not divide the {size} {what} of a layer")
     share = size // num_shards
@@ -42,7 +41,7 @@ def shard_range(size: int, rank: int, num_shards: int, what: str) -> slice:
 
 
 def kv_head_range(num_kv_heads: int, comm: ParallelContext) -> slice:
-    """The rank's kv heads; with more ranks than kv heads, neighbouring ranks hold the same one."""
+    """The rank's kv heads; with fewer heads than ranks, neighbouring ranks replicate one."""
     if comm.tp_size <= num_kv_heads:
         return shard_range(num_kv_heads, comm.tp_rank, comm.tp_size, "kv heads")
     if comm.tp_size % num_kv_heads:
@@ -52,9 +51,9 @@ def kv_head_range(num_kv_heads: int, comm: ParallelContext) -> slice:
 
 
 class ParallelLinear(Layer):
-    """x [..., local inputs] -> [..., sum of the parts' local outputs], with no communication of its own.
+    """x [..., local inputs] -> [..., local outputs], without communication.
 
-    `fused_name` is the checkpoint's name for all parts stacked in one tensor.
+    `fused_name` is the checkpoint's name for all parts in one tensor.
     """
 
     def __init__(
@@ -87,16 +86,16 @@ class ParallelLinear(Layer):
         return self.method.apply(self._operands, x, self.bias)
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """act(gate) * up where the layer's two parts are a gate and what it lets through: half as many features."""
+        """act(gate) * up, for a layer whose two parts are gate and up."""
         return self.method.apply_gated(self._operands, x, activation, self.bias)
 
     def prepare(self) -> None:
-        """Called once the weights are loaded: they take the form in which the method multiplies."""
+        """Call once the weights are loaded."""
         self._operands = self.method.prepare(dict(self.weights.items()))
         self.weights.clear()
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Slots of every part. `prefix` is the name of the module that the parts belong to."""
+        """`prefix`: the module that the parts belong to."""
         total = sum(part.size for part in self.parts)
         start_local = start_full = 0
         for part in self.parts:
@@ -127,7 +126,7 @@ class ParallelLinear(Layer):
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """Outputs split over the ranks. One part, or several of a kind (gate and up)."""
+    """Splits the outputs of one or more parts over the ranks."""
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class QKVLinear(ParallelLinear):
-    """Queries, keys and values in one product: [..., (H + 2 KV) * D] with this rank's H and KV heads."""
+    """Queries, keys and values in one GEMM: [..., (H + 2 KV) * D] with this rank's heads."""
 
     def __init__(
         self,
@@ -183,7 +182,9 @@ class QKVLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """Inputs split over the ranks: each has a part of the sum, which whoever reads it adds up. The bias is rank 0's."""
+    """Splits the inputs: each rank returns a partial sum, and only rank 0 adds the bias. The next
+    norm does the all-reduce.
+    """
 
     def __init__(
         self,

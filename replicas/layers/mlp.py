@@ -1,4 +1,4 @@
-"""The gated MLP: down(act(gate(x)) * up(x)), with gate and up as one product."""
+"""The gated MLP: down(act(gate(x)) * up(x)), gate and up in one GEMM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .weights import Layer, WeightSlot
 
 
 class GatedMLP(Layer):
-    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks."""
+    """x [T, hidden] -> [T, hidden], this rank's partial sum."""
 
     def __init__(
         self,

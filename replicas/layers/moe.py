@@ -1,4 +1,4 @@
-"""The mixture-of-experts MLP. Every rank holds all experts, each split along its intermediate features."""
+"""The mixture-of-experts MLP: each expert is split along its intermediate features."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
 class MoE(Layer):
-    """x [T, hidden] -> [T, hidden], the rank's part of a sum over the ranks.
+    """x [T, hidden] -> [T, hidden], this rank's partial sum.
 
-    Checkpoints store experts in three ways, which tensor names distinguish: Mixtral's (`w1`, `w3`, `w2` of
-    `block_sparse_moe.experts.N`), Qwen's (`gate_proj`, `up_proj`, `down_proj` of `mlp.experts.N`), and stacked over
-    the experts (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`).
+    Reads three checkpoint layouts: Mixtral's (`block_sparse_moe.experts.N.w1`, `w3`, `w2`), Qwen's
+    (`mlp.experts.N.gate_proj`, `up_proj`, `down_proj`) and stacked (`mlp.experts.gate_up_proj`,
+    `down_proj`).
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class MoE(Layer):
         return self.method.apply_experts(*self._operands, x, weights, chosen, self.activation)
 
     def prepare(self) -> None:
-        """Called once the weights are loaded; the gate prepares itself."""
+        """Call once the weights are loaded; the gate prepares itself."""
         prepare = self.method.prepare_experts
         self._operands = prepare(dict(self.gate_up.items())), prepare(dict(self.down.items()))
         self.gate_up.clear()
         self.down.clear()
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """`prefix` ends in `.mlp`; Mixtral's original name of the same module stands beside it."""
+        """`prefix` ends in `.mlp`."""
         mixtral = prefix.removesuffix(".mlp") + ".block_sparse_moe"
         for own, other in zip(self.gate.weight_slots(prefix), self.gate.weight_slots(mixtral), strict=True):
             yield replace(own, sources=own.sources + other.sources)
@@ -76,7 +76,7 @@ class MoE(Layer):
         size = local.stop - local.start
         every, up_rows = slice(0, hidden), slice(full + local.start, full + local.stop)
         first, second = slice(0, size), slice(size, 2 * size)
-        # tensor, (rows, columns) of the rank's part, names, the part and the whole: of one expert, of stacked experts
+        # target tensor and part; then name(s), part and shape: of one expert, of stacked experts
         parts = (
             (self.gate_up, (first, every), "gate_proj", "w1", (local, every), (full, hidden),
              "gate_up_proj", (local, every), (2 * full, hidden)),

@@ -1,4 +1,4 @@
-"""RMSNorm as a layer: holds the weight, calls the kernel."""
+"""RMSNorm as a layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .weights import Layer, Source, WeightSlot, empty_parameter
 
 
 class RMSNorm(Layer):
-    """Normalises the last axis of x [..., size]; with a residual, adds x to it in place first.
+    """Norms the last axis of x [..., size]; adds x to a residual in place first, if given.
 
-    `offset` 1 is Gemma's 1 + w: folded into the weight as it is loaded, and kept in fp32.
+    `offset` 1 is Gemma's 1 + w: added to the weight as it loads, and kept in fp32.
     """
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device, offset: float = 0.0) -> None:

@@ -1,8 +1,4 @@
-"""Cos/sin caches of rotary embeddings, with every scaling that transformers knows.
-
-The inverse frequencies come from transformers' own functions (linear, dynamic, yarn, longrope, llama3), which are the
-reference for what the keys of a rope dictionary mean.
-"""
+"""Cos/sin caches of rotary embeddings. transformers' own functions give scaled inverse frequencies."""
 
 from __future__ import annotations
 
@@ -17,11 +13,11 @@ from .weights import Layer
 
 
 class RotaryEmbedding(Layer):
-    """The cache [max_model_len, R] of one rope dictionary; `rows` picks those of a step's positions.
+    """The cache [max_model_len, R] of one rope dictionary.
 
-    `layer_type` selects the dictionary of a model that has one per kind of layer (Gemma 3). longrope has one set of
-    factors for contexts up to its original length and one beyond; keys are cached once rotated, so the set is chosen
-    once, by max_model_len. (transformers changes sets in mid-sequence and computes the prompt anew.)
+    `layer_type` selects the dictionary if layer types have their own (Gemma 3). longrope has two
+    sets of factors, for short and long contexts. max_model_len selects one for good, because cached
+    keys are rotated. (transformers switches in mid-sequence and recomputes the prompt.)
     """
 
     def __init__(

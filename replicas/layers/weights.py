@@ -1,8 +1,8 @@
-"""How a layer says which part of which checkpoint tensor fills which part of its parameters.
+"""Weight slots: the parts of checkpoint tensors that fill a layer's parameters.
 
-`weight_slots(prefix)` of a layer yields its slots, where `prefix` is the layer's name in the checkpoint, without the
-final dot; the loader reads them. Nothing is loaded that no slot names, and every element of every parameter lies in a
-slot, so a checkpoint is either understood whole or refused.
+The loader reads the slots of `layer.weight_slots(prefix)`; prefix is the layer's checkpoint name,
+without the final dot. Slots cover every element of every parameter, and no other tensor is loaded:
+a checkpoint is understood whole or refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Index = tuple[slice | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A part of a checkpoint tensor: its name, the shape it must have, and the index of the part."""
+    """A part of a checkpoint tensor: name, expected shape, index of the part."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,16 +29,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """`target`, a view of a parameter, is filled from the first of `sources` that the checkpoint has.
+    """Fills `target`, a view of a parameter, from the first of `sources` that the checkpoint has.
 
-    It is empty where the rank has no part of the tensor: of a small vocabulary the last ranks have no rows.
-    `offset` is added to what was read (Gemma's norms store w and mean 1 + w).
+    Empty if the rank has no part: the last ranks may have no rows of a small vocabulary. `offset`
+    is added to the values (Gemma's norms store w for 1 + w).
     """
 
     target: torch.Tensor
     sources: tuple[Source, ...]
     offset: float = 0.0
-    stored: tuple[str, ...] = STORED_FLOATS  # dtypes that the checkpoint may have, as safetensors spells them
+    stored: tuple[str, ...] = STORED_FLOATS  # dtypes accepted, as safetensors spells them
     finite: bool = True  # NaN and infinity are refused
 
     @classmethod
@@ -48,10 +48,10 @@ class WeightSlot:
 
 
 class Layer(nn.Module):
-    """A module whose call is its `forward` and nothing else.
+    """A module whose call is `forward`.
 
-    nn.Module looks for hooks at every call, and nothing here has any: 1.3 us x 76 calls, 7 % of a decode step of the
-    shipped model on CPU.
+    nn.Module checks for hooks at every call: 1.3 us x 76 calls, 7 % of a CPU decode step of the
+    shipped model.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,5 +59,5 @@ class Layer(nn.Module):
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A parameter without gradient, not initialised: a weight slot fills it."""
+    """An uninitialised parameter without gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

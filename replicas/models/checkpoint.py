@@ -1,7 +1,4 @@
-"""A checkpoint before it is loaded: where it is, the model's facts, and the tensors that its files hold.
-
-Nothing here imports torch, because routers read models' facts too.
-"""
+"""A checkpoint before it is loaded: folder, model facts, tensors. Without torch, for routers."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from ..model_spec import QKNorm
 from .families import TextConfig, text_config
 
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
-# Bytes of an element of every dtype that safetensors has in whole bytes.
+MAX_HEADER_BYTES = 100_000_000  # the format's limit
+# Whole-byte dtypes of safetensors.
 _ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -31,7 +28,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint: its file, its dtype as safetensors spells it, and its shape."""
+    """A checkpoint tensor: file, dtype as safetensors spells it, shape."""
 
     file: Path
     dtype: str
@@ -39,9 +36,10 @@ class TensorInfo:
 
 
 def resolve_model_path(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model: `model` itself if it is a folder, else its snapshot from the Hugging Face Hub.
+    """The local folder of a model: `model` itself, or its snapshot from the Hugging Face Hub.
 
-    Only safetensors, JSON and tokenizer files are fetched. Raises ModelError, with what to do, where there is neither.
+    Fetches only safetensors, JSON and tokenizer files. Raises ModelError, with the remedy, if there
+    is neither.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -50,7 +48,7 @@ def resolve_model_path(model: str, revision: str | None = None) -> Path:
         return folder
     if folder.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
         raise ModelError(f"there is no model folder {folder}; give an existing folder or a Hugging Face model id")
-    from huggingface_hub import snapshot_download  # 0.3 s, and only needed for models that are not local
+    from huggingface_hub import snapshot_download  # takes 0.3 s
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     try:
@@ -64,7 +62,7 @@ def resolve_model_path(model: str, revision: str | None = None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint. Raises ModelError naming the file."""
+    """The JSON object in `path`. Raises ModelError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,9 +79,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def read_model_facts(folder: Path) -> ModelFacts:
-    """The facts of the model in `folder`, from config.json and generation_config.json.
+    """Facts from config.json and generation_config.json in `folder`.
 
-    Raises ModelError for an architecture that is not supported or a key that is missing or malformed.
+    Raises ModelError for an unsupported architecture or a missing or malformed key.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -112,7 +110,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], text: TextConfig) -> tuple[int, ...]:
-    """End-of-sequence ids: of generation_config.json where it names any, as `generate` does, else of config.json."""
+    """The ids of generation_config.json, which `generate` reads too, else of config.json."""
     generation = folder / "generation_config.json"
     ids = read_json(generation).get("eos_token_id") if generation.exists() else None
     if ids is None:
@@ -124,14 +122,14 @@ def _eos_token_ids(folder: Path, config: dict[str, Any], text: TextConfig) -> tu
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint, by name, from the files' headers.
+    """Every tensor of the checkpoint, by name, from the files' headers and the index.
 
-    Follows the index of a sharded checkpoint. Raises ModelError, naming file and tensor, for a missing, truncated or
-    overlapping file, for a tensor that the index promises and its file lacks, and for one of an unknown dtype.
+    Raises ModelError, naming file and tensor, for a damaged or missing file, a tensor missing from
+    its file, and an unknown dtype.
     """
     index = folder / INDEX_FILE
     if not index.exists():
-        # Some folders hold a second copy of the weights under another name, in their authors' own layout.
+        # Some folders hold a second copy of the weights in their authors' own layout.
         whole = folder / "model.safetensors"
         files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
         if not files:
@@ -154,9 +152,9 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, whose byte ranges are checked against its size.
+    """The tensors of one safetensors file, their byte ranges checked against its size.
 
-    Format: 8 bytes little-endian header length, that much JSON, then the data that the header's offsets point into.
+    Format: 8 bytes little-endian header length, the header as JSON, then the data.
     """
     try:
         size = file.stat().st_size
@@ -193,7 +191,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _header_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """A tensor and where its bytes are. Raises ModelError where dtype, shape and number of bytes do not agree."""
+    """A tensor and its byte range. Raises ModelError if dtype, shape and bytes disagree."""
     where = f"{file}: tensor {name if name.isprintable() else ascii(name)}"
     described = _described(entry)
     if described is None:
@@ -212,13 +210,13 @@ def _header_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, i
 
 
 def _described(entry: Any) -> tuple[str, tuple[int, ...], int, int] | None:
-    """dtype, shape and byte range of a header's entry; None where it is of another form."""
+    """dtype, shape and byte range of a header's entry; None if malformed."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return None
     numbers = (*shape, start, stop)
-    # 64 bits bound the time that the product of a damaged shape takes, and the length of its message.
+    # 64 bits bound the time and the message length of a damaged shape.
     if isinstance(dtype, str) and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         return dtype, shape, start, stop
     return None

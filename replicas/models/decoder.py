@@ -1,9 +1,8 @@
-"""The decoder: any DecoderSpec, or the part of it that one rank holds.
+"""The decoder of any DecoderSpec, or one rank's part of it.
 
-Tokens of all slices of a step stand in one row, [T, hidden], without padding. The residual stream is one tensor that
-the layers add to in place; a layer hands on what is still to be added, so that each addition shares a kernel with the
-norm after it. With several tensor-parallel ranks what is handed on is each rank's part of a sum, and adding it up over
-the ranks is part of that kernel too.
+A step's tokens form one row [T, hidden], without padding. The residual is one tensor, updated in
+place. A layer returns what is
+still to be added. One kernel then does the all-reduce of partial sums, the addition and the norm.
 """
 
 from __future__ import annotations
@@ -65,14 +64,16 @@ class DecoderLayer(Layer):
             self.mlp = GatedMLP(spec, number, comm, method_for, dtype, device)
         else:
             self.mlp = MoE(spec, layer.experts, number, comm, method_for, dtype, device)
-        # Bound once, so that a layer of plain tensors runs no line for formats.
+        # Bound once: plain tensors cost no check per step.
         self._enter_attention = _entry(self.self_attn.qkv_proj.method)
         self._enter_mlp = _entry(self.mlp.gate_up_proj.method if isinstance(self.mlp, GatedMLP) else None)
 
     def forward(
         self, pending: torch.Tensor | None, residual: torch.Tensor, step: AttentionStep, cache: KVCache
     ) -> torch.Tensor:
-        """Adds `pending` and the attention's result to `residual` [T, hidden]; returns the MLP's, still to be added."""
+        """Add `pending` and the attention's result to `residual` [T, hidden]; return the MLP's, not
+        yet added.
+        """
         comm, spec = self.comm, self.spec
         x = self._enter_attention(self.attention_pre_norm, pending, residual, comm, partial=spec.mlp_post_norm is None)
         x = reduce_and_norm(self.attention_post_norm, self.self_attn(x, step, cache), comm)
@@ -91,9 +92,10 @@ class DecoderLayer(Layer):
 def add_residual_and_norm(
     norm: RMSNorm | None, pending: torch.Tensor | None, residual: torch.Tensor, comm: ParallelContext, *, partial: bool
 ) -> torch.Tensor:
-    """Adds `pending` to the residual in place and returns a sub-layer's input, normed where there is a norm.
+    """Add `pending` to the residual in place; return the sub-layer's input, normed if there is a
+    norm.
 
-    partial: `pending` is this rank's part of a sum over the ranks.
+    partial: `pending` is this rank's partial sum.
     """
     if pending is None:
         return residual if norm is None else norm(residual)
@@ -105,7 +107,7 @@ def add_residual_and_norm(
 
 
 def _entry(method: LinearMethod | None) -> Callable[..., Any]:
-    """add_residual_and_norm, with its result in the format that the layer after it reads."""
+    """add_residual_and_norm, whose result is in the format that `method` reads."""
     quantize = None if method is None else method.input_quantizer()
     if quantize is None:
         return add_residual_and_norm
@@ -113,7 +115,7 @@ def _entry(method: LinearMethod | None) -> Callable[..., Any]:
 
 
 def reduce_and_norm(norm: RMSNorm | None, x: torch.Tensor, comm: ParallelContext) -> torch.Tensor:
-    """A sub-layer's output, still to be added: this rank's partial sum, or all-reduced and normed."""
+    """A sub-layer's output, not yet added: a partial sum, or all-reduced and normed."""
     return x if norm is None else norm(comm.all_reduce(x))
 
 
@@ -132,9 +134,9 @@ class DecoderModel(Layer):
         device: torch.device,
         batch_invariant: bool = False,
     ) -> None:
-        """`config` is the Hugging Face text config that `spec` was made from: its rope parameters are read here.
+        """`config`: the Hugging Face text config, for its rope parameters.
 
-        With `batch_invariant`, which the methods must support too, a token has the same bits in any batch.
+        batch_invariant: a token has the same bits in any batch; the methods must support it too.
         """
         super().__init__()
         self.spec, self.comm, self.dtype, self.batch_invariant = spec, comm, dtype, batch_invariant
@@ -158,7 +160,7 @@ class DecoderModel(Layer):
             for index, number in enumerate(self.layer_range)
         )
         self.windows = tuple(dict.fromkeys(layer.window for layer in own))
-        # Keyed in order rather than by name: a rope name may be None, which is no name of a module.
+        # In order rather than by name: a rope name may be None, which no module may have.
         self.rope_names = tuple(dict.fromkeys(layer.rope for layer in own))
         self.ropes = nn.ModuleList(
             RotaryEmbedding(config, spec.head_dim, max_model_len, device, name) for name in self.rope_names
@@ -173,10 +175,7 @@ class DecoderModel(Layer):
 
     @contextmanager
     def dedup_layers(self) -> Iterator[None]:
-        """Inside, the forward has every operator of the model's on every shape, and few layers.
-
-        Those are the first, which alone has nothing to add to the residual, and of the others one of each kind.
-        """
+        """Inside, keep the first layer, which has no pending sum, and one layer of each other kind."""
         whole = self.layers
         kinds = {layer.layer_spec: layer for layer in whole[1:]}
         self.layers = nn.ModuleList([whole[0], *kinds.values()])
@@ -194,9 +193,10 @@ class DecoderModel(Layer):
         kv_cache: KVCache,
         hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions int64 [T] -> hidden states [T, hidden], final norm applied on the last stage.
+        """int64 [T] ids and positions -> hidden states [T, hidden], normed on the last stage.
 
-        `hidden` [T, hidden] is what the stage before returned; the first stage embeds input_ids instead.
+        `hidden` [T, hidden] is the previous stage's result; the first stage embeds input_ids
+        instead.
         """
         if hidden is None:
             assert self.embed_tokens is not None, "a later pipeline stage needs the hidden states of the one before"
@@ -217,9 +217,8 @@ class DecoderModel(Layer):
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [K, hidden] of the last stage -> logits [K, size] of the rank's slice of the vocabulary.
-
-        fp32; on a GPU without a soft cap the model's dtype.
+        """hidden [K, hidden] of the last stage -> logits [K, size] of the rank's slice: fp32; on a
+        GPU without a soft cap the model's dtype.
         """
         assert self.lm_head is not None, "only the last pipeline stage has the output head"
         logits = self.lm_head(hidden)
@@ -227,13 +226,13 @@ class DecoderModel(Layer):
         return logits if cap is None else logits.float().div_(cap).tanh_().mul_(cap)
 
     def prepare(self) -> None:
-        """Called once the weights are loaded, before the first forward: linear layers take their final form."""
+        """Call once the weights are loaded: linear layers take their final form."""
         for module in list(self.modules()):
             if isinstance(module, ParallelLinear | MoE | OutputHead):
                 module.prepare()
 
     def weight_slots(self, prefix: str, head: str) -> Iterator[WeightSlot]:
-        """Every weight of this rank. `prefix` is the decoder's name in the checkpoint, `head` the output head's."""
+        """This rank's weights. prefix, head: checkpoint names of decoder and output head."""
         if self.embed_tokens is not None:
             yield from self.embed_tokens.weight_slots(f"{prefix}embed_tokens")
         for index, layer in zip(self.layer_range, self.layers, strict=True):

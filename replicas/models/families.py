@@ -1,8 +1,8 @@
-"""The supported families of models: how the JSON of each one's config.json becomes a DecoderSpec.
+"""Model families: how each one's config.json becomes a DecoderSpec.
 
-A family is one entry of FAMILIES: its architectures, a function from its configuration to the spec, and the defaults
-that transformers gives to absent keys. The function says only what differs from Llama. Routers read specs too, so
-nothing here imports torch or transformers (whose AutoConfig imports torch). A test compares each spec with AutoConfig.
+A family is one entry of FAMILIES: architectures, a function from the JSON to the spec, and
+transformers' defaults for absent keys. Routers read specs too, so nothing here imports torch or
+transformers; a test compares with AutoConfig.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from ..errors import ModelError
 from ..model_spec import DecoderSpec, ExpertsSpec, LayerSpec, QKNorm
 
-# No model comes near these. A larger value would allocate memory before the checkpoint's tensors are seen.
+# Far above any model: a larger value would allocate memory before the tensors are seen.
 MAX_SIZE = 1 << 28
 _LIMITS = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "num_attention_heads": 1 << 16, "head_dim": 1 << 16}
 
 
 class TextConfig:
-    """The language model's part of a config.json. Getters raise ModelError, naming file and key, for a bad value."""
+    """The language model's part of a config.json. Getters raise ModelError, naming file and key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self._values = path, values
@@ -62,7 +62,7 @@ class TextConfig:
 class Family:
     architectures: tuple[str, ...]  # as config.json spells them
     spec: Callable[[TextConfig], DecoderSpec]
-    # transformers' values for absent keys, of keys that checkpoints in use leave out
+    # transformers' values for keys that checkpoints in use leave out
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,7 +101,9 @@ def _mistral(config: TextConfig) -> DecoderSpec:
 def _by_layer_type(
     config: TextConfig, num_layers: int, slides: Callable[[int], bool], window: int | None, *, ropes: bool = False
 ) -> tuple[LayerSpec, ...]:
-    """Layers by `layer_types`; if it is absent, layer i has the window if `slides(i)`. ropes: each type has its own."""
+    """Layers by `layer_types`; if absent, layer i has the window if `slides(i)`. ropes: one per
+    type.
+    """
     types = config.get("layer_types")
     if types is None:
         types = ["sliding_attention" if slides(i) else "full_attention" for i in range(num_layers)]
@@ -154,7 +156,7 @@ def _gemma3(config: TextConfig) -> DecoderSpec:
 
 
 def _experts(config: TextConfig, intermediate_size: int, *, renormalize: bool) -> ExpertsSpec:
-    """num_local_experts or num_experts: the spelling depends on the version of transformers."""
+    """num_local_experts or num_experts, depending on the version of transformers."""
     key = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
     num_experts, chosen = config.integer(key), config.integer("num_experts_per_tok")
     if chosen > num_experts:
@@ -269,9 +271,9 @@ FAMILIES: dict[str, Family] = {  # by the text configuration's model_type
 
 
 def text_config(path: Path, config: Mapping[str, Any]) -> tuple[Family, TextConfig]:
-    """The family and the language model's part of a parsed config.json, absent keys filled with defaults.
+    """The family and the language model's part of a parsed config.json, with defaults.
 
-    path: of the file, for messages. Raises ModelError for an architecture that no family has.
+    path: of the file, for messages. Raises ModelError for an unknown architecture.
     """
     family = _family(path, config.get("architectures"), config.get("model_type"))
     text = config.get("text_config") or config
@@ -288,7 +290,7 @@ def decoder_spec(path: Path, config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def _family(path: Path, architectures: object, model_type: object) -> Family:
-    """The family of the first architecture, or of `model_type` if a text configuration names no architecture."""
+    """The family of the first architecture, or of `model_type` if there is none."""
     if architectures and not (isinstance(architectures, list) and isinstance(architectures[0], str)):
         raise ModelError(f"{path}: architectures is {architectures!r}; expected a list of names")
     if isinstance(architectures, list) and architectures:

@@ -1,7 +1,7 @@
-"""Build a model and fill it from safetensors files, reading of each tensor only the rank's part.
+"""Build a model and fill it from safetensors files, reading only the rank's part of each tensor.
 
-The layers say what they need (layers/weights.py); the checkpoint's headers say what there is (checkpoint.py). A
-difference between the two, in either direction, is an error that names file and tensor.
+A tensor that a layer needs (layers/weights.py) and the checkpoint lacks, or the reverse, is an
+error.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .families import decoder_spec
 
 __all__ = ["DecoderModel", "load_model"]
 
-# The decoder's name in checkpoints: of a causal model, of the two spellings of a multimodal one, of a bare decoder.
+# The decoder's name in checkpoints: causal, multimodal (two spellings), bare.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
-# Derived at load time in every model; old checkpoints carry them.
+# Old checkpoints store these derived tensors.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
@@ -52,7 +52,7 @@ def load_model(
     folder = Path(config.model.path)
     if config.model.load_format not in ("safetensors", "dummy"):
         raise ModelError(f"load_format {config.model.load_format!r} is not supported; use safetensors or dummy")
-    # The headers first: they cost nothing, and a damaged file is found before memory is taken.
+    # The headers first: a damaged file is found before memory is allocated.
     tensors = list_tensors(folder) if config.model.load_format == "safetensors" else None
     model = _build(config, folder, comm or ParallelContext(), device, method_for)
     if tensors is None:
@@ -70,7 +70,7 @@ def _build(
     device: torch.device,
     method_for: MethodFor | None,
 ) -> DecoderModel:
-    """The model that config.json describes, its weights not yet set."""
+    """The model of config.json, its weights not yet set."""
     text_config = _text_config(folder)
     path = folder / "config.json"
     spec = decoder_spec(path, read_json(path))
@@ -91,9 +91,7 @@ def _build(
         )
     except ServingError:
         raise
-    except (
-        Exception
-    ) as error:  # a value that means nothing fails wherever it is first used, transformers' ropes included
+    except Exception as error:  # a bad value fails at its first use, in transformers' ropes too
         raise ModelError(
             f"the model that {folder / 'config.json'} describes cannot be built: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -103,7 +101,7 @@ def _build(
 def _text_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises whatever its strict dataclasses do
+    except Exception as error:  # whatever transformers' strict dataclasses raise
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder / 'config.json'} is not understood: {reason}") from error
     text = config.get_text_config()
@@ -151,7 +149,7 @@ def _open(file: Path) -> Any:
 
 
 def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None:
-    """Copies a part of one tensor into its slot, cast to the slot's dtype."""
+    """Copy a part of one tensor into its slot, cast to the slot's dtype."""
     where = f"{info.file}: tensor {source.name}"
     if info.shape != source.shape:
         raise ModelError(f"{where} has shape {list(info.shape)}; config.json makes it {list(source.shape)}")
@@ -170,13 +168,13 @@ def _read(file: Any, info: TensorInfo, source: Source, slot: WeightSlot) -> None
     target.copy_(part.view(target.shape))
     if not slot.finite:
         return
-    low, high = target.aminmax()  # NaN comes through both; one pass, no temporary
+    low, high = target.aminmax()  # NaN propagates to both; one pass, no temporary
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ModelError(f"{where} holds NaN or infinite values (as {str(target.dtype).removeprefix('torch.')})")
 
 
 def _refuse_unknown(model: DecoderModel, tensors: Mapping[str, TensorInfo], prefix: str, head: str) -> None:
-    """Every tensor belongs to the whole model, to another stage of it, or is one of the known superfluous ones."""
+    """Refuse a tensor of no layer and no other stage, except known superfluous ones."""
     known = {source.name for slot in model.weight_slots(prefix, head) for source in slot.sources}
     foreign_layers = set(range(len(model.spec.layers))) - set(model.layer_range)
     other_stage = {f"{prefix}layers.{index}." for index in foreign_layers}
@@ -195,9 +193,9 @@ def _refuse_unknown(model: DecoderModel, tensors: Mapping[str, TensorInfo], pref
 
 
 def _fill_randomly(model: DecoderModel, seed: int) -> None:
-    """Small normal weights and norms of one: each rank's part of one model, the same for equal seeds.
+    """Small normal weights and norms of one; ranks of equal seeds hold parts of one model.
 
-    A tensor's values follow from its name, and of a tensor that is split each rank makes all of it and keeps its part.
+    Values follow from the tensor's name. Of a split tensor each rank makes all and keeps its part.
     """
     generator = torch.Generator(next(model.parameters()).device)
     for slot in model.weight_slots("model.", "lm_head"):

@@ -36,10 +36,9 @@ _GRAPH_TOKENS = 2048
 class Shard:
     """Loads its part of the model and runs plans on it.
 
-    context: this rank's place in the model copy; default: the only rank. device: default `config.device`. agree:
-    returns the least of all ranks' numbers, once every rank has called it. num_neighbours: ranks that share this
-    machine's cores. `startup_seconds` has the time of each stage of the start. Raises ModelError for a checkpoint that
-    cannot be served, ConfigError if memory is short.
+    context: the rank's place; default: the only rank. agree: the least of all ranks' numbers, once
+    every rank has called it. num_neighbours: ranks on this machine's cores. `startup_seconds`: of
+    each stage. Raises ModelError for an unusable checkpoint, ConfigError if memory is short.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Shard:
         return min(_GRAPH_TOKENS, self._config.scheduler.max_num_batched_tokens)
 
     def _open_device(self) -> int:
-        """Set CPU threads, or make the GPU current; free bytes of a GPU whose KV blocks are to be profiled, else 0."""
+        """Set up CPU threads or the GPU; free bytes of a GPU to profile, else 0."""
         if self.device.type == "cpu":
             set_cpu_threads(self._config.num_threads or None, self._num_neighbours)
             return 0
@@ -116,7 +115,7 @@ class Shard:
             compile_kernels(runner, process, self._graph_tokens, self._num_neighbours)
 
     def _find_blocks(self, model: DecoderModel, free_bytes: int) -> int:
-        """KV blocks of every rank. free_bytes: before the weights were loaded, if the blocks are profiled."""
+        """KV blocks of every rank. free_bytes: before loading, if profiled."""
         blocks = self._config.cache.blocks
         match blocks:
             case FixedBlocks():
@@ -150,7 +149,7 @@ def _make_runner(
 
 
 def _free_bytes(device: torch.device, utilization: float) -> int:
-    """Bytes that this process may still allocate. Raises ConfigError if that is less than its share."""
+    """Bytes this process may allocate. Raises ConfigError if less than its share."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if free < int(total * utilization):
@@ -170,11 +169,9 @@ def _profile_blocks(
     utilization: float,
     free_before: int,
 ) -> int:
-    """KV blocks that fit beside the weights and the largest step, on a CUDA device.
+    """KV blocks that `utilization` of a CUDA device leaves beside weights and the largest step.
 
-    Runs one step of max_num_batched_tokens tokens and takes what `utilization` of the device leaves.
-    free_before: free bytes before the weights were loaded. The part of their decrease that torch did not allocate
-    belongs to CUDA and its libraries in this process.
+    free_before: free bytes before loading. CUDA and its libraries hold what was lost outside torch.
     """
     weights = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -198,7 +195,7 @@ def _profile_blocks(
 
 
 def _largest_plan(config: ResolvedConfig) -> StepPlan:
-    """A step of max_num_batched_tokens tokens over max_num_seqs sequences, the sampler's largest batch."""
+    """A step of max_num_batched_tokens tokens over max_num_seqs sequences."""
     num_seqs, block_size = config.scheduler.max_num_seqs, config.cache.block_size
     lens = np.full(num_seqs, config.scheduler.max_num_batched_tokens // num_seqs, np.int32)
     lens = np.minimum(lens, config.model.max_model_len)
@@ -221,7 +218,7 @@ def _largest_plan(config: ResolvedConfig) -> StepPlan:
 
 
 def _blocks_in(free_bytes: int, model: DecoderModel, config: ResolvedConfig, what: str) -> int:
-    """KV blocks of this rank that fit `free_bytes`. Raises ConfigError if they hold less than one whole sequence."""
+    """KV blocks that fit `free_bytes`. Raises ConfigError if less than one sequence fits."""
     block_size, max_model_len = config.cache.block_size, config.model.max_model_len
     free_bytes = max(0, free_bytes)
     found = free_bytes // model.kv_cache_spec(block_size).bytes_per_block

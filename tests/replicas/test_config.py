@@ -86,7 +86,7 @@ def test_a_split_that_the_model_takes():
         (8, 1, {}, "4 attention heads"),
         (4, 1, {"num_attention_heads": 8, "num_kv_heads": 6}, "neither divides the model's 6 kv heads nor"),
         (4, 1, {"intermediate_sizes": (64, 90)}, "does not divide the 90 intermediate features"),
-        (4, 1, {"norms_all_kv_heads": True}, "is above the model's 2 kv heads, all of which share one norm"),
+        (4, 1, {"norms_all_kv_heads": True}, "is above the model's 2 kv heads, and one norm spans them all"),
         (4, 1, {"norms_all_kv_heads": True}, "this model takes 1, 2"),
         (1, 3, {}, "pipeline_parallel_size 3 is above the model's 2 layers"),
         (0, 1, {}, "at least 1"),

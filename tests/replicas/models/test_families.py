@@ -1,7 +1,7 @@
-"""Every family's greedy tokens equal transformers' own, whatever the engine does with the sequence meanwhile.
+"""Every family's greedy tokens equal transformers' own, whatever the engine does with the sequence.
 
-The oracle is transformers over one whole sequence, without a cache: greedy is a continuation of which each token is the
-likeliest after all that stands before it.
+transformers runs one whole sequence without a cache: each token must be the argmax after those
+before it.
 """
 
 from functools import lru_cache

@@ -105,7 +105,7 @@ def test_kv_heads_are_shared_by_neighbouring_ranks_where_there_are_too_few():
 
 
 def test_bf16_stays_close_to_fp32(tmp_path):
-    """The same model in bf16: nothing overflows, and the likeliest tokens mostly agree."""
+    """The same model in bf16: nothing overflows, and the top-1 tokens mostly agree."""
     folder = FAMILIES["gemma2"](tmp_path / "gemma2")
     assert engine_config(folder, dtype="bfloat16").model.dtype == "bfloat16"
     model = load_model(engine_config(folder, dtype="bfloat16"), CPU)
