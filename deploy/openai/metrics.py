@@ -1,6 +1,6 @@
 """Counters and latencies for Prometheus, under Shoal's names and vLLM's, so that existing dashboards work.
 
-What clients see and what the engines report is told here; what only the router knows, by its own collector.
+This collector exports client-side latencies and engine reports; the router has a collector of its own.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ Loads = dict[str, list[tuple[ReplicaInfo, ReplicaLoad]]]
 
 _GAUGES: tuple[tuple[str, str, Callable[[ReplicaLoad], float]], ...] = (
     ("num_requests_running", "Sequences in the engine's batch", lambda load: load.num_running),
-    ("num_requests_waiting", "Sequences that wait for room in the batch", lambda load: load.num_waiting),
+    ("num_requests_waiting", "Sequences that wait for a free slot in the batch", lambda load: load.num_waiting),
     ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", lambda load: _usage(load)),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[ReplicaLoad], float]], ...] = (

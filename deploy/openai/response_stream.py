@@ -216,7 +216,7 @@ class ResponseStream:
         piece = choice.advance(delta)
         if choice.finish_reason is not None:
             self._num_open -= 1
-            if delta.finish_reason is None:  # at a stop string, of which the engine does not know
+            if delta.finish_reason is None:  # at a stop string: the engine does not detect those
                 self._source.end_sample(self.requests[prompt].request_id, delta.sample)
         return piece
 

@@ -172,7 +172,7 @@ def test_prompt_logprobs(api: Api) -> None:
 
 
 def test_best_of_returns_the_likeliest(api: Api) -> None:
-    """The fake's samples 0, 3, 6 are the likeliest, in this order."""
+    """The fake's samples 0, 3, 6 are the most probable, in this order."""
     answer = api.openai.completions.create(model="fake", prompt="x", n=2, best_of=6, max_tokens=8)
     assert [choice.text for choice in answer.choices] == [api.expected(8, 0), api.expected(8, 3)]
     assert [choice.index for choice in answer.choices] == [0, 1]
