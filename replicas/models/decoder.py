@@ -1,8 +1,8 @@
 """The decoder of any DecoderSpec, or one rank's part of it.
 
 A step's tokens form one row [T, hidden], without padding. The residual is one tensor, updated in
-place. A layer returns what is
-still to be added. One kernel then does the all-reduce of partial sums, the addition and the norm.
+place. A layer returns what is still to be added. One kernel then does the all-reduce of partial
+sums, the addition and the norm.
 """
 
 from __future__ import annotations
