@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve doctor test coverage test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-versions bench-plots bench-table
+.PHONY: help setup serve doctor docs test coverage test-slow test-thorough test-gpu sanitize-gpu check format clean bench-scheduler bench-step bench-all-reduce bench-sse bench-ttft bench-decode bench-kernels bench-latency bench-throughput bench-serve bench-vllm bench-vllm-tp bench-parallel bench-versions bench-plots bench-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -36,6 +36,9 @@ serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS
 
 doctor: $(STAMP) ## what would keep models from starting here, or from being fast (GPUs, NCCL, shared memory, ports)
 	@$(BIN)/shoal doctor $(ARGS)
+
+docs: $(STAMP) ## write docs/configuration.md from the fields of the configuration
+	@$(BIN)/python -m shoal.deploy.configuration_docs
 
 test: $(STAMP) ## the fast tests, on the CPU; pytest's own options in ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -31,8 +31,8 @@ from .resources import (
     check_gpus,
     cpu_share,
     replica_request,
-    room_here,
-    room_of_nodes,
+    resources_here,
+    resources_of_nodes,
 )
 
 INGRESS = "Ingress"
@@ -74,11 +74,11 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
     """The application of a ServeConfig. Raises ConfigError or ModelError before anything is started."""
     keep_auth_token_private()  # `serve run` and `serve deploy` build the application where Ray has just written it
     config = args if isinstance(args, ServeConfig) else from_dict(ServeConfig, args)
-    room = cluster_room()
-    device = "cuda" if room.gpus else "cpu"
+    available = cluster_resources()
+    device = "cuda" if available.gpus else "cpu"
     plans = [plan_model(model, device=device) for model in config.models]
     try:
-        check_gpus(plans, room, "the Ray cluster" if ray.is_initialized() else "this machine")
+        check_gpus(plans, available, "the Ray cluster" if ray.is_initialized() else "this machine")
     except ConfigError as error:  # other nodes may join
         warnings.warn(f"{error.message}; replicas wait until there are as many", stacklevel=2)
     return assemble(config, plans)
@@ -107,9 +107,9 @@ def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
         ray_actor_options={"num_cpus": 0},  # it waits more than it computes; a share would keep models off small nodes
     )
     options = ReplicaOptions(host="127.0.0.1" if config.local and _one_node() else None)
-    room = cluster_room()
-    num_cpus = cpu_share(plans, room)
-    replicas = [_replicas(plan, replica_request(plan, room, num_cpus), options) for plan in plans]
+    available = cluster_resources()
+    num_cpus = cpu_share(plans, available)
+    replicas = [_replicas(plan, replica_request(plan, available, num_cpus), options) for plan in plans]
     return ingress.bind(settings, *replicas)
 
 
@@ -155,6 +155,6 @@ def _one_node() -> bool:
     return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
-def cluster_room() -> ClusterResources:
-    """The room of the running Ray; of this machine, where Ray does not run yet."""
-    return room_of_nodes(ray.nodes()) if ray.is_initialized() else room_here()
+def cluster_resources() -> ClusterResources:
+    """The resources of the running Ray, or of this machine if Ray does not run yet."""
+    return resources_of_nodes(ray.nodes()) if ray.is_initialized() else resources_here()

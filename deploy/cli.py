@@ -1,4 +1,4 @@
-"""The `shoal` command. Nothing heavy is imported before the configuration has been checked."""
+"""The `shoal` command. torch and Ray are imported once the configuration has been checked."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..replicas.errors import ConfigError, ModelError, ServingError
 from .bench.commands import app as bench_app
+from .cli_config import plan, read_options, serve_config
+from .cli_options import given_options, with_serve_options
+from .config import ModelPlan
 from .doctor.command import doctor
 from .environment import prepare_environment
+from .resources import check_gpus, resources_here
 from .server.supervisor import interrupt_on_signals, say, under_supervisor
-
-if TYPE_CHECKING:
-    from .config import ModelPlan
 
 EXIT_CONFIG = 2
 
@@ -38,7 +39,7 @@ app.command()(doctor)
 
 @app.callback()
 def _shoal() -> None:
-    """Keeps `serve` a command of its own."""
+    """Keep `serve` a subcommand."""
 
 
 @app.command()
@@ -50,125 +51,49 @@ def version() -> None:
 
 
 @app.command()
+@with_serve_options
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id, or tiny, the model that comes along.")],
-    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="SHOAL_API_KEY", help="May be repeated.")] = None,
-    admin_key: Annotated[list[str] | None, typer.Option(envvar="SHOAL_ADMIN_KEY", help="May be repeated.")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use; MODEL if absent.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not in MODEL.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in a step.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
-    num_gpu_blocks_override: Annotated[int | None, typer.Option(help="KV blocks, on CPU too.")] = None,
-    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of the GPU's memory.")] = None,
-    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache.")] = None,
-    enable_prefix_caching: Annotated[
-        bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
-    ] = None,
-    enable_chunked_prefill: Annotated[
-        bool | None, typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill")
-    ] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Ranks that split every layer.")
-    ] = None,
-    pipeline_parallel_size: Annotated[
-        int | None, typer.Option("--pipeline-parallel-size", "-pp", help="Stages that split the stack of layers.")
-    ] = None,
-    all_reduce: Annotated[str | None, typer.Option(help="Over GPUs: auto, nccl, symm_mem or triton.")] = None,
-    quantized_all_reduce: Annotated[
-        bool | None,
-        typer.Option("--quantized-all-reduce/--no-quantized-all-reduce", help="Large sums over GPUs as int8."),
-    ] = None,
-    disable_custom_all_reduce: Annotated[
-        bool | None, typer.Option("--disable-custom-all-reduce", help="The same as --all-reduce nccl.")
-    ] = None,
-    distributed_executor_backend: Annotated[str | None, typer.Option(hidden=True)] = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", "-q")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of random weights; requests have their own.")] = None,
-    load_format: Annotated[str | None, typer.Option(help="auto, safetensors, or dummy: random weights.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="Torch threads of a replica on CPU.")] = None,
-    enforce_eager: Annotated[
-        bool | None,
-        typer.Option("--enforce-eager/--no-enforce-eager", help="No CUDA graphs: starts sooner, runs slower."),
-    ] = None,
-    batch_invariant: Annotated[
-        bool | None,
-        typer.Option("--batch-invariant/--no-batch-invariant", help="The same bits in any batch; slower."),
-    ] = None,
-    step_limit_s: Annotated[
-        float | None, typer.Option(help="Seconds that a step may always take; one of more may count as stuck.")
-    ] = None,
-    num_replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
-    group_start_timeout_s: Annotated[
-        float | None, typer.Option(help="Seconds for the ranks of a replica to start and load the model.")
-    ] = None,
-    num_routers: Annotated[int | None, typer.Option(help="HTTP processes in front of them.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray to join; without it one is started.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML of these options, named as here; flags win.")] = None,
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id, or tiny, the model in the package.")],
+    **options: Any,
 ) -> None:
     """Serve MODEL with the OpenAI API until Ctrl-C or SIGTERM."""
-    given = {name: value for name, value in locals().items() if name not in ("context", "config") and value is not None}
-    defaults = {name for name in given if _is_default(context, name)}
+    settings = {"model": model, **given_options(context, options)}
+    path = settings.pop("config", None)
     folder = under_supervisor()
     try:
-        _serve(_merge(given, defaults, config), folder)
+        if path is not None:
+            settings = read_options(path) | settings
+        _serve(settings, folder)
     except KeyboardInterrupt:
         say("shoal: stopped")
-        # All is stopped. Threads of Ray's may be left where a start was interrupted, and an interpreter that is taken
-        # down around them has crashed.
+        # All is stopped. An interrupted start may leave threads of Ray, and finalizing the interpreter around them has
+        # crashed.
         os._exit(0)
 
 
-def _is_default(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT"
-
-
-def _merge(given: dict[str, Any], defaults: set[str], path: Path | None) -> dict[str, Any]:
-    """The flags over the file's settings over the defaults."""
-    if path is None:
-        return given
-    from .cli_config import read_options
-
-    return {**{name: given[name] for name in defaults}, **read_options(path), **_without(given, defaults)}
-
-
-def _without(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
-
-
 def _serve(settings: dict[str, Any], folder: Path) -> None:
-    from .cli_config import plan, serve_config
-    from .resources import check_gpus, room_here
-
     begin = time.monotonic()
-    host, address = settings["host"], settings.get("address")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = serve_config(settings)
+        server, config = serve_config(settings)
         plans = plan(config)
+    host, address = server.host, server.address
     if address is None:
-        check_gpus(plans, room_here(), "this machine")
-    for warning in said:
+        check_gpus(plans, resources_here(), "this machine")
+    for warning in caught:
         print(f"shoal: warning: {warning.message}", file=sys.stderr)
-    port = free_port(host, settings["port"])
+    port = free_port(host, server.port)
     prepare_environment(host, own_ray=address is None)
 
-    # Everything that can be wrong with the configuration is known by now: Ray may start.
+    # The configuration is valid: Ray may start.
     from .server.banner import banner
     from .server.launcher import Endpoint, application, ray_cluster, replicas_of
 
     endpoint = Endpoint(host, port, config.api_keys[0] if config.api_keys else None)
     print(f"shoal: starting {plans[0].name} from {plans[0].folder}", flush=True)
     with ray_cluster(address, folder):
-        interrupt_on_signals()  # once more: Ray has put a handler of SIGTERM in the place of ours
+        interrupt_on_signals()  # again: Ray has replaced the SIGTERM handler
         ray_started = time.monotonic()
         if address is not None:
             _warn_of_missing_gpus(plans)
@@ -181,18 +106,17 @@ def _serve(settings: dict[str, Any], folder: Path) -> None:
 
 
 def _warn_of_missing_gpus(plans: list[ModelPlan]) -> None:
-    """Of a Ray that was joined: a node that joins it later may bring them."""
-    from .app import cluster_room
-    from .resources import check_gpus
+    """Warn, and go on: a node that joins the Ray cluster later may have the GPUs."""
+    from .app import cluster_resources
 
     try:
-        check_gpus(plans, cluster_room(), "the Ray cluster")
+        check_gpus(plans, cluster_resources(), "the Ray cluster")
     except ConfigError as error:
         print(f"shoal: warning: {error.message}; the model waits until there are as many", file=sys.stderr)
 
 
 def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0. Raises ConfigError if it is taken."""
+    """Return `port`, or a free one for 0. Raises ConfigError if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -206,8 +130,8 @@ def free_port(host: str, port: int) -> int:
 
 
 def main() -> None:
-    """Entry point of the `shoal` command: what users can put right is told in one line."""
-    # Whoever is asked to end ends what it has started, and removes what it has written, as after Ctrl-C.
+    """Entry point of the `shoal` command. An error that a user can mend is one line."""
+    # SIGTERM unwinds as Ctrl-C does, so that child processes and temporary files are removed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()

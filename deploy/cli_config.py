@@ -1,4 +1,4 @@
-"""From the command line's options, or a YAML file of them, to a ServeConfig."""
+"""Turns the options of `shoal serve`, or a YAML file of them, into a ServeConfig."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import yaml
 
 from ..replicas.device import automatic_threads
 from ..replicas.errors import ConfigError
+from .cli_options import DEPLOYMENT_OPTIONS, ServerArgs
 from .config import ModelPlan, ServeConfig, from_dict, plan_model
-from .engine_args import NOT_AVAILABLE, WITHOUT_EFFECT, EngineArgs
+from .engine_args import EngineArgs
 from .environment import is_loopback
 from .nearest import did_you_mean
 from .resources import visible_gpus
+from .vllm_options import NOT_AVAILABLE, WITHOUT_EFFECT
 
-_DEPLOYMENT_OPTIONS = frozenset({"num_replicas", "group_start_timeout_s"})
-_SERVER_OPTIONS = _DEPLOYMENT_OPTIONS | {
-    *("model", "host", "port", "api_key", "admin_key", "num_routers", "address", "served_model_name")
-}
+_NOT_OF_THE_ENGINE = {"model", "served_model_name", "num_routers", *ServerArgs.model_fields, *DEPLOYMENT_OPTIONS}
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a mapping of options, such as `max-model-len: 1024`")
     options = {str(key).replace("-", "_"): item for key, item in value.items()}
-    known = [*_SERVER_OPTIONS, *EngineArgs.model_fields, *WITHOUT_EFFECT, *NOT_AVAILABLE]
+    known = {*_NOT_OF_THE_ENGINE, *EngineArgs.model_fields, *WITHOUT_EFFECT, *NOT_AVAILABLE} - {"config"}
     for key in options:
         if key not in known:
             raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(key, known)}")
@@ -43,17 +42,18 @@ def read_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def serve_config(settings: dict[str, Any]) -> ServeConfig:
-    """The application's configuration. Raises ConfigError that names the option."""
+def serve_config(settings: dict[str, Any]) -> tuple[ServerArgs, ServeConfig]:
+    """The command's and the application's configuration. Raises ConfigError that names the option."""
     model = settings["model"]
-    engine = {key: value for key, value in settings.items() if key not in _SERVER_OPTIONS}
-    num_replicas = settings.get("num_replicas", 1)
-    if settings.get("address") is None and "num_threads" not in engine:
-        # All ranks of all replicas share this machine; each would take its cores for its own otherwise.
-        factors = (num_replicas, engine.get("tensor_parallel_size", 1), engine.get("pipeline_parallel_size", 1))
-        if all(isinstance(factor, int) for factor in factors):  # what is not is told below
+    server = from_dict(ServerArgs, {key: settings[key] for key in ServerArgs.model_fields if key in settings})
+    engine = {key: value for key, value in settings.items() if key not in _NOT_OF_THE_ENGINE}
+    if server.address is None and "num_threads" not in engine:
+        # All ranks of all replicas share this machine's cores; by default each rank would take them all.
+        sizes = ("num_replicas", "tensor_parallel_size", "pipeline_parallel_size")
+        factors = [settings.get(name, 1) for name in sizes]
+        if all(isinstance(factor, int) for factor in factors):  # validation below reports others
             engine["num_threads"] = automatic_threads(max(1, math.prod(factors)))
-    return from_dict(
+    config = from_dict(
         ServeConfig,
         {
             "models": [
@@ -64,18 +64,19 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
                     },
                     "engine_kwargs": engine,
                     "deployment_config": {
-                        **{key: value for key, value in settings.items() if key in _DEPLOYMENT_OPTIONS},
-                        # A model that cannot be loaded once cannot be loaded at all, and its user waits.
+                        **{key: value for key, value in settings.items() if key in DEPLOYMENT_OPTIONS},
+                        # A model that fails to load once fails every time, and its user waits.
                         "max_constructor_retry_count": 1,
                     },
                 }
             ],
             "num_routers": settings.get("num_routers", 1),
-            "api_keys": settings.get("api_key", []),
-            "admin_keys": settings.get("admin_key", []),
-            "local": is_loopback(settings["host"]),
+            "api_keys": server.api_key,
+            "admin_keys": server.admin_key,
+            "local": is_loopback(server.host),
         },
     )
+    return server, config
 
 
 def plan(config: ServeConfig) -> list[ModelPlan]:

@@ -1,7 +1,7 @@
-"""What users configure: Ray Serve LLM's shapes, and Shoal's application around them.
+"""The user's configuration: Ray Serve LLM's models, and Shoal's application around them.
 
-Unknown keys are errors that name the nearest key. Nothing here imports torch or ray, so that a wrong configuration is
-known within a second.
+An unknown key is an error that names the nearest one. Nothing here imports torch or ray, so a wrong configuration
+fails within a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..replicas.config import EngineConfig, ModelFacts
+from ..replicas.config import GROUP_START_TIMEOUT_S, EngineConfig, ModelFacts
 from ..replicas.errors import ConfigError
 from ..replicas.models.checkpoint import list_tensors, read_model_facts, resolve_model_path
 from ..replicas.text.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from .nearest import did_you_mean
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"
 
-# Ray Serve LLM's settings that Shoal knows and does not need.
+# settings of Ray Serve LLM without effect here
 _IGNORED_LLM_FIELDS = frozenset({"callback_config", "experimental_configs", "llm_engine", "log_engine_metrics"})
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -33,53 +33,67 @@ class _Strict(BaseModel):
 
 
 class ModelLoadingConfig(_Strict):
-    """`model_id` is the name that clients use. `model_source`: a folder, a hub id, or `tiny`; model_id if absent."""
+    """Where a model is, and its name in requests."""
 
-    model_id: str = Field(min_length=1)
-    model_source: str | None = None
-    tokenizer_source: str | None = None
+    model_id: str = Field(min_length=1, description="The model's name in requests.")
+    model_source: str | None = Field(default=None, description="Folder, hub id, or `tiny`. Unset: model_id.")
+    tokenizer_source: str | None = Field(
+        default=None, description="The tokenizer's folder or hub id. Unset: the model's."
+    )
 
 
 class DeploymentConfig(_Strict):
-    """Serve's settings of a model's replicas."""
+    """Ray Serve's settings of a model's replicas."""
 
-    num_replicas: int | None = Field(default=None, ge=1)
-    autoscaling_config: dict[str, Any] | None = None
-    max_ongoing_requests: int = Field(default=10_000, ge=1)
-    ray_actor_options: dict[str, Any] = {}
-    logging_config: dict[str, Any] | None = None  # Serve's LoggingConfig; ranks have its level
-    health_check_period_s: float = Field(default=1.0, gt=0)
-    health_check_timeout_s: float = Field(default=3.0, gt=0)
-    graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
-    max_constructor_retry_count: int | None = Field(default=None, ge=1)  # None: Serve's own
-    graceful_shutdown_wait_loop_s: float = Field(default=1.0, ge=0)
-    group_start_timeout_s: float = Field(default=1800.0, gt=0)  # for a replica's ranks to meet and load
+    num_replicas: int | None = Field(default=None, ge=1, description="Copies of the model. Unset: 1.")
+    autoscaling_config: dict[str, Any] | None = Field(default=None, description="Serve's AutoscalingConfig.")
+    max_ongoing_requests: int = Field(
+        default=10_000, ge=1, description="Most calls that Serve makes of a replica at once."
+    )
+    ray_actor_options: dict[str, Any] = Field(default={}, description="Ray's options of a replica's actor.")
+    logging_config: dict[str, Any] | None = Field(
+        default=None, description="Serve's LoggingConfig; ranks use its level."
+    )
+    health_check_period_s: float = Field(default=1.0, gt=0, description="Seconds between health checks.")
+    health_check_timeout_s: float = Field(default=3.0, gt=0, description="Seconds until a health check fails.")
+    graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0, description="Seconds until Serve kills a replica.")
+    max_constructor_retry_count: int | None = Field(
+        default=None, ge=1, description="Starts to try. Unset: Serve's default."
+    )
+    graceful_shutdown_wait_loop_s: float = Field(
+        default=1.0, ge=0, description="Seconds between checks of a draining replica."
+    )
+    group_start_timeout_s: float = Field(
+        default=GROUP_START_TIMEOUT_S, gt=0, description="Seconds for a replica's ranks to start and load the model."
+    )
 
     @model_validator(mode="after")
-    def _one_way_to_scale(self) -> DeploymentConfig:
+    def _exclusive(self) -> DeploymentConfig:
         if self.num_replicas is not None and self.autoscaling_config is not None:
             raise ValueError("num_replicas and autoscaling_config exclude each other; give one")
         return self
 
 
 class PlacementGroupConfig(_Strict):
-    """What Ray keeps for the ranks of a replica, where it is not to be chosen: each one's bundle, or all of them.
+    """Bundles that Ray reserves for the ranks of a replica, in place of the automatic ones.
 
     The replica's own process has a bundle before these.
     """
 
-    bundle_per_worker: dict[str, float] | None = None
-    bundles: list[dict[str, float]] | None = None
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
+    bundle_per_worker: dict[str, float] | None = Field(default=None, description="The bundle of every rank.")
+    bundles: list[dict[str, float]] | None = Field(default=None, description="One bundle for each rank.")
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = Field(
+        default=None, description="Ray's placement strategy. Unset: by the ranks."
+    )
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> PlacementGroupConfig:
+    def _exclusive(self) -> PlacementGroupConfig:
         if self.bundle_per_worker is not None and self.bundles is not None:
             raise ValueError("bundle_per_worker and bundles exclude each other; give one")
         return self
 
     def rank_bundles(self, world_size: int) -> list[dict[str, float]] | None:
-        """A bundle for every rank; None where they are to be chosen. Raises ConfigError for another number of them."""
+        """A bundle for every rank; None if automatic. Raises ConfigError unless there is one for each rank."""
         if self.bundle_per_worker is not None:
             return [dict(self.bundle_per_worker) for _ in range(world_size)]
         if self.bundles is not None and len(self.bundles) != world_size:
@@ -99,14 +113,16 @@ class LLMConfig(_Strict):
 
     model_loading_config: ModelLoadingConfig
     engine_kwargs: Annotated[EngineArgs, BeforeValidator(_known_kwargs)] = Field(default_factory=EngineArgs)
-    accelerator_type: str | None = None
+    accelerator_type: str | None = Field(
+        default=None, description="Ray's name of the GPU that ranks need, such as H200."
+    )
     placement_group_config: PlacementGroupConfig | None = None
     deployment_config: DeploymentConfig = Field(default_factory=DeploymentConfig)
-    runtime_env: dict[str, Any] | None = None
+    runtime_env: dict[str, Any] | None = Field(default=None, description="Ray's runtime environment of the replicas.")
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_has_no_effect(cls, value: Any) -> Any:
+    def _drop_ignored(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         for key in value.keys() & _IGNORED_LLM_FIELDS:
@@ -115,28 +131,28 @@ class LLMConfig(_Strict):
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """The model's name in requests."""
         return self.engine_kwargs.served_model_name or self.model_loading_config.model_id
 
 
 class LLMServingArgs(_Strict):
-    """What Ray Serve LLM's `build_openai_app` takes."""
+    """The arguments of Ray Serve LLM's `build_openai_app`."""
 
-    llm_configs: list[LLMConfig] = Field(min_length=1)
+    llm_configs: list[LLMConfig] = Field(min_length=1, description="The models.")
 
 
 class ServeConfig(_Strict):
-    """The whole application: the models and the HTTP edge in front of them.
+    """The whole application: the models and the routers in front of them."""
 
-    `local` says that only this machine can reach the server: the admin routes are then open where no key is set, and
-    replicas listen on loopback if their Ray has one node.
-    """
-
-    models: list[LLMConfig] = Field(min_length=1)
-    num_routers: int = Field(default=1, ge=1)
-    api_keys: list[str] = []
-    admin_keys: list[str] = []
-    local: bool = False
+    models: list[LLMConfig] = Field(min_length=1, description="The models.")
+    num_routers: int = Field(default=1, ge=1, description="HTTP processes in front of the replicas.")
+    api_keys: list[str] = Field(default=[], description="Keys that requests must carry. Empty: no key.")
+    admin_keys: list[str] = Field(default=[], description="Keys of the admin routes.")
+    local: bool = Field(
+        default=False,
+        description="Only this machine reaches the server. Without admin_keys the admin routes are open; on a Ray of "
+        "one node replicas listen on loopback.",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> ServeConfig:
@@ -150,10 +166,10 @@ class ServeConfig(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A model whose folder was found and whose settings were seen to work together."""
+    """A model whose folder exists and whose settings work together."""
 
     name: str
-    root: str  # where it comes from, as its user said it
+    root: str  # folder or id as the user gave it
     folder: Path
     tokenizer_folder: Path
     facts: ModelFacts
@@ -162,7 +178,7 @@ class ModelPlan:
 
 
 def from_dict(kind: type[Kind], value: Mapping[str, Any]) -> Kind:
-    """`value` as a configuration. Raises ConfigError that names the key, and the nearest one for an unknown key."""
+    """Validate `value`. Raises ConfigError that names the key, and for an unknown key the nearest one."""
     try:
         return kind.model_validate(dict(value))
     except ValidationError as error:
@@ -178,8 +194,8 @@ def plan_model(llm: LLMConfig, *, device: str) -> ModelPlan:
     tokenizer_folder = model_folder(tokenizer) if tokenizer else folder
     facts = read_model_facts(folder)
     if args.load_format != "dummy":
-        list_tensors(folder)  # a missing or truncated file is found here, in a moment
-    Tokenizer.from_folder(tokenizer_folder)  # and so is a tokenizer that no router could load
+        list_tensors(folder)  # reports a missing or truncated file within a moment
+    Tokenizer.from_folder(tokenizer_folder)  # reports a tokenizer that routers could not load
     engine = args.engine_config(folder)
     try:
         engine.resolve(facts, device)
@@ -196,7 +212,7 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first finding in one sentence; unknown keys first, for a misspelt key is also missing under its name."""
+    """The first finding in one sentence. Unknown keys come first: a misspelt key is also a missing one."""
     findings = error.errors(include_url=False)
     first = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
     path = [str(part) for part in first["loc"]]

@@ -1,77 +1,101 @@
-"""`engine_kwargs`: the engine's settings in vLLM's spellings, and what becomes of them here."""
+"""`engine_kwargs`: the engine's settings, in vLLM's spelling."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..replicas.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from ..replicas.errors import ConfigError
+from .vllm_options import NOT_AVAILABLE, WITHOUT_EFFECT
 
-# vLLM's settings that change how fast an engine runs or what it logs, but no answer: said aloud and left.
-WITHOUT_EFFECT = frozenset(
-    {
-        "compilation_config",
-        "cpu_offload_gb",
-        "disable_log_requests",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "enable_log_requests",
-        "max_parallel_loading_workers",
-        "max_seq_len_to_capture",
-        "num_scheduler_steps",
-        "scheduling_policy",
-        "speculative_config",
-        "swap_space",
-        "tokenizer_mode",
-        "trust_remote_code",
-    }
-)
-# Settings that would change answers or the layout, each with the values that ask for nothing.
-NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "kv_cache_dtype": ("auto",),
-    "quantization": (None,),
-    "enable_lora": (False,),
-    "data_parallel_size": (1,),
-    "decode_context_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
-}
 DTYPES = {"half": "float16", "float": "float32"}
+_ENGINE = EngineConfig(ModelConfig(path=""))  # the engine's own defaults
+
+
+class Flag(NamedTuple):
+    """What a field's command-line option has beside its name, type, default and description."""
+
+    short: str | None = None
+    envvar: str | None = None
 
 
 class EngineArgs(BaseModel):
-    """The settings of one engine. None: chosen from the model and the machine."""
+    """The settings of one engine. None: chosen from the model and the machine.
+
+    A field is all that an option needs: the command line, the configuration file and docs/configuration.md take name,
+    type, default and description from here.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_seqs: int = Field(default=256, ge=1)
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    block_size: int | None = Field(default=None, ge=1)
-    num_gpu_blocks_override: int | None = Field(default=None, ge=1)
-    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    all_reduce: Literal["auto", "nccl", "symm_mem", "triton"] = "auto"  # who sums over tensor-parallel GPUs
-    quantized_all_reduce: bool = False  # large sums travel as int8
-    disable_custom_all_reduce: bool = False  # vLLM's spelling of all_reduce nccl
-    seed: int = Field(default=0, ge=0)
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    served_model_name: str | None = None
-    revision: str | None = None
-    tokenizer: str | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # torch threads of an engine on CPU; not vLLM's
-    enforce_eager: bool = False  # no CUDA graphs
-    batch_invariant: bool = False  # bits of a sequence do not depend on its batch; vLLM's VLLM_BATCH_INVARIANT
-    step_limit_s: float | None = Field(default=None, gt=0.0)  # of a step that is not stuck; not vLLM's
+    served_model_name: str | None = Field(default=None, description="The model's name in requests, instead of MODEL.")
+    tokenizer: str | None = Field(default=None, description="Folder or hub id of the tokenizer, if it is not in MODEL.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a Hugging Face id.")
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
+        default="auto", description="dtype of weights and activations. auto: float32 on CPU, else the checkpoint's."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Longest context, in tokens. Unset: the checkpoint's."
+    )
+    max_num_seqs: int = Field(default=_ENGINE.scheduler.max_num_seqs, ge=1, description="Most sequences in a step.")
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens in a step. Unset: 2048 on CPU, 6144 on GPU."
+    )
+    block_size: int | None = Field(default=None, ge=1, description="Tokens in a KV block. Unset: 16 on CPU, 64 on GPU.")
+    num_gpu_blocks_override: int | None = Field(
+        default=None, ge=1, description="KV blocks, on CPU too. Unset: as many as memory holds."
+    )
+    gpu_memory_utilization: float = Field(
+        default=_ENGINE.cache.gpu_memory_utilization,
+        gt=0.0,
+        le=1.0,
+        description="Share of a GPU's memory for weights, activations and KV cache.",
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Bytes of each rank's KV cache. Unset: 1 GiB on CPU, profiled on GPU."
+    )
+    enable_prefix_caching: bool = Field(
+        default=_ENGINE.cache.enable_prefix_caching, description="Reuse KV blocks of equal prefixes."
+    )
+    enable_chunked_prefill: bool = Field(
+        default=_ENGINE.scheduler.enable_chunked_prefill, description="Split a long prompt over several steps."
+    )
+    tensor_parallel_size: Annotated[int, Flag("-tp")] = Field(
+        default=_ENGINE.parallel.tensor_parallel_size, ge=1, description="Ranks that split every layer."
+    )
+    pipeline_parallel_size: Annotated[int, Flag("-pp")] = Field(
+        default=_ENGINE.parallel.pipeline_parallel_size, ge=1, description="Stages that split the stack of layers."
+    )
+    all_reduce: Literal["auto", "nccl", "symm_mem", "triton"] = Field(
+        default="auto", description="All-reduce backend of tensor-parallel GPUs."
+    )
+    quantized_all_reduce: bool = Field(
+        default=_ENGINE.parallel.quantized_all_reduce, description="Send large all-reduces between GPUs as int8."
+    )
+    disable_custom_all_reduce: bool = Field(default=False, description="vLLM's spelling of all_reduce nccl.")
+    seed: int = Field(default=_ENGINE.model.seed, ge=0, description="Seed of random weights; requests have their own.")
+    load_format: Literal["auto", "safetensors", "dummy"] = Field(
+        default="auto", description="dummy: random weights of the model's shape."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda if there is a GPU.")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="Torch threads of a rank on CPU. Unset: its share of the cores."
+    )
+    enforce_eager: bool = Field(
+        default=_ENGINE.enforce_eager, description="No CUDA graphs: starts sooner, runs slower."
+    )
+    batch_invariant: bool = Field(
+        default=_ENGINE.batch_invariant, description="A request has the same bits alone and in any batch; slower."
+    )
+    step_limit_s: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Seconds after which a step may count as stuck. Unset: 5 on GPU, 60 on CPU.",
+    )
 
     def engine_config(self, folder: Path) -> EngineConfig:
         """The engine's own configuration, not yet resolved. Raises ConfigError for settings that exclude each other."""
@@ -127,24 +151,24 @@ class EngineArgs(BaseModel):
         )
 
     def in_users_words(self, error: ConfigError) -> ConfigError:
-        """What the engine says of its configuration, where that calls a setting by another name than its user."""
+        """`error` of the engine's configuration with the option names that the user gave."""
         if not self.disable_custom_all_reduce:
             return error
         return ConfigError(error.message.replace("all_reduce 'nccl'", "disable_custom_all_reduce (all_reduce nccl)"))
 
 
 def without_known(given: dict[str, Any]) -> dict[str, Any]:
-    """`given` less vLLM's settings that Shoal does not have: a warning for those that change no answer.
+    """`given` without vLLM's options that Shoal does not have; a warning for those without effect.
 
-    Raises ConfigError for those that would.
+    Raises ConfigError for an option that is not available, unless its value asks for nothing.
     """
     kept = {}
     for key, value in given.items():
         if key in WITHOUT_EFFECT:
-            warnings.warn(f"engine_kwargs.{key} has no effect in Shoal", stacklevel=2)
-        elif key in NOT_AVAILABLE:
-            if value not in NOT_AVAILABLE[key]:
-                raise ConfigError(f"engine_kwargs.{key} = {value!r} is not available yet; leave it out")
-        else:
+            warnings.warn(f"engine_kwargs.{key} has no effect in Shoal: {WITHOUT_EFFECT[key].reason}", stacklevel=2)
+        elif key not in NOT_AVAILABLE:
             kept[key] = value
+        elif value not in NOT_AVAILABLE[key].harmless:
+            reason = NOT_AVAILABLE[key].reason
+            raise ConfigError(f"engine_kwargs.{key} = {value!r} is not available yet: {reason}; leave it out")
     return kept

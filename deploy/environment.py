@@ -1,7 +1,7 @@
 """Variables that Ray and Ray Serve read while they are imported, in every process that they start.
 
-They must stand in the environment before the first `import ray`; `shoal serve` sees to that. Whoever starts the
-application with `serve run` sets them in the shell (README). A variable that is already set is left as it is.
+They must be set before the first `import ray`. `shoal serve` sets them; before `serve run` the user sets them in the
+shell (docs/configuration.md). A variable that is already set keeps its value.
 """
 
 from __future__ import annotations
@@ -10,40 +10,54 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-_ALWAYS = {
-    # Workers would run at nice 15 and lose to everything else on the machine.
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A hop between event loops less on every request and on every piece of a stream.
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # From the proxy to the router by gRPC: 3 ms for a small answer on 2 busy cores, against 7 ms by actor calls.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # A proxy that hangs is noticed in seconds; Serve's own values are 10 s and 10 s.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+
+class Variable(NamedTuple):
+    """An environment variable's value here, and why it has it."""
+
+    value: str
+    why: str
+
+
+ALWAYS = {
+    "RAY_worker_niceness": Variable("0", "At Ray's default, nice 15, workers yield to every other process."),
+    "RAY_USAGE_STATS_ENABLED": Variable("0", "No usage reports."),
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": Variable("0", "One hop less between event loops per request and chunk."),
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": Variable("0", "The same hop, in replicas and routers."),
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": Variable(
+        "1", "From proxy to router a small answer takes 3 ms by gRPC, 7 ms by actor calls, on 2 busy cores."
+    ),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": Variable(
+        "1", "Detects a stuck proxy within seconds; Serve's own is 10 s."
+    ),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": Variable(
+        "2", "Detects a stuck proxy within seconds; Serve's own is 10 s."
+    ),
 }
-# How the folder of a Ray that is started here begins; it is told by that from one that others may join.
-OWN_RAY_FOLDER = "shoal-ray-"
-# Of a Ray that is started here and has one node.
-_OWN_RAY = {
-    # Ray then takes 127.0.0.1 for this node's address, on Linux too, and its own ports stay on loopback. An address
-    # given to ray.init does not do it: it is resolved to one that other machines can reach.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Nobody starts its control plane again: whoever has lost that ends. Ray's own value is 60 s.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+OWN_RAY_FOLDER = "shoal-ray-"  # prefix that distinguishes a private Ray's folder from one that others may join
+OWN_RAY = {  # of a Ray that is started here and has one node
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": Variable(
+        "0",
+        "Ray's node address is then 127.0.0.1, on Linux too, and its ports stay on loopback. An address given to "
+        "ray.init would be resolved to one that other machines can reach.",
+    ),
+    "RAY_gcs_rpc_server_reconnect_timeout_s": Variable(
+        "5", "Processes that lose this Ray's control plane exit after 5 s, not 60 s: nothing restarts it."
+    ),
 }
-_PUBLIC = {
-    # HAProxy carries streams past Serve's Python proxy, but it binds all interfaces: not for loopback.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Serve keeps routers for 30 s after their end, for load balancers outside that have to learn of it.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+PUBLIC = {
+    "RAY_SERVE_ENABLE_HA_PROXY": Variable(
+        "1", "HAProxy streams past Serve's Python proxy. It binds all interfaces, so it is off on loopback."
+    ),
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": Variable(
+        "1", "Routers exit sooner; Serve keeps them 30 s for external load balancers."
+    ),
 }
 
 
 def make_ray_folder() -> Path:
-    """A folder for a Ray that is started here: Ray's default is shared by every Ray on the machine."""
+    """Make a folder for a Ray that is started here. Every Ray on the machine shares Ray's default folder."""
     return Path(tempfile.mkdtemp(prefix=OWN_RAY_FOLDER, dir="/tmp"))  # its sockets' paths must be short
 
 
@@ -53,24 +67,23 @@ def is_loopback(host: str) -> bool:
 
 
 def prepare_environment(host: str, *, own_ray: bool = True) -> None:
-    """Set what Ray should find: a Ray that is started here, or, without `own_ray`, one that runs already.
+    """Set the variables for a Ray that is started here, or, without `own_ray`, for joining a running one.
 
     Call before ray is imported.
     """
-    settings = _ALWAYS | ({} if is_loopback(host) else _PUBLIC)
-    if own_ray:
-        settings |= _OWN_RAY
-        if "RAY_AUTH_MODE" not in os.environ:
-            # Serve's replicas take pickled calls on every interface, whatever the node's address: a secret of this
-            # Ray alone keeps others out. Given here, it is not written to ~/.ray/auth_token, which would change what
-            # `ray start` and `ray job submit` ask for on this machine from then on.
-            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    variables = ALWAYS | ({} if is_loopback(host) else PUBLIC) | (OWN_RAY if own_ray else {})
+    settings = {name: variable.value for name, variable in variables.items()}
+    if own_ray and "RAY_AUTH_MODE" not in os.environ:
+        # Serve's replicas accept pickled calls on every interface, whatever the node's address. A token of this Ray
+        # alone keeps other hosts out. Set here, it is not written to ~/.ray/auth_token, which would from then on
+        # change the token that `ray start` and `ray job submit` need on this machine.
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
 def keep_auth_token_private(folder: Path | None = None) -> None:
-    """Take the token that Ray wrote for this user from everybody else: Ray leaves the file readable to all."""
+    """Make the token file that Ray wrote readable for its user alone; Ray leaves it readable to all."""
     token = (folder or Path.home() / ".ray") / "auth_token"
     if token.is_file() and token.stat().st_uid == os.getuid() and token.stat().st_mode & 0o077:
         token.chmod(0o600)

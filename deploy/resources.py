@@ -1,6 +1,6 @@
 """What models ask of Ray: bundles, their share of the cores, and whether there is as much.
 
-Nothing here imports ray: a machine that lacks GPUs is told so before Ray starts.
+Nothing here imports ray: missing GPUs are reported before Ray starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ClusterResources:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRequest:
-    """What Serve is told of a replica. Without bundles it is one actor, and with them the actor is in the first."""
+    """What Serve receives for a replica. Without bundles it is one actor, and with them the actor is in the first."""
 
     actor_options: dict[str, Any]
     device: str  # of the shards: cpu or cuda
@@ -48,13 +48,13 @@ def visible_gpus() -> int:
     return len(names) if any(name.startswith("MIG") for name in names) else min(present, len(names))
 
 
-def room_here() -> ClusterResources:
+def resources_here() -> ClusterResources:
     """This machine, as a Ray that is started on it finds it."""
     return ClusterResources(1, float(usable_cores()), float(visible_gpus()))
 
 
-def room_of_nodes(nodes: Iterable[dict[str, Any]]) -> ClusterResources:
-    """The room of a running Ray, from what `ray.nodes()` says."""
+def resources_of_nodes(nodes: Iterable[dict[str, Any]]) -> ClusterResources:
+    """The resources of a running Ray, from `ray.nodes()`."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [resources.get("CPU", 0.0) for resources in alive]
     working = sum(amount > 0.0 for amount in cpus)  # a head with num-cpus 0 takes no replica
@@ -63,19 +63,19 @@ def room_of_nodes(nodes: Iterable[dict[str, Any]]) -> ClusterResources:
     )
 
 
-def wants_gpu(plan: ModelPlan, room: ClusterResources) -> bool:
-    return plan.engine.device == "cuda" or (plan.engine.device == "auto" and room.gpus > 0)
+def wants_gpu(plan: ModelPlan, available: ClusterResources) -> bool:
+    return plan.engine.device == "cuda" or (plan.engine.device == "auto" and available.gpus > 0)
 
 
-def check_gpus(plans: Sequence[ModelPlan], room: ClusterResources, where: str) -> None:
+def check_gpus(plans: Sequence[ModelPlan], available: ClusterResources, where: str) -> None:
     """Raises ConfigError where the ranks of all replicas need more GPUs than there are. where: "this machine"."""
-    asking = [plan for plan in plans if wants_gpu(plan, room)]
+    asking = [plan for plan in plans if wants_gpu(plan, available)]
     needed = sum(num_replicas(plan) * plan.engine.parallel.world_size for plan in asking)
-    if needed <= room.gpus:
+    if needed <= available.gpus:
         return
     parts = [_ranks_in_words(plan) for plan in asking]
     raise ConfigError(
-        f"{needed} GPUs are needed for {', and '.join(parts)}, and {where} has {room.gpus:g}; lower "
+        f"{needed} GPUs are needed for {', and '.join(parts)}, and {where} has {available.gpus:g}; lower "
         "tensor_parallel_size, pipeline_parallel_size or num_replicas, or take device cpu"
     )
 
@@ -87,21 +87,21 @@ def num_replicas(plan: ModelPlan) -> int:
     return settings.num_replicas or scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
 
 
-def cpu_share(plans: Sequence[ModelPlan], room: ClusterResources) -> float:
+def cpu_share(plans: Sequence[ModelPlan], available: ClusterResources) -> float:
     """The CPUs of every bundle: one, or less where a node has fewer cores than it will hold processes.
 
     A share places processes and holds nothing back: what a process computes with is `num_threads`.
     """
-    processes = sum(math.ceil(num_replicas(plan) / room.num_nodes) * _num_bundles(plan) for plan in plans)
-    if processes <= room.node_cpus or not room.node_cpus:
+    processes = sum(math.ceil(num_replicas(plan) / available.num_nodes) * _num_bundles(plan) for plan in plans)
+    if processes <= available.node_cpus or not available.node_cpus:
         return 1.0
-    return max(0.01, math.floor(100 * room.node_cpus / processes) / 100)
+    return max(0.01, math.floor(100 * available.node_cpus / processes) / 100)
 
 
-def replica_request(plan: ModelPlan, room: ClusterResources, num_cpus: float) -> ReplicaRequest:
+def replica_request(plan: ModelPlan, available: ClusterResources, num_cpus: float) -> ReplicaRequest:
     """The bundles and the actor's options of one replica. num_cpus: of each bundle where its user says nothing."""
     parallel, wanted = plan.engine.parallel, plan.llm.placement_group_config
-    device = "cuda" if wants_gpu(plan, room) else "cpu"
+    device = "cuda" if wants_gpu(plan, available) else "cpu"
     made = bundles(
         parallel,
         num_cpus=num_cpus,

@@ -15,6 +15,7 @@ from .stages import layer_cost, split_costs
 ALL_REDUCES = ("auto", "nccl", "symm_mem", "triton")
 SYMMETRIC_SIZES = (2, 4, 8)  # tensor-parallel sizes that symmetric memory supports
 GPU_BLOCK_SIZES = (16, 32, 64, 128)  # that GPU attention supports
+GROUP_START_TIMEOUT_S = 1800.0  # for the ranks of a replica to start and load the model
 _CPU_KV_BYTES = 1 << 30  # of each rank, unless set
 _STEP_LIMITS_S = {"cuda": 5.0, "cpu": 60.0}  # on CPU a prefill chunk may take long
 

@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from ...replicas.config import EngineConfig, ResolvedConfig
+from ...replicas.config import GROUP_START_TIMEOUT_S, EngineConfig, ResolvedConfig
 from ...replicas.engine.engine import Engine
 from ...replicas.engine.engine_thread import EngineThread
 from ...replicas.errors import EngineError
@@ -51,7 +51,7 @@ class ReplicaOptions:
     host: str | None = None  # the address to listen on; None: that of the Ray node, which other nodes reach
     check_interval: float = 0.5  # between two looks at the engine's progress
     drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
-    group_start_timeout: float = 1800.0  # for shard actors to start, meet and load the model
+    group_start_timeout: float = GROUP_START_TIMEOUT_S
     server: ServerOptions = field(default_factory=ServerOptions)
 
 

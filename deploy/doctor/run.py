@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...replicas.errors import ConfigError, ServingError
-from ..resources import cpu_share, replica_request, room_here, room_of_nodes, visible_gpus
+from ..resources import cpu_share, replica_request, resources_here, resources_of_nodes, visible_gpus
 from . import devices, peers, placement, ray_cluster, serve_file
 from .finding import Finding, Status
 from .haproxy import check_haproxy
@@ -105,16 +105,17 @@ def _check_ray(subject: Subject, content: dict[str, Any]) -> list[Finding]:
 
 
 def _check_placement(content: dict[str, Any], nodes: list[dict[str, float]]) -> list[Finding]:
-    where, room = "this machine", room_here()
+    where, available = "this machine", resources_here()
     if nodes:
-        where, room = "this Ray, were it empty", room_of_nodes({"Alive": True, "Resources": node} for node in nodes)
+        where = "this Ray, were it empty"
+        available = resources_of_nodes({"Alive": True, "Resources": node} for node in nodes)
     try:
-        plans = serve_file.plans_of(content, device="cuda" if room.gpus else "cpu")
+        plans = serve_file.plans_of(content, device="cuda" if available.gpus else "cpu")
     except ServingError as error:
         return [_refused(error)]
-    share = cpu_share(plans, room)
-    requests = [(plan, replica_request(plan, room, share)) for plan in plans]
-    return placement.findings(requests, nodes or [{"CPU": room.node_cpus, "GPU": room.gpus}], where)
+    share = cpu_share(plans, available)
+    requests = [(plan, replica_request(plan, available, share)) for plan in plans]
+    return placement.findings(requests, nodes or [{"CPU": available.node_cpus, "GPU": available.gpus}], where)
 
 
 def _refused(error: ServingError) -> Finding:

@@ -1,4 +1,4 @@
-"""What `shoal serve` prints when it is ready."""
+"""The text that `shoal serve` prints when it is ready."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .launcher import Endpoint
 
 
 def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaInfo]]) -> str:
-    """The address, a line to try, and what each model has room for. `replicas` are those of each model."""
+    """The address, a command to try, and each model's KV capacity. `replicas` are those of each model."""
     lines = ["", f"Shoal is ready at {endpoint.url}/v1", ""]
     for model, infos in zip(config.models, replicas, strict=True):
         args = model.engine_kwargs

@@ -1,4 +1,4 @@
-"""Starting the application and waiting until it answers; stopping all that was started."""
+"""Starts the application, waits until it answers, and stops all that was started."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RAISED_BY_MODELS: dict[str, type[ServingError]] = {"ConfigError": ConfigError, 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the server listens, and the key that opens it."""
+    """Where the server listens, and a key for it."""
 
     host: str
     port: int
@@ -49,10 +49,10 @@ class Endpoint:
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, folder: Path) -> Iterator[None]:
-    """A Ray of our own in `folder`, or the one at `address`. What was started here is stopped at the end.
+    """Start a private Ray in `folder`, or join the one at `address`. Stops at the end what it started.
 
-    Where a start fails on a Ray of our own, its logs are kept and the error has notes of them; but not where the user's
-    settings or files are at fault, of which the error says all.
+    If a start on a private Ray fails, its logs are kept and the error has notes of them. ConfigError and ModelError get
+    no notes: their message is complete.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
@@ -94,8 +94,8 @@ def application(
 ) -> Iterator[None]:
     """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up.
 
-    A Serve that was started here is left to the end of its Ray if that is ours too; on one that was `joined` it is
-    stopped, unless others have begun to use it.
+    A Serve that was started here ends with its private Ray. On a `joined` Ray it is stopped, unless other applications
+    use it.
     """
     running = _serve_that_runs(endpoint) if joined else False
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
@@ -113,7 +113,7 @@ def application(
 
 
 def _serve_that_runs(endpoint: Endpoint) -> bool:
-    """Whether Serve runs on the joined Ray. Raises ConfigError where it has our name or listens elsewhere."""
+    """Whether Serve runs on the joined Ray. Raises ConfigError if it has our name or listens elsewhere."""
     address = serve_http_address()
     if address is None:
         return False
@@ -138,7 +138,7 @@ def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
 
 
 def reason_of(traceback: str) -> ServingError | None:
-    """The error of Shoal's own that a traceback of Serve's ends with, as one that can be raised here."""
+    """The last error of Shoal in a traceback from Serve; None if there is none."""
     found = re.findall(r"^shoal\.[\w.]*?(\w+): (.*)$", traceback, re.MULTILINE)
     for name, message in reversed(found):
         return _RAISED_BY_MODELS.get(name, EngineError)(message)
@@ -146,24 +146,24 @@ def reason_of(traceback: str) -> ServingError | None:
 
 
 def end_of(traceback: str) -> str | None:
-    """What a traceback of Serve's comes to, in one line: why a process has ended, or else the last line."""
+    """A traceback from Serve in one line: why a process exited, or else its last line."""
     lines = [line.strip() for line in traceback.splitlines() if line.strip()]
     if not lines:
         return None
     why = [line for line in lines if "because its worker process has died" in line]
     if why:
-        return why[-1].partition(" Some common causes")[0]  # of which Ray goes on with a list
+        return why[-1].partition(" Some common causes")[0]  # Ray lists causes after it
     return lines[-1].replace("ActorDiedError()", "The process of a replica has ended.")
 
 
 def wait_for_completion(endpoint: Endpoint, model: str) -> None:
-    """Return when the server has completed a prompt of one token. Raises ServingError for an answer that is final."""
+    """Wait until the server completes a prompt of one token. Raises ServingError for a final error."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         status, answer = _complete(endpoint, model)
         if status == 200:
             return
-        if status not in (0, 404, 429, 503):  # 0: nobody listens yet; 404: the proxy does not know the route yet
+        if status not in (0, 404, 429, 503):  # 0: no listener yet; 404: no route yet
             raise ServingError(f"the server answers {status}: {answer}")
         if time.monotonic() > deadline:
             raise ServingError(f"no answer within {START_TIMEOUT_S:.0f} s; the last was {status}: {answer}")
@@ -171,7 +171,7 @@ def wait_for_completion(endpoint: Endpoint, model: str) -> None:
 
 
 def _complete(endpoint: Endpoint, model: str) -> tuple[int, str]:
-    """Status and text of one small completion; status 0 where there is no connection."""
+    """Status and text of one small completion; status 0 without a connection."""
     host = endpoint.url.removeprefix("http://").rpartition(":")[0]
     connection = http.client.HTTPConnection(host, endpoint.port, timeout=60)
     headers = {"content-type": "application/json"}
@@ -189,6 +189,6 @@ def _complete(endpoint: Endpoint, model: str) -> tuple[int, str]:
 
 
 def replicas_of(plans: list[ModelPlan]) -> list[list[ReplicaInfo]]:
-    """What the replicas of each model say of themselves."""
+    """The registered replicas of each model."""
     members = asyncio.run(DirectoryClient().watch(None)).replicas
     return [[info for info in members if info.model_id == plan.name] for plan in plans]

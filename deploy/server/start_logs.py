@@ -1,7 +1,7 @@
-"""What a start that failed leaves behind: Ray's logs, and what the process that crashed first had written.
+"""Logs of a failed start: Ray's files, and the last lines of the process that crashed first.
 
-A rank or a replica that raises says itself what is wrong. One whose process ends, by a signal or by a library's exit,
-has said it on its standard error alone, which Ray keeps in a file.
+A rank or a replica that raises reports its error. A process that a signal or a library ends writes to its
+standard error alone, which Ray keeps in a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _WORKER = re.compile(r"worker-\w+-\w+-(\d+)\.err")
 _ACTOR = re.compile(r"^:actor_name:(ShardActor|ServeReplica:\S+)$", re.MULTILINE)
-# Where Ray, then Python, begin to tell of a fatal signal: addresses and frames, which the logs have.
+# The first line of Ray's and Python's report of a fatal signal. Addresses and frames follow; the logs have them.
 _CRASH = re.compile(r"^(?:\*\*\* SIG|Fatal Python error)", re.MULTILINE)
 _OF_RAY = re.compile(r":\w+:|INFO |\[[\d: ,-]+ [A-Z] \d+ \d+\]")  # marks of the actor, and lines of Ray's own
 _NAMED = re.compile(r"process (\d+)[^()]*\): its process has ended")  # as a group's error names a rank
@@ -22,7 +22,7 @@ _LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class LastWords:
-    """What a process wrote before it ended. ended: when the file was last written."""
+    """The last lines that a process wrote. ended: when the file was last written."""
 
     pid: int
     actor: str
@@ -35,7 +35,7 @@ class LastWords:
 
 
 def explain(error: Exception, ray_folder: Path) -> None:
-    """Adds notes to the error of a failed start: the first cause that a process left, and where the logs are now.
+    """Add notes to the error of a failed start: the process that ended first, and where the logs are.
 
     ray_folder: the temporary folder of a Ray that has ended; its logs are moved out of it.
     """
@@ -49,9 +49,9 @@ def explain(error: Exception, ray_folder: Path) -> None:
 
 
 def keep_logs(ray_folder: Path) -> Path | None:
-    """Moves the logs of a Ray that has ended out of its folder; says where they are now, if there were any."""
+    """Move the logs of a Ray that has ended out of its folder. Returns their new folder, None if there are none."""
     logs = next(iter(sorted(ray_folder.glob("session_2*/logs"))), None)
-    if logs is None:  # Ray had not come so far
+    if logs is None:  # Ray ended before it wrote any
         return None
     kept = ray_folder.with_name(f"{ray_folder.name}-logs")
     shutil.move(logs, kept)
@@ -59,7 +59,7 @@ def keep_logs(ray_folder: Path) -> Path | None:
 
 
 def first_words(logs: Path, error: str) -> LastWords | None:
-    """The last words of the process that ended first, of those that crashed or that the error says to have ended."""
+    """The last lines of the process that ended first, among those that crashed or that the error names."""
     named = set(map(int, _NAMED.findall(error)))
     found = [words for file in logs.glob("worker-*.err") if (words := _words(file, named)) is not None]
     return min(found, key=lambda words: words.ended, default=None)

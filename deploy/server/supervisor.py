@@ -1,9 +1,9 @@
-"""The process that keeps a server: it takes the signals, and ends when all of the server has ended.
+"""The supervisor of a server: it forwards signals, and exits after the server's last process.
 
-`kill %1`, `timeout`, a terminal that closes and many a CI send their signal to a whole process group. Ray's own
-processes would have it too and end before the server has drained its streams, which it then cannot. So the server leads
-a group of its own, and the keeper, which stays in its caller's, passes the signal on. What the server leaves when it
-ends by force becomes the keeper's: it ends those processes and removes what they wrote.
+`kill %1`, `timeout`, a closed terminal and many CI systems signal a whole process group. Ray's processes would receive
+the signal too and exit before the server had drained its streams. So the server leads a process group of its own. The
+supervisor stays in its caller's group and forwards the signal. It is also the subreaper: it kills processes that a
+killed server leaves, and removes their files.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
 
 
 def under_supervisor() -> Path:
-    """Goes on in a child, the server, with a folder for its Ray; this process ends when that has, with its status.
+    """Fork, and return in the child, the server, the folder for its Ray. The parent exits with the child's status.
 
-    In the child KeyboardInterrupt is raised, once, at any signal that asks it to stop, and when the keeper is killed.
+    In the child any stop signal raises KeyboardInterrupt, once; so does the end of the supervisor.
     """
     signals = _stop_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until both have handlers
     folder = make_ray_folder()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper, others = os.getpid(), set(_children())  # of a script's that has `exec`ed this program
+    supervisor = os.getpid()
+    others = set(_children())  # a script that `exec`ed this program may have started some
     server = os.fork()
     if server != 0:
-        sys.exit(_keep(server, others, folder))
+        sys.exit(_supervise(server, others, folder))
     os.setpgid(0, 0)
     interrupt_on_signals()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-    if os.getppid() != keeper:  # it has ended in the meantime
+    if os.getppid() != supervisor:  # it exited before prctl
         os.kill(os.getpid(), signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     return folder
 
 
 def interrupt_on_signals() -> None:
-    """Whatever asks a server to stop unwinds what was started, at any time; once, for the unwinding takes a while."""
+    """Raise KeyboardInterrupt at the first stop signal, and ignore later ones while the server unwinds."""
     signals = _stop_signals()
 
     def interrupt(*_: object) -> None:
@@ -59,27 +60,27 @@ def interrupt_on_signals() -> None:
 
 
 def say(line: str) -> None:
-    """A line on the standard output, if there is somebody left to read it."""
+    """Print a line, unless the reader of standard output has exited."""
     try:
         print(line, flush=True)
-    except OSError:  # the same Ctrl-C has ended a `| tee`, or the terminal is closed; what comes is not worth an error
+    except OSError:  # Ctrl-C ended a `| tee` too, or the terminal is closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """The end of its terminal is not among them where a server was started to outlive that (nohup)."""
+    """The signals that stop a server. SIGHUP is not among them under nohup."""
     outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if outlives else [signal.SIGHUP])]
 
 
-def _keep(server: int, others: set[int], folder: Path) -> int:
-    """Passes signals on until the server has ended; then ends and removes what is left of it. Returns a status."""
+def _supervise(server: int, others: set[int], folder: Path) -> int:
+    """Forward signals until the server exits, then remove its processes and files. Returns an exit status."""
     signals, asked = _stop_signals(), False
 
     def stop(*_: object) -> None:
         nonlocal asked
         asked = True
-        os.kill(server, signal.SIGINT)  # not SIGTERM: Ray puts a handler of its own in the place of ours as it starts
+        os.kill(server, signal.SIGINT)  # not SIGTERM: Ray replaces that handler as it starts
 
     for number in signals:
         signal.signal(number, stop)
@@ -97,28 +98,29 @@ def _keep(server: int, others: set[int], folder: Path) -> int:
 
 
 def _wait_for(server: int) -> None:
-    """Returns when the server has ended, and leaves it a zombie, so that no other process can have its id yet."""
+    """Return when the server has exited; leave it a zombie, so that no other process gets its id yet."""
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) is not None and ended.si_pid != server:
         os.waitpid(ended.si_pid, 0)
 
 
 def _end_children(server: int, others: set[int]) -> int:
-    """Ends every process that the server has left. Returns the server's own exit code, negative for a signal."""
+    """Kill every process that the server left. Returns the server's exit code, negative for a signal."""
     code = 0
     while left := set(_children()) - others:
         for child in left:
-            os.kill(child, signal.SIGKILL)  # does nothing to one that has ended and waits for us to see it
-        for child in left:  # what it leaves in turn is a child of this process when the wait is over
+            os.kill(child, signal.SIGKILL)  # no effect on a zombie
+        for child in left:  # its own children are this process's once it is reaped
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             code = status if child == server else code
     return code
 
 
 def _children() -> Iterator[int]:
+    """The ids of this process's children, zombies included."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = file.read_text(errors="replace").rpartition(")")[2].split()[1]
-        except OSError:  # it has just ended, and is none of this process's children, which stay until it waits for them
+        except OSError:  # exited, and no child of this process: those stay zombies until reaped
             continue
         if int(parent) == os.getpid():
             yield int(file.parent.name)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..channel.step_channel import StepChannelServer
-from ..config import ResolvedConfig
+from ..config import GROUP_START_TIMEOUT_S, ResolvedConfig
 from ..errors import ConfigError, ShardGroupError
 from .group_executor import GroupExecutor
 from .group_start import GroupStart, Loaded
@@ -126,7 +126,7 @@ class ShardProcesses(GroupExecutor):
         _end_all(self.ranks, 0.0 if self.failed else _LEAVE_SECONDS)
 
 
-def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = 1800.0) -> ShardProcesses:
+def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = GROUP_START_TIMEOUT_S) -> ShardProcesses:
     """Start one process for each rank and load the model in them.
 
     config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,

@@ -1,4 +1,4 @@
-"""The command line: a wrong configuration is told in one line with status 2, before torch or Ray are loaded."""
+"""The command line: a wrong configuration is reported in one line with status 2, before torch or Ray are loaded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from shoal import __version__
 from shoal.deploy.cli import app
 from shoal.deploy.cli_config import serve_config
-from shoal.deploy.engine_args import NOT_AVAILABLE
+from shoal.deploy.configuration_docs import PAGE, document
+from shoal.deploy.vllm_options import WITHOUT_EFFECT
 from shoal.replicas.device import automatic_threads
 
 # Refuses the imports that a wrong configuration must not need, whatever the machine's speed.
@@ -36,16 +39,20 @@ def shoal(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
 
 
-def test_the_readme_names_every_flag_of_serve() -> None:
+def test_the_configuration_page_names_every_flag_of_serve() -> None:
     serve = typer.main.get_command(app).commands["serve"]  # pyright: ignore[reportAttributeAccessIssue]
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = PAGE.read_text()
     flags = {
         option.name: (*option.opts, *option.secondary_opts)
         for option in serve.params
-        if option.param_type_name == "option" and not option.hidden and option.name not in NOT_AVAILABLE
+        if option.param_type_name == "option" and not option.hidden
     }
     assert len(flags) > 25
-    assert [name for name, said in flags.items() if not any(f"`{flag}`" in readme for flag in said)] == []
+    assert [name for name, names in flags.items() if not all(f"`{flag}`" in text for flag in names)] == []
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert PAGE.read_text() == document(), "run `make docs`"
 
 
 def test_version() -> None:
@@ -130,11 +137,46 @@ def test_settings_of_vllm_without_effect_are_said(tmp_path: Path) -> None:
         serve_config({"model": "tiny", "host": "127.0.0.1", "distributed_executor_backend": "mp"})
 
 
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [
+        (["--trust-remote-code"], "trust_remote_code"),
+        (["--disable-log-requests"], "disable_log_requests"),
+        (["--swap-space", "4"], "swap_space"),
+        (["--tokenizer-mode", "auto"], "tokenizer_mode"),
+        (["--kv-cache-dtype", "auto"], None),
+        (["--data-parallel-size", "1"], None),
+    ],
+    ids=str,
+)
+def test_options_of_vllm_are_accepted(flags: list[str], option: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[str] = []
+
+    def stop(settings: dict[str, object], _: object) -> None:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            serve_config(settings)
+        caught.extend(str(warning.message) for warning in found)
+
+    monkeypatch.setattr("shoal.deploy.cli._serve", stop)
+    monkeypatch.setattr("shoal.deploy.cli.under_supervisor", lambda: None)
+    result = CliRunner().invoke(app, ["serve", "tiny", *flags])
+    assert result.exit_code == 0, result.output
+    expected = [f"engine_kwargs.{option} has no effect in Shoal: {WITHOUT_EFFECT[option].reason}"] if option else []
+    assert caught == expected
+
+
+def test_values_of_vllms_options_that_are_not_available() -> None:
+    result = shoal("serve", "tiny", "--data-parallel-size", "2", CUDA_VISIBLE_DEVICES="")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "data_parallel_size = 2 is not available yet: num_replicas sets the copies" in result.stderr
+
+
 def test_ranks_share_the_cores_of_the_machine() -> None:
     settings = {"model": "tiny", "host": "127.0.0.1", "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    [model] = serve_config(settings).models
+    [model] = serve_config(settings)[1].models
     assert model.engine_kwargs.num_threads == automatic_threads(4)
-    [model] = serve_config({**settings, "num_threads": 3}).models
+    [model] = serve_config({**settings, "num_threads": 3})[1].models
     assert model.engine_kwargs.num_threads == 3
 
 

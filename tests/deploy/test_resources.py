@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from shoal.deploy.config import LLMConfig, ModelPlan, from_dict, plan_model
-from shoal.deploy.resources import ClusterResources, check_gpus, cpu_share, replica_request, room_of_nodes, visible_gpus
+from shoal.deploy.resources import (
+    ClusterResources,
+    check_gpus,
+    cpu_share,
+    replica_request,
+    resources_of_nodes,
+    visible_gpus,
+)
 from shoal.replicas.errors import ConfigError
 
 LAPTOP = ClusterResources(num_nodes=1, node_cpus=2.0, gpus=0.0)
@@ -79,8 +86,8 @@ def test_what_a_running_ray_has() -> None:
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
         {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}},
     ]
-    assert room_of_nodes(nodes) == ClusterResources(2, 16.0, 6.0)
-    assert room_of_nodes([]) == ClusterResources(1, 0.0, 0.0)
+    assert resources_of_nodes(nodes) == ClusterResources(2, 16.0, 6.0)
+    assert resources_of_nodes([]) == ClusterResources(1, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

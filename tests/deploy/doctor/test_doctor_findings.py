@@ -27,7 +27,7 @@ from shoal.deploy.doctor import (
 from shoal.deploy.doctor.finding import Finding, Status
 from shoal.deploy.doctor.process import Outcome
 from shoal.deploy.doctor.run import guarded
-from shoal.deploy.resources import ReplicaRequest, replica_request, room_of_nodes
+from shoal.deploy.resources import ReplicaRequest, replica_request, resources_of_nodes
 
 GIB = 1 << 30
 
@@ -326,7 +326,7 @@ def request(tp: int, pp: int, nodes: list[dict[str, float]], **more: Any) -> lis
     kwargs = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
     value = {"model_loading_config": {"model_id": "tiny"}, "engine_kwargs": kwargs, **more}
     plan = plan_model(from_dict(LLMConfig, value), device="cpu")
-    room = room_of_nodes({"Alive": True, "Resources": resources} for resources in nodes)
+    room = resources_of_nodes({"Alive": True, "Resources": resources} for resources in nodes)
     return placement.findings([(plan, replica_request(plan, room, 1.0))], nodes, "this Ray")
 
 

@@ -20,7 +20,7 @@ NEW_TOKENS = 64
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)], ids=str)
 def test_a_stream_is_finished_when_the_group_gets_a_signal(number: signal.Signals, status: int) -> None:
-    """As of `kill %1` and of `timeout`. A SIGKILL ends the keeper, and the server sees to the rest by itself."""
+    """As `kill %1` and `timeout` do. After a SIGKILL of the supervisor the server stops by itself."""
     server = start("-tp", "2")
     folder = ray_folder(server.process.pid)
     options = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "stream_options": {"include_usage": True}}

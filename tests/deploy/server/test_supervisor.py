@@ -34,7 +34,7 @@ except KeyboardInterrupt:
 
 
 class Kept:
-    """The server under its keeper, in a session of its own."""
+    """The server under its supervisor, in a session of its own."""
 
     def __init__(self, *arguments: str, wrapper: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
@@ -45,8 +45,8 @@ class Kept:
             start_new_session=True,
         )
         assert self.process.stdout is not None
-        keeper, server, left, folder = self.process.stdout.readline().split()
-        self.keeper, self.server, self.left, self.folder = int(keeper), int(server), int(left), Path(folder)
+        supervisor, server, left, folder = self.process.stdout.readline().split()
+        self.supervisor, self.server, self.left, self.folder = int(supervisor), int(server), int(left), Path(folder)
 
     def end(self) -> tuple[int, str, str]:
         """Status, output and errors, once it has ended."""
@@ -58,21 +58,21 @@ class Kept:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("to", ["keeper", "group", "server"])
+@pytest.mark.parametrize("to", ["supervisor", "group", "server"])
 def test_a_signal_stops_the_server_once_and_all_of_it_goes(number: signal.Signals, to: str) -> None:
     kept = Kept()
     assert os.getpgid(kept.server) == kept.server, "a signal for the caller's group must not reach the server"
     if to == "group":
         os.killpg(kept.process.pid, number)
     else:
-        os.kill(kept.keeper if to == "keeper" else kept.server, number)
+        os.kill(kept.supervisor if to == "supervisor" else kept.server, number)
     assert kept.end() == (0, "shoal: stopping\nstopped\n", "")
     assert kept.nothing_left()
 
 
-def test_a_server_whose_keeper_is_killed_is_interrupted() -> None:
+def test_a_server_whose_supervisor_is_killed_is_interrupted() -> None:
     kept = Kept()
-    os.kill(kept.keeper, signal.SIGKILL)
+    os.kill(kept.supervisor, signal.SIGKILL)
     status, out, _ = kept.end()  # of the output there is an end once the server has ended too
     os.kill(kept.left, signal.SIGKILL)  # `shoal serve` itself ends its Ray, and removes the folder
     shutil.rmtree(kept.folder)
@@ -123,7 +123,7 @@ def test_it_stops_as_well_where_nobody_reads_any_more() -> None:
     kept = Kept()
     assert kept.process.stdout is not None
     kept.process.stdout.close()
-    os.kill(kept.keeper, signal.SIGTERM)
+    os.kill(kept.supervisor, signal.SIGTERM)
     assert kept.process.wait(60) == 0
     assert kept.process.stderr is not None
     assert kept.process.stderr.read() == ""
