@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ray._private import state
-from ray.serve.context import _get_global_client
+from ray.serve import context
 
 
 class HttpAddress(NamedTuple):
@@ -15,13 +15,12 @@ class HttpAddress(NamedTuple):
 
 def serve_http_address() -> HttpAddress | None:
     """The address of the running Serve's HTTP proxies; None if Serve does not run. No public API reports it."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = cast("Any", context)._get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return None
-    options: Any = client.http_config
-    return HttpAddress(options.host, options.port)
+    return HttpAddress(client.http_config.host, client.http_config.port)
 
 
 def actor_table() -> list[dict[str, Any]]:
     """Ray's record of every actor. The public list of actors needs the dashboard."""
-    return list(state.actors().values())
+    return list(cast("Any", state).actors().values())

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -25,6 +24,7 @@ from ...replicas.errors import EngineError
 from ...replicas.executors.step_watchdog import StepWatchdog
 from ...replicas.offline import build_engine
 from ...replicas.protocol import ReplicaLoad, TokenDelta
+from ..ray_api import node_address, node_id
 from ..shards.shard_actor import build_sharded_engine
 from ..shards.shard_group import ShardGroup
 from ..wire.directory import DEFAULT_NAME, REGISTER_INTERVAL, DirectoryClient
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
-_KILL_TIMEOUT = 2.0  # seconds; Ray's control plane may be away
-_STOP_TIMEOUT = 5.0  # seconds for the last step, which nobody watches any more, to end
+_KILL_TIMEOUT = 2.0  # seconds; Ray's control plane may be unreachable
+_STOP_TIMEOUT = 5.0  # seconds for the last step to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +48,25 @@ class ReplicaOptions:
     """Times are in seconds."""
 
     directory: str = DEFAULT_NAME
-    host: str | None = None  # the address to listen on; None: that of the Ray node, which other nodes reach
-    check_interval: float = 0.5  # between two looks at the engine's progress
-    drain_timeout: float = 15.0  # for running requests to end when Serve stops the replica
+    host: str | None = None  # address to listen on; None: the Ray node's
+    check_interval: float = 0.5  # between two checks of the engine's progress
+    drain_timeout: float = 15.0  # for running requests at a stop
     group_start_timeout: float = GROUP_START_TIMEOUT_S
     server: ServerOptions = field(default_factory=ServerOptions)
 
 
 class Replica:
-    """The deployment class of one model. Serve makes it, checks it and replaces it; tokens do not pass through Serve.
+    """The Serve deployment class of one model. Serve starts, checks and replaces it; tokens bypass Serve.
 
-    On CPU, Ray sets OMP_NUM_THREADS to the actor's `num_cpus` and runs workers at nice 15 unless RAY_worker_niceness
-    is 0 where Ray starts: give the actor its cores, or set `config.num_threads`.
+    On CPU, Ray sets OMP_NUM_THREADS to the actor's `num_cpus`: give the actor its cores, or set
+    `config.num_threads`. Ray runs workers at nice 15 unless RAY_worker_niceness=0 when Ray starts.
     """
 
-    _closed = True  # until __init__ is through, there is nothing to close
-    _shards: ShardGroup | None = None  # None: the only shard is in this process
+    _closed = True  # until the end of __init__
+    _shards: ShardGroup | None = None  # None: the single shard runs in this process
     _startup_seconds: Mapping[str, float] = MappingProxyType({})  # by stage
 
-    # Serve awaits a constructor that is a coroutine, and keeps its event loop free while the model loads.
+    # Serve awaits a coroutine constructor, which keeps the event loop free while the model loads.
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
         self, model_id: str, config: EngineConfig, options: ReplicaOptions | None = None
     ) -> None:
@@ -76,15 +76,15 @@ class Replica:
         self._failure: BaseException | None = None
         self._exiting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        # The directory may have to be started, which takes a second: the model loads meanwhile.
+        # Starting the directory takes a second: load the model meanwhile.
         secret, self._engine = await asyncio.gather(
             self._directory.secret(), asyncio.to_thread(self.build_engine, config)
         )
         self._watchdog = StepWatchdog.of(self._engine.config)
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
-        # What is loaded by now lives as long as the process: some 280,000 objects, over which a full collection takes
-        # 0.3 s, in the middle of everybody's stream. Frozen, they are not looked at again.
+        # The objects loaded so far, about 280,000, live as long as the process. A full collection over them takes
+        # 0.3 s and stalls every stream; the collector skips frozen objects.
         gc.collect()
         gc.freeze()
         await self._server.start(self._thread)
@@ -96,7 +96,7 @@ class Replica:
         self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
 
     def build_engine(self, config: EngineConfig) -> Engine:
-        """Loads the model; runs outside the event loop. Raises ConfigError, ModelError and ShardGroupError."""
+        """Load the model; runs outside the event loop. Raises ConfigError, ModelError and ShardGroupError."""
         if config.parallel.world_size == 1:
             return build_engine(config, start=self._start_here)
         engine, self._shards = build_sharded_engine(config, timeout_s=self._options.group_start_timeout)
@@ -105,7 +105,7 @@ class Replica:
 
     def _start_here(self, config: ResolvedConfig) -> LocalExecutor:
         from ...replicas.executors.local_executor import (
-            LocalExecutor,  # loads torch, for which the engine of a group has no use
+            LocalExecutor,  # loads torch, which the engine of a group does not need
         )
 
         executor = LocalExecutor(config)
@@ -113,12 +113,12 @@ class Replica:
         return executor
 
     def _describe(self, model_id: str) -> ReplicaInfo:
-        """What routers are told of the engine; the port is not known yet."""
+        """The engine's facts for routers; the port follows later."""
         config, load = self._engine.config, self._engine.load()
         return ReplicaInfo(
             replica_id=_replica_id(),
             model_id=model_id,
-            host=self._options.host or ray.util.get_node_ip_address(),
+            host=self._options.host or node_address(),
             port=0,
             epoch=secrets.randbits(48),
             max_model_len=config.model.max_model_len,
@@ -129,15 +129,15 @@ class Replica:
             dtype=config.model.dtype,
             num_parameters=self._engine.facts.num_parameters,
             num_shards=config.parallel.world_size,
-            node_id=ray.get_runtime_context().get_node_id(),
+            node_id=node_id(),
             pid=os.getpid(),
             startup_seconds=tuple(self._startup_seconds.items()),
         )
 
-    # What Serve calls, and what may be called through a handle
+    # Called by Serve or through a handle
 
     async def check_health(self) -> None:
-        """Raises EngineError when the engine is gone or a step hangs."""
+        """Raise EngineError if the engine is gone or a step hangs."""
         self._check_engine()
 
     def _check_engine(self) -> None:
@@ -153,13 +153,13 @@ class Replica:
         return self._thread.load()
 
     async def drain(self) -> None:
-        """Takes no more requests, tells routers and directory so, and returns when the last request has ended."""
+        """Accept no more requests, notify routers and directory, and return after the last request."""
         self._server.start_drain()
         await self._notify_directory(self._directory.register(self._server.info))
         await self._server.drained()
 
     async def close(self) -> None:
-        """Drains for a while, then cuts what still runs: its routers move it to other replicas. Idempotent."""
+        """Drain for `drain_timeout`, then cut the rest, which routers replay on other replicas. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -171,21 +171,21 @@ class Replica:
             async with asyncio.timeout(self._options.drain_timeout):
                 await self._server.drained()
         except TimeoutError:
-            logger.warning("%d requests did not end within the drain", self._server.num_streams)
+            logger.warning("%d requests were still running at the end of the drain", self._server.num_streams)
         await self._server.close()
         await asyncio.to_thread(self._thread.stop, _STOP_TIMEOUT)
-        await asyncio.to_thread(self._engine.shutdown)  # ends the ranks of a step that hangs, too
+        await asyncio.to_thread(self._engine.shutdown)  # also ends the ranks of a hanging step
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
-        """Serve calls this on shutdown, and awaits what it returns."""
+        """Serve calls this at shutdown and awaits the result."""
         return None if self._closed else self.close()
 
     # The engine's thread
 
     def _on_deltas(self, deltas: list[TokenDelta]) -> None:
         self._watchdog.step_ended(self._thread.step_seconds)
-        # A failed engine ends every sequence with an error. Those are kept back: the connections are cut instead, and
-        # the routers go on elsewhere, where the same tokens come again.
+        # A failed engine ends every sequence with an error. Drop these deltas: cut connections make the routers
+        # replay the requests elsewhere, with the same tokens.
         if self._engine.failure is None:
             self._server.publish(deltas)
 
@@ -195,18 +195,18 @@ class Replica:
     # The event loop
 
     def _fail(self, error: BaseException) -> None:
-        """Cuts the routers off at once and ends the process, so that Serve starts another."""
+        """Cut all connections and exit, so that Serve starts another replica."""
         if self._failure is not None:
             return
         self._failure = error
         logger.critical("the engine failed, and the replica exits", exc_info=error)
-        self._exiting = asyncio.create_task(self._exit())  # its turn comes after this one, whatever that raises
+        self._exiting = asyncio.create_task(self._exit())  # runs next, even if the line below raises
         self._server.fail(error)
 
     async def _exit(self) -> None:
         try:
             if self._shards is not None:
-                with suppress(TimeoutError):  # they also leave by themselves, unless they are stopped
+                with suppress(TimeoutError):  # ranks also exit by themselves, unless stopped
                     async with asyncio.timeout(_KILL_TIMEOUT):
                         await asyncio.to_thread(self._shards.kill)
             await self._notify_directory(self._directory.deregister(self._server.info))
@@ -214,7 +214,7 @@ class Replica:
             self.exit_process()
 
     def exit_process(self) -> None:
-        """Without clean-up: a step that hangs cannot be joined."""
+        """Exit without clean-up: a hanging step cannot be joined."""
         os._exit(EXIT_ENGINE_FAILED)
 
     async def _keep_registered(self) -> None:
@@ -227,7 +227,7 @@ class Replica:
             async with asyncio.timeout(REGISTER_INTERVAL):
                 await call
         except (DirectoryUnavailable, TimeoutError) as error:
-            logger.warning("the directory could not be told: %s", error or "no answer")
+            logger.warning("failed to notify the directory: %s", error or "no answer")
 
     async def _watch_engine(self) -> None:
         while True:
@@ -240,7 +240,7 @@ class Replica:
 
 
 def _replica_id() -> str:
-    """Serve's id of this replica; one of our own outside Serve."""
+    """Serve's id of this replica; a random one outside Serve."""
     try:
         return serve.get_replica_context().replica_id.unique_id
     except RayServeException:

@@ -1,4 +1,4 @@
-"""A replica's side of its routers' connections: requests in, one frame per engine step and router out."""
+"""The TCP server of a replica: receives requests, sends one frame per engine step and router."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ _T = TypeVar("_T")
 
 
 class AsyncEngine(Protocol):
-    """What the server needs of an engine that runs by itself; `replicas/engine/engine_thread.py` has the real one."""
+    """The server's interface to a running engine; implemented by `replicas/engine/engine_thread.py`."""
 
     def submit(self, request: Request) -> None:
-        """Takes the request, or raises RequestError or CapacityError."""
+        """Accept the request, or raise RequestError or CapacityError."""
         ...
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
-        """Ends all samples of the request, or one that has had a token."""
+        """Abort all samples of the request, or one that has started."""
         ...
 
     def load(self) -> ReplicaLoad: ...
 
     def call(self, function: Callable[[Any], _T]) -> Future[_T]:
-        """Runs `function(engine)` between two steps."""
+        """Run `function(engine)` between two steps."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    send_limit: int = DEFAULT_SEND_LIMIT  # bytes that may wait for one router before its connection is cut
-    load_interval: float = 0.1  # seconds between two loads that a router is told
+    send_limit: int = DEFAULT_SEND_LIMIT  # unsent bytes at which a router's connection is cut
+    load_interval: float = 0.1  # seconds between two load reports to a router
     handshake_timeout: float = 5.0  # seconds
-    max_handshakes: int = 64  # connections that may be unproved at a time
+    max_handshakes: int = 64  # concurrent handshakes
 
 
 @dataclass(eq=False, slots=True)
@@ -81,13 +81,13 @@ class _Session:
 
 @dataclass(slots=True)
 class _Stream:
-    session: _Session | None  # None: aborted; the engine's terminal deltas are awaited, and its id is in use until then
+    session: _Session | None  # None: aborted, and its id is in use until the engine's terminal deltas
     stream: int
     num_open: int  # samples without a terminal delta
 
 
 class ReplicaServer:
-    """Serves one engine to many routers. All methods but `publish` belong to the event loop's thread."""
+    """Serves one engine to many routers. All methods but `publish` run in the event loop's thread."""
 
     def __init__(self, info: ReplicaInfo, secret: bytes, options: ServerOptions | None = None) -> None:
         self.info = info
@@ -106,7 +106,7 @@ class ReplicaServer:
         self._failed = False
 
     async def start(self, engine: AsyncEngine) -> ReplicaInfo:
-        """Listens on `info.host` and a free port; returns the info with that port."""
+        """Listen on `info.host` and a free port; returns the info with that port."""
         self._engine = engine
         self._server = await self._loop.create_server(
             lambda: Connection(send_limit=self._options.send_limit, on_connected=self._connected),
@@ -118,7 +118,7 @@ class ReplicaServer:
         return self.info
 
     async def close(self) -> None:
-        """Stops listening and cuts every connection."""
+        """Stop listening and cut all connections."""
         if self._server is not None:
             self._server.close()
         tasks = [*self._handshakes, *self._calls, *([self._reporter] if self._reporter else [])]
@@ -128,15 +128,12 @@ class ReplicaServer:
         self.cut_all()
 
     def cut_all(self, error: Exception | None = None) -> None:
-        """Cuts every connection: the routers then move their streams elsewhere."""
+        """Cut all connections: the routers replay their streams elsewhere."""
         for session in list(self._sessions):
             session.connection.cut(error)
 
     def fail(self, error: BaseException) -> None:
-        """The engine is gone. Its last words are not passed on: a cut connection makes the routers replay.
-
-        Idempotent. Nobody is let in any more.
-        """
+        """Cut all connections after an engine failure, so that routers replay; refuses new ones. Idempotent."""
         self._failed = True
         for engine_id in [engine_id for engine_id, entry in self._streams.items() if entry.session is None]:
             self._forget(engine_id)
@@ -154,7 +151,7 @@ class ReplicaServer:
         return self._engine
 
     def start_drain(self) -> None:
-        """Takes no more requests; those that it has go on."""
+        """Accept no more requests; running ones continue."""
         if self.info.draining:
             return
         self.info = replace(self.info, draining=True)
@@ -162,14 +159,14 @@ class ReplicaServer:
             session.connection.send(Draining())
 
     async def drained(self) -> None:
-        """Returns when the last stream has ended."""
+        """Return after the end of the last stream."""
         await self._idle.wait()
 
     # Connections
 
     def _connected(self, connection: Connection) -> None:
         if len(self._handshakes) >= self._options.max_handshakes:
-            connection.cut(WireError(f"{len(self._handshakes)} connections are still unproved"))
+            connection.cut(WireError(f"{len(self._handshakes)} handshakes are in progress"))
             return
         task = asyncio.create_task(self._welcome(connection))
         self._handshakes.add(task)
@@ -190,14 +187,14 @@ class ReplicaServer:
             lambda payload: self._receive(session, payload),
             lambda error: self._closed(session, error),
         )
-        if connection.closed:  # it ended before there was anyone to tell
+        if connection.closed:  # it ended before `start`
             self._closed(session, connection.error)
 
     def _closed(self, session: _Session, error: Exception | None) -> None:
         self._sessions.discard(session)
         if session.engine_ids:
             logger.warning(
-                "router %s is gone (%s); aborting its %d requests",
+                "router %s disconnected (%s); aborting its %d requests",
                 session.router_id,
                 error or "closed",
                 len(session.engine_ids),
@@ -222,7 +219,7 @@ class ReplicaServer:
                 session.connection.send(Pong(number))
 
     def _submit(self, session: _Session, items: list[SubmitItem]) -> None:
-        # The router has counted these as load; a report, be it equal to the last one, puts right what never ran.
+        # The router counts these as load. Force a report, which corrects the count for refused ones.
         session.reported_load = None
         rejections: list[Rejection] = []
         for item in items:
@@ -231,7 +228,7 @@ class ReplicaServer:
             try:
                 self._admit(session, item)
             except EngineError as error:
-                self.fail(error)  # it has ended, and this process will
+                self.fail(error)  # the engine has ended, and this process exits
                 return
             except ServingError as error:
                 rejections.append(Rejection(item.stream, to_remote_error(error)))
@@ -240,10 +237,10 @@ class ReplicaServer:
 
     def _admit(self, session: _Session, item: SubmitItem) -> None:
         if self.info.draining or self._failed:
-            raise CapacityError(f"replica {self.info.replica_id} is draining; another one will take the request")
+            raise CapacityError(f"replica {self.info.replica_id} is draining; another one will run the request")
         engine_id = self._engine_id(item.request.request_id)
         request = replace(item.request, request_id=engine_id)
-        # Known before it is submitted: its first delta may be published before submit returns.
+        # Before submit: the first delta may be published before it returns.
         self._streams[engine_id] = _Stream(session, item.stream, request.num_samples)
         try:
             self.engine.submit(request)
@@ -254,7 +251,7 @@ class ReplicaServer:
         self._idle.clear()
 
     def _engine_id(self, request_id: str) -> str:
-        """`request_id`, numbered where it is in use: by another router, or by an earlier life that is being aborted."""
+        """`request_id`, with a number if another router or an aborted stream still uses it."""
         engine_id, number = request_id, 1
         while engine_id in self._streams:
             number += 1
@@ -262,7 +259,7 @@ class ReplicaServer:
         return engine_id
 
     def _abort(self, session: _Session, stream: int, sample: int | None = None) -> None:
-        """Ends a stream, of which nothing more is sent, or one sample of it, whose terminal delta is."""
+        """Abort a stream silently, or one sample of it with a terminal delta."""
         engine_id = session.engine_ids.get(stream)
         if engine_id is None:
             return
@@ -270,7 +267,7 @@ class ReplicaServer:
             self.engine.abort(engine_id, sample)
             return
         del session.engine_ids[stream]
-        if self._failed:  # no word will come of it
+        if self._failed:  # the engine will not report its end
             self._forget(engine_id)
             return
         self._streams[engine_id].session = None
@@ -304,7 +301,7 @@ class ReplicaServer:
     # Steps
 
     def publish(self, deltas: list[TokenDelta]) -> None:
-        """Sends one step's deltas to their routers. Callable from the engine's thread; returns at once."""
+        """Send one step's deltas to their routers. Thread-safe; returns at once."""
         self._loop.call_soon_threadsafe(self._deliver, deltas)
 
     def _deliver(self, deltas: Sequence[TokenDelta]) -> None:
@@ -328,7 +325,7 @@ class ReplicaServer:
             session.connection.send(Step(stream_deltas, self._load_for(session, now)))
 
     def _load_for(self, session: _Session, now: float) -> ReplicaLoad | None:
-        """The load, where the router has not been told for a while; else None."""
+        """The load, if the router's last report is older than `load_interval`; otherwise None."""
         if now - session.reported_at < self._options.load_interval:
             return None
         session.reported_at = now
@@ -336,7 +333,7 @@ class ReplicaServer:
         return session.reported_load
 
     async def _report_loads(self) -> None:
-        """Tells routers of loads that changed while no step of theirs told them."""
+        """Report changed loads to routers that receive no steps."""
         while True:
             await asyncio.sleep(self._options.load_interval)
             now = self._loop.time()

@@ -1,4 +1,4 @@
-"""All replicas of one model, and the requests for it: queued, placed, moved when their replica is lost."""
+"""The router of one model: queues requests, places them on replicas, and replays them after a loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRouter:
-    """Places the requests of one model. Everything here runs in the router's event loop."""
+    """Places the requests of one model; runs in the router's event loop."""
 
     def __init__(self, model_id: str, secret: bytes, router_id: str, options: RouterOptions) -> None:
         self.model_id = model_id
@@ -50,9 +50,9 @@ class ModelRouter:
     # Membership
 
     def update(self, replicas: Sequence[ReplicaInfo], *, stopping: bool = False) -> None:
-        """Connects to replicas that are new. One that is gone keeps its connection for as long as that stands.
+        """Connect to new replicas. Removed ones keep their connection until it ends.
 
-        stopping: no replica will come after these; whatever is queued is told so.
+        stopping: the model is shutting down; all queued requests fail with NoReplica.
         """
         self._stopping = stopping
         if stopping:
@@ -84,7 +84,7 @@ class ModelRouter:
     # Requests
 
     def admit(self, routed: RoutedRequest) -> None:
-        """Queues a new request; raises QueueFull, and NoReplica where the model is being stopped."""
+        """Queue a new request. Raises QueueFull, or NoReplica if the model is stopping."""
         if self._stopping:
             self.metrics.rejected[NoReplica.__name__] += 1
             raise _closing()
@@ -100,7 +100,7 @@ class ModelRouter:
         self._dispatch_soon()
 
     def release(self, routed: RoutedRequest) -> None:
-        """The reader is gone: what is unfinished is aborted. Nothing happens for a finished request."""
+        """Abort all unfinished samples of a request whose reader has left."""
         for queued in list(routed.queued_samples):
             self._leave_queue(queued)
         by_client: dict[ReplicaConnection, list[InFlight]] = {}
@@ -111,14 +111,14 @@ class ModelRouter:
             client.abort(in_flights)
 
     def end_sample(self, routed: RoutedRequest, sample: int) -> None:
-        """The reader wants no more of one sample, of which it has had tokens; the others go on."""
+        """Abort one sample after its first token; the others continue."""
         routed.log.finish([sample], FinishReason.ABORT)
         if not routed.log.num_open:
             routed.times.finished = self._loop.time()
             self.release(routed)
             routed.wake()
             return
-        # A sample that has had tokens goes on alone after the loss of its replica: a ticket of it has no other.
+        # A started sample is replayed alone, so its queue entry has no other sample.
         for queued in [queued for queued in routed.queued_samples if sample in queued.samples]:
             self._leave_queue(queued)
         for in_flight, client in routed.in_flights.items():
@@ -132,8 +132,8 @@ class ModelRouter:
         self._leave_queue(queued)
         num_ready = sum(client.ready for client in self.clients.values())
         error = NoReplica(
-            f"no replica of {self.model_id} had room within {seconds:g} s ({num_ready} of {len(self.clients)} are "
-            "reachable); retry, or add replicas",
+            f"no replica of {self.model_id} had free capacity within {seconds:g} s ({num_ready} of {len(self.clients)} "
+            "are reachable); retry, or add replicas",
             retry_after=self._rate.retry_after(len(self._queue)),
         )
         self._fail(queued.routed, queued.samples, error)
@@ -151,7 +151,7 @@ class ModelRouter:
     # Dispatch
 
     def _dispatch_soon(self) -> None:
-        """Dispatches in this turn of the loop when no window is open, else at its end."""
+        """Dispatch in this turn of the loop, or at the end of an open batching window."""
         if self._dispatching is None:
             delay = self._window.delay(self._loop.time())
             if delay > 0.0:
@@ -160,7 +160,7 @@ class ModelRouter:
                 self._dispatching = self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Sends every queued request that a replica has room for, in order, in one frame per replica."""
+        """Send queued requests in order while a replica has capacity, in one frame per replica."""
         self._dispatching = None
         ready = [client for client in self.clients.values() if client.ready]
         by_client: dict[ReplicaClient, list[InFlight]] = {}
@@ -186,10 +186,10 @@ class ModelRouter:
             client.submit(in_flights)
 
     def _place(self, ready: Sequence[ReplicaClient], request: Request) -> ReplicaClient | None:
-        """The replica for a request, with room reserved for it; None when it must wait."""
+        """Choose and reserve a replica; None if the request must wait."""
         began = perf_counter()
         context = (*request.prompt_token_ids, *request.emitted_token_ids)
-        # With one replica there is nothing to choose, and a cached prefix only makes its room larger.
+        # With one replica there is no choice, and hashes would cost time only.
         block_size = ready[0].info.block_size
         hashes = chain_hashes(context, block_size, request.cache_salt) if len(self.clients) > 1 else []
         facts = RequestFacts(len(context), request.num_samples)
@@ -203,7 +203,7 @@ class ModelRouter:
         self.metrics.pick_time.observe(perf_counter() - began)
         return client
 
-    # Reports of the replica clients
+    # Events of the replica clients
 
     def on_capacity(self, client: ReplicaClient) -> None:
         if len(self._queue):
@@ -214,7 +214,7 @@ class ModelRouter:
         if not in_flight.num_open:
             routed.in_flights.pop(in_flight, None)
         token_delta = routed.log.record(delta)
-        if token_delta is None:  # its reader has ended the sample
+        if token_delta is None:  # the reader ended the sample
             return
         times = routed.times
         if times.first_token is None and delta.token_ids:
@@ -254,7 +254,7 @@ class ModelRouter:
     # Replay
 
     def _replay(self, client: ReplicaClient, in_flight: InFlight) -> None:
-        """Goes on with what is unfinished of a flight whose replica is lost."""
+        """Requeue the unfinished samples of a lost replica."""
         routed, log = in_flight.routed, in_flight.routed.log
         in_flight.num_replays += 1
         for delta in log.complete(in_flight.samples):
@@ -262,7 +262,7 @@ class ModelRouter:
         if in_flight.num_replays > self._options.replay_limit:
             error = ReplicaLost(
                 f"request {log.request.request_id} lost {in_flight.num_replays} replicas, the last one "
-                f"{client.info.replica_id}, and is not tried again"
+                f"{client.info.replica_id}, and is not retried"
             )
             self._fail(routed, in_flight.samples, error)
             return
@@ -275,7 +275,7 @@ class ModelRouter:
             self._requeue(in_flight, request, self._options.replay_timeout)
 
     def _requeue(self, in_flight: InFlight, request: Request, timeout: float) -> None:
-        """Puts an accepted request back, in the place that its arrival gives it."""
+        """Queue an accepted request again, ordered by its first arrival."""
         queued = QueuedSample(in_flight.routed, request, in_flight.arrival, in_flight.num_replays)
         in_flight.routed.queued_samples.add(queued)
         self._queue.push_accepted(queued)

@@ -1,4 +1,4 @@
-"""The router's admission queue: bounded, by priority and then by arrival, and the window that gathers arrivals."""
+"""The router's bounded admission queue, ordered by priority and arrival, and its batching window."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..wire.errors import QueueFull
 
 MIN_RETRY_AFTER = 1.0  # seconds
 MAX_RETRY_AFTER = 30.0
-_RATE_MEMORY = 5.0  # seconds over which the rate of departures is averaged
+_RATE_MEMORY = 5.0  # seconds of the moving average
 
 
 class Queued(Protocol):
-    """An item of the queue. None of this changes while it is queued."""
+    """An item of the queue; constant while queued."""
 
     @property
     def priority(self) -> int:
@@ -22,12 +22,12 @@ class Queued(Protocol):
 
     @property
     def arrival(self) -> int:
-        """Increases with time; ties of priority go by it."""
+        """Increases with time; breaks ties of priority."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """Context tokens that the item holds in memory."""
+        """Context tokens that the item keeps in memory."""
         ...
 
 
@@ -35,12 +35,12 @@ T = TypeVar("T", bound=Queued)
 
 
 class AdmissionQueue(Generic[T]):
-    """Items by (priority, arrival), within bounds. Removal from the middle costs no search."""
+    """Bounded queue by (priority, arrival), with removal in O(1) on average."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._heap: list[tuple[int, int, int, T]] = []  # the third is unique, so that items are never compared
+        self._heap: list[tuple[int, int, int, T]] = []  # the third is unique: items are never compared
         self._queued: dict[int, T] = {}  # by id(item)
         self._serial = 0
         self.num_tokens = 0
@@ -49,7 +49,7 @@ class AdmissionQueue(Generic[T]):
         return len(self._queued)
 
     def push(self, item: T, *, retry_after: float) -> None:
-        """Queues the item, or raises QueueFull. An empty queue takes an item of any size."""
+        """Queue the item, or raise QueueFull. An empty queue accepts any size."""
         if self._queued and (
             len(self._queued) >= self._max_requests or self.num_tokens + item.num_tokens > self._max_tokens
         ):
@@ -61,7 +61,7 @@ class AdmissionQueue(Generic[T]):
         self.push_accepted(item)
 
     def push_accepted(self, item: T) -> None:
-        """Queues an item that was accepted before; the bounds do not apply to it."""
+        """Queue an item accepted earlier; the bounds do not apply."""
         self._serial += 1
         heapq.heappush(self._heap, (item.priority, item.arrival, self._serial, item))
         self._queued[id(item)] = item
@@ -77,21 +77,21 @@ class AdmissionQueue(Generic[T]):
         return None
 
     def remove(self, item: T) -> bool:
-        """Takes the item out, wherever it stands; False when it is not queued."""
+        """Remove the item from any position; False if it is not queued."""
         if self._queued.pop(id(item), None) is None:
             return False
         self.num_tokens -= item.num_tokens
-        if len(self._heap) > 2 * len(self._queued) + 64:  # removed items still hold their prompts
+        if len(self._heap) > 2 * len(self._queued) + 64:  # removed items keep their prompts alive
             self._heap = [entry for entry in self._heap if id(entry[3]) in self._queued]
             heapq.heapify(self._heap)
         return True
 
 
 class BatchWindow:
-    """When queued requests are dispatched, so that those which arrive together are prefilled in one step.
+    """Times dispatches so that requests which arrive together share a prefill step.
 
-    The first request of a quiet router goes at once and opens a window; what arrives in the window goes together
-    when it ends. At most one dispatch happens per `seconds`, and none waits longer.
+    An idle router dispatches its first request at once and opens a window. Requests that arrive in the
+    window are dispatched together at its end: at most one dispatch and one wait per `seconds`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -103,12 +103,12 @@ class BatchWindow:
         return max(0.0, self._opened + self._seconds - now)
 
     def open(self, now: float) -> None:
-        """A dispatch happened."""
+        """Record a dispatch."""
         self._opened = now
 
 
 class DepartureRate:
-    """How fast requests leave the queue, for an honest Retry-After: an average over the last few seconds."""
+    """Moving average of the rate at which requests leave the queue, for Retry-After."""
 
     def __init__(self) -> None:
         self._rate = 0.0  # requests per second
@@ -121,7 +121,7 @@ class DepartureRate:
         self._updated = now
 
     def retry_after(self, num_queued: int) -> float:
-        """Seconds until a queue of that length is probably gone."""
+        """Estimated seconds until a queue of that length is empty."""
         if self._rate <= 0.0:
             return MIN_RETRY_AFTER
         return min(max(num_queued / self._rate, MIN_RETRY_AFTER), MAX_RETRY_AFTER)

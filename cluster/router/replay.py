@@ -1,7 +1,7 @@
-"""What must be known of a request to finish it on another replica: the prompt, and the tokens its client has.
+"""Replay log: the state with which another replica can finish a request, its prompt and emitted tokens.
 
-Sampling noise is a function of (seed, position), so prompt + emitted tokens, run as context, go on with exactly the
-tokens that the lost replica would have sent.
+Sampling noise is a function of (seed, position). Prompt + emitted tokens as context therefore continue
+with exactly the tokens of the lost replica.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Sample:
 
 
 class ReplayLog:
-    """The output of one request so far, sample by sample."""
+    """The output of one request so far, per sample."""
 
     __slots__ = ("_samples", "num_open", "request")
 
@@ -36,7 +36,7 @@ class ReplayLog:
         return range(first, first + self.request.num_samples)
 
     def record(self, delta: StreamDelta) -> TokenDelta | None:
-        """The delta as the client is to see it; None when its sample has ended or never was asked for."""
+        """The delta for the client; None if its sample has ended or does not exist."""
         sample = self._samples.get(delta.sample)
         if sample is None or not sample.open:
             return None
@@ -44,7 +44,7 @@ class ReplayLog:
         if delta.finish_reason is not None:
             sample.open = False
             self.num_open -= 1
-        # What is told once, with a sample's first delta, is not told again by a replay.
+        # A replay must not repeat the fields of a sample's first delta.
         first, sample.started = not sample.started, True
         return TokenDelta(
             self.request.request_id,
@@ -59,8 +59,8 @@ class ReplayLog:
         )
 
     def finish(self, samples: Iterable[int], reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
-        """Terminal deltas for those of `samples` that are open."""
-        deltas = []
+        """Terminal deltas of the open ones among `samples`."""
+        deltas: list[TokenDelta] = []
         for index in samples:
             sample = self._samples[index]
             if sample.open:
@@ -70,21 +70,21 @@ class ReplayLog:
         return deltas
 
     def complete(self, samples: Iterable[int]) -> list[TokenDelta]:
-        """Terminal deltas for those of `samples` that have all their tokens, and lost only the word that they ended."""
+        """Terminal deltas of samples that had reached max_tokens, and lost only their final delta with the replica."""
         limit = self.request.sampling.max_tokens
         full = [i for i in samples if self._num_output(i) >= limit]
         return self.finish(full, FinishReason.LENGTH)
 
     def remaining(self, samples: range) -> list[Request]:
-        """Requests that produce what is missing of `samples`.
+        """Requests that produce the missing tokens of `samples`.
 
-        Where nothing was seen of any of them they go on together and share their prefill; else they go one by one.
+        One request that shares the prefill if no sample has started; otherwise one per sample.
         """
         request = self.request
         if all(self._samples[i].open and not self._samples[i].started for i in samples):
             whole = replace(request, first_sample=samples.start, num_samples=len(samples))
             return [whole if samples.start == request.first_sample else _without_prompt_logprobs(whole)]
-        requests = []
+        requests: list[Request] = []
         for index in samples:
             sample = self._samples[index]
             if not sample.open:

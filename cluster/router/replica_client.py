@@ -1,4 +1,4 @@
-"""A router's side of the connection to one replica: it keeps it up, keeps the replica's load, and counts."""
+"""A router's client of one replica: reconnects, tracks its load and its in-flight requests."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaListener(Protocol):
-    """Who is told what happens on a link."""
+    """Receives the events of a client."""
 
     def on_delta(self, client: ReplicaClient, in_flight: InFlight, delta: StreamDelta, now: float) -> None: ...
 
     def on_rejected(self, client: ReplicaClient, in_flight: InFlight, error: ServingError) -> None: ...
 
     def on_capacity(self, client: ReplicaClient) -> None:
-        """The replica may have room that it did not have before."""
+        """The replica may have more free capacity."""
         ...
 
     def on_lost(self, client: ReplicaClient, in_flights: Sequence[InFlight]) -> None: ...
 
 
 class ReplicaClient:
-    """Connects to `info`'s replica, again and again until `stop`."""
+    """Connects to `info`'s replica, and reconnects until `stop`."""
 
     def __init__(
         self, info: ReplicaInfo, secret: bytes, router_id: str, options: RouterOptions, listener: ReplicaListener
@@ -64,8 +64,8 @@ class ReplicaClient:
         self.load = ReplicaLoad(num_blocks=info.num_blocks, block_size=info.block_size)
         self.prefixes = PrefixIndex(options.prefix_index_blocks)
         self.draining = info.draining
-        self.listed = True  # in the membership; a link that is not is given up when its connection ends
-        self.attempted = asyncio.Event()  # the first connection stands or has failed
+        self.listed = True  # in the membership; if not, the client ends with its connection
+        self.attempted = asyncio.Event()  # the first attempt has succeeded or failed
         self._secret = secret
         self._router_id = router_id
         self._options = options
@@ -96,15 +96,13 @@ class ReplicaClient:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
-    # What the pool asks
-
     def candidate(self, hashes: Sequence[bytes]) -> Candidate:
-        """The replica as the policy sees it: its last report, and what this router sent and saw end since."""
+        """The replica for the policy: its last load, corrected by requests sent and ended since."""
         load = self.load
         running = load.num_running - self._recent_ends
         return Candidate(
             num_running=max(running, 0),
-            # What was sent since the report may have ended since, too.
+            # Requests sent since the report may have ended as well.
             num_waiting=max(load.num_waiting + self._recent_sequences + min(running, 0), 0),
             num_blocks=load.num_blocks,
             num_free_blocks=load.num_free_blocks - self._recent_blocks,
@@ -114,7 +112,7 @@ class ReplicaClient:
         )
 
     def reserve(self, num_sequences: int, num_blocks: int) -> None:
-        """Counts a request that is about to be sent; the replica's next report replaces the count."""
+        """Count a request about to be sent, until the replica's next report."""
         self._recent_sequences += num_sequences
         self._recent_blocks += num_blocks
 
@@ -124,9 +122,9 @@ class ReplicaClient:
         self._recent_ends = 0
 
     def submit(self, in_flights: Sequence[InFlight]) -> None:
-        """Sends the flights in one frame."""
-        assert self._connection is not None, "a link that is not connected is not a candidate"
-        items = []
+        """Send the requests in one frame."""
+        assert self._connection is not None, "a client without a connection is not a candidate"
+        items: list[SubmitItem] = []
         for in_flight in in_flights:
             self._next_stream += 1
             in_flight.stream = self._next_stream
@@ -135,18 +133,18 @@ class ReplicaClient:
         self._connection.send(Submit(items))
 
     def abort(self, in_flights: Sequence[InFlight]) -> None:
-        """Forgets the flights and tells the replica to end them."""
+        """Drop the requests and abort them on the replica."""
         known = [in_flight for in_flight in in_flights if self._in_flights.pop(in_flight.stream, None) is not None]
         if known and self._connection is not None:
             self._connection.send(Abort([AbortItem(in_flight.stream) for in_flight in known]))
 
     def abort_sample(self, in_flight: InFlight, sample: int) -> None:
-        """Tells the replica to end one sample; its terminal delta comes as any other does."""
+        """Abort one sample on the replica; its terminal delta arrives as any other."""
         if in_flight.stream in self._in_flights and self._connection is not None:
             self._connection.send(Abort([AbortItem(in_flight.stream, sample)]))
 
     async def call(self, name: CallName) -> Any:
-        """The replica's answer, of the type CALL_RESULTS gives; raises its ServingError, or ReplicaLost."""
+        """Call the replica; the result's type is in CALL_RESULTS. Raises the replica's ServingError, or ReplicaLost."""
         if self._connection is None:
             raise ReplicaLost(f"replica {self.info.replica_id} is not connected")
         self._next_call += 1
@@ -170,7 +168,7 @@ class ReplicaClient:
             try:
                 connection = await self._connect()
             except (OSError, TimeoutError, WireError) as error:
-                level = logging.DEBUG if self.attempted.is_set() else logging.WARNING  # once, not at every attempt
+                level = logging.DEBUG if self.attempted.is_set() else logging.WARNING  # warn once
                 logger.log(level, "no connection to replica %s: %s", self.info.replica_id, error or "timeout")
                 self.attempted.set()
             else:
@@ -181,7 +179,7 @@ class ReplicaClient:
                 finally:
                     connection.cut()
                     self._drop(connection)
-            # Also after a connection that stood: a replica that drops us at once must not get every replay first.
+            # Also after a successful connection: a replica that closes at once must not get each replay first.
             if self._loop.time() - began > self._options.max_reconnect_delay:
                 delay = self._options.reconnect_delay
             if self.listed:
@@ -198,7 +196,7 @@ class ReplicaClient:
                 connection.cut()
                 raise
         if connection.closed:
-            raise connection.error or WireError("the replica hung up after the handshake")
+            raise connection.error or WireError("the replica closed the connection after the handshake")
         self.load = welcome.load
         self.draining = welcome.draining
         self._forget_recent()
@@ -209,7 +207,7 @@ class ReplicaClient:
         return connection
 
     async def _heartbeat(self, connection: Connection) -> None:
-        """Returns when the connection has ended, by itself or because nothing was heard for too long."""
+        """Returns at the end of the connection, or after a silence of `heartbeat_timeout`."""
         number = 0
         while not self._lost.is_set():
             silence = self._loop.time() - self._heard_at
@@ -288,6 +286,6 @@ class ReplicaClient:
         if name is not None and future is not None and not future.done():
             if reply.error is not None:
                 future.set_exception(from_remote_error(reply.error))
-            else:  # what cannot be read ends the connection, and the call with it: it is still among those that wait
+            else:  # a decoding error ends the connection, which fails the call: it is still pending
                 future.set_result(decode(bytes(reply.result), CALL_RESULTS[name]))
         self._calls.pop(reply.call_id, None)

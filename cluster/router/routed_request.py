@@ -1,4 +1,4 @@
-"""One request inside a router: its log, its reader, and the pieces of it that are queued or run on replicas."""
+"""State of one request in a router: replay log, pending deltas, queued and in-flight samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .replay import ReplayLog
 
 @dataclass(slots=True)
 class RequestTimes:
-    """When things happened to a request, in the event loop's seconds; None: not yet."""
+    """Timestamps of a request in event-loop seconds; None: not yet."""
 
     arrived: float = 0.0
     dispatched: float | None = None
@@ -23,7 +23,7 @@ class RequestTimes:
 
 
 class RoutedRequest:
-    """A request's output on its way from replicas to one reader."""
+    """A request between its replicas and its reader."""
 
     __slots__ = (
         "_delivered",
@@ -55,14 +55,13 @@ class RoutedRequest:
 
     @property
     def overflown(self) -> bool:
-        """Whether the reader has fallen too far behind."""
+        """Whether the reader is too slow."""
         return len(self._pending) > self._max_pending
 
     def fail(self, samples: range, error: ServingError) -> list[TokenDelta]:
-        """Ends `samples` for `error`; returns the terminal deltas that say so.
+        """End `samples` with `error`; returns their terminal deltas.
 
-        An error that the client can act on is raised to the reader while it has seen nothing; later, and for all
-        other errors, terminal deltas carry the message.
+        Before the first delta, `next` raises errors that the client can act on. Terminal deltas carry all others.
         """
         if not self._delivered and isinstance(error, RequestError | CapacityError):
             self._error = error
@@ -75,7 +74,7 @@ class RoutedRequest:
         return deltas
 
     async def next(self) -> list[TokenDelta]:
-        """Every delta since the last call, at least one; empty when all samples have ended and all was read."""
+        """All deltas since the last call, at least one; empty after the end of all samples."""
         while not self._pending:
             if self._error is not None:
                 raise self._error
@@ -87,19 +86,19 @@ class RoutedRequest:
         return pending
 
     def wake(self) -> None:
-        """Lets the reader look again."""
+        """Wake the reader."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 @dataclass(eq=False, slots=True)
 class QueuedSample:
-    """A request, or what is left of one, that waits in the admission queue."""
+    """A request, or the unfinished samples of one, in the admission queue."""
 
     routed: RoutedRequest
     request: Request
     arrival: int
-    num_replays: int = 0  # replicas that were lost under it
+    num_replays: int = 0  # lost replicas
     deadline: asyncio.TimerHandle | None = None
 
     @property
@@ -117,14 +116,14 @@ class QueuedSample:
 
 @dataclass(eq=False, slots=True)
 class InFlight:
-    """A ticket's request on a replica."""
+    """A request on a replica."""
 
     routed: RoutedRequest
     request: Request
     arrival: int
     num_replays: int
     num_open: int  # samples without a terminal delta
-    stream: int = 0  # its number on the replica's connection
+    stream: int = 0  # number on the replica's connection
 
     @property
     def samples(self) -> range:

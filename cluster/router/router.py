@@ -1,4 +1,4 @@
-"""The router: it knows the replicas of every model, gives each request to one of them, and streams what comes back."""
+"""The router: places each request on a replica of its model and streams the output."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .routed_request import RequestTimes, RoutedRequest
 
 logger = logging.getLogger(__name__)
 
-_RETRY_WATCH = 0.5  # seconds before the source of the membership is asked again after it failed
+_RETRY_WATCH = 0.5  # seconds between retries of a failed membership watch
 
 
 class Router:
-    """Streams requests through the replicas that `source` names.
+    """Streams requests through the replicas in `source`.
 
-    Lives in one event loop: `start` and every other method are called there. `secret` is the cluster's. `collector`
-    gives the router's own metrics to a Prometheus registry.
+    All methods run in one event loop. secret: the cluster's. `collector` exports the router's metrics to
+    a Prometheus registry.
     """
 
     def __init__(self, source: MembershipSource, secret: bytes, options: RouterOptions | None = None) -> None:
@@ -43,7 +43,7 @@ class Router:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when every replica of the first membership was tried; more are found as they come."""
+        """Watch the membership; returns after one connection attempt to each replica of the first."""
         membership = await self._source.watch(None)
         self._update(membership)
         self._watcher = asyncio.create_task(self._watch(membership.version))
@@ -56,29 +56,28 @@ class Router:
         )
 
     async def close(self) -> None:
-        """Drops every connection; replicas abort what this router asked of them."""
+        """Close all connections; replicas abort this router's requests."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.gather(*(model_router.close() for model_router in self._model_routers.values()))
 
     def models(self) -> list[str]:
-        """The models that are or were served, in order of name."""
+        """Names of the models that are or were served, sorted."""
         return sorted(self._model_routers)
 
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
-        """The connected replicas of a model, with their last reports. Raises UnknownModel."""
+        """The connected replicas of a model with their last reported loads. Raises UnknownModel."""
         return [(client.info, client.load) for client in self._connected(model)]
 
     async def generate(
         self, model: str, request: Request, *, times: RequestTimes | None = None
     ) -> AsyncGenerator[list[TokenDelta], None]:
-        """Yields new deltas as engine steps bring them, until every sample has had its terminal one.
+        """Yield new deltas after each engine step, until every sample has had its terminal delta.
 
-        Raises RequestError or CapacityError, but only before the first item; later errors are terminal deltas with
-        FinishReason.ERROR. A reader that leaves early must `aclose()` the generator: that aborts the request. The
-        request's seed is part of what a replay needs, so it must be drawn before. `times`, when given, is filled in.
-        The request's id is unique among those that run here.
+        Raises RequestError or CapacityError before the first item only; later errors are terminal deltas
+        with FinishReason.ERROR. `aclose()` on the generator aborts the request. The request needs a drawn
+        seed, for replays, and an id that is unique among running requests. Fills in `times`, if given.
         """
         model_router = self._model_router(model)
         times = times if times is not None else RequestTimes()
@@ -94,16 +93,16 @@ class Router:
             model_router.release(routed)
 
     def end_sample(self, request_id: str, sample: int) -> None:
-        """The reader of a request has had tokens of a sample and wants no more: it stops to cost, and no delta comes.
+        """Abort one sample after its first token, for example at a stop string; no further delta follows.
 
-        Nothing happens where the sample or the request has ended.
+        Does nothing if the sample or the request has ended.
         """
         if request_id in self._running:
             model_router, routed = self._running[request_id]
             model_router.end_sample(routed, sample)
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]:
-        """For every replica: its id, its whole pool's report, and one per running request. Raises UnknownModel."""
+        """Per replica: its id, the report of its block pool, and one per running request. Raises UnknownModel."""
         clients = self._connected(model)
         answers = await self._call_all(clients, "block_reports")
         return [
@@ -119,19 +118,17 @@ class Router:
         ]
 
     async def reset_prefix_cache(self, model: str) -> bool:
-        """Empties the prefix caches; False where a replica could not, for requests are running. Raises UnknownModel."""
+        """Empty all prefix caches; False if a replica had running requests. Raises UnknownModel."""
         clients = self._connected(model)
         for client in clients:
             client.prefixes.clear()
         return all(await self._call_all(clients, "reset_prefix_cache"))
 
     async def drain(self, model: str, replica_id: str) -> bool:
-        """Tells a replica to take no more requests; False when it is not connected. Raises UnknownModel."""
+        """Stop a replica from accepting requests; False if it is not connected. Raises UnknownModel."""
         clients = [client for client in self._connected(model) if client.info.replica_id == replica_id]
         await self._call_all(clients, "drain")
         return bool(clients)
-
-    # Inside
 
     def _model_router(self, model: str) -> ModelRouter:
         model_router = self._model_routers.get(model)
@@ -145,7 +142,7 @@ class Router:
         return [client for client in self._model_router(model).clients.values() if client.connected]
 
     async def _call_all(self, clients: Sequence[ReplicaClient], name: CallName) -> list[Any]:
-        """Every replica's answer, None for one that was lost meanwhile."""
+        """Each replica's answer; None for one lost meanwhile."""
         answers = await asyncio.gather(*(client.call(name) for client in clients), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLost):
@@ -166,8 +163,8 @@ class Router:
             try:
                 membership = await self._source.watch(version)
             except ServingError as error:
-                # Known replicas stay: their connections tell more than a directory that is away for a moment.
-                logger.warning("the membership could not be read, trying again: %s", error)
+                # Keep known replicas: their own connections report their loss.
+                logger.warning("could not read the membership, retrying: %s", error)
                 await asyncio.sleep(_RETRY_WATCH)
                 continue
             if membership.version != version:

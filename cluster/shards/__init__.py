@@ -1,1 +1,1 @@
-"""Shard groups: placement of ranks on nodes and GPUs, and the actors that host them."""
+"""Shard groups: rank placement on nodes and GPUs, and the actors of the ranks."""

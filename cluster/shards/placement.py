@@ -1,8 +1,7 @@
-"""What a replica asks of Ray, and which of the actors that it gets becomes which rank.
+"""Placement of a replica: its bundles for Ray, and the assignment of ranks to the placed actors.
 
-A replica of several shards has a placement group of its own: bundle 0 is the replica's process, the bundles after it
-hold one shard actor each. Ray gives every actor a place; `seat` then makes ranks of them, so that the ranks of one
-pipeline stage sit together.
+A replica of several shards has its own placement group: bundle 0 for its process, then one bundle per
+shard actor. Ray places the actors; `assign_ranks` then keeps the ranks of each pipeline stage together.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from ...replicas.config import ParallelConfig
 def bundles(
     parallel: ParallelConfig, *, num_cpus: float, num_gpus_per_shard: float, accelerator_type: str | None = None
 ) -> list[dict[str, float]]:
-    """One bundle for the replica's process, and one for every shard where there is more than one.
+    """The bundles of a replica: one for its process, and one per shard if there are several.
 
-    A single shard runs inside the replica's process, so that its GPU belongs to the first bundle. `num_cpus` are those
-    of each bundle; a share of one where a node has fewer cores than processes.
+    A single shard runs in the replica's process and shares its bundle. num_cpus: of each bundle; below 1
+    if a node has fewer cores than processes.
     """
     shard: dict[str, float] = {"CPU": num_cpus}
     if num_gpus_per_shard:
         shard["GPU"] = num_gpus_per_shard
     if accelerator_type is not None:
-        shard[f"accelerator_type:{accelerator_type}"] = 0.001  # Ray's way to say "on a node that has it"
+        shard[f"accelerator_type:{accelerator_type}"] = 0.001  # Ray's idiom for "on a node that has it"
     if parallel.world_size == 1:
         return [shard]
     return [{"CPU": num_cpus}, *(dict(shard) for _ in range(parallel.world_size))]
 
 
 def strategy(parallel: ParallelConfig) -> str:
-    """Ray's placement strategy for the bundles: one node, unless there are stages that may lie on several.
+    """Ray's placement strategy: one node, unless pipeline stages may be on several.
 
-    Ranks of a stage exchange every layer's activations and want NVLink between them; stages exchange them once a step.
+    Ranks of a stage exchange activations in every layer and need NVLink; stages exchange them once a step.
     """
     return "PACK" if parallel.pipeline_parallel_size > 1 else "STRICT_PACK"
 
 
 def ray_actor_options(bundle: dict[str, float]) -> dict[str, Any]:
-    """The resources of the actor that takes all of a bundle."""
+    """Actor options that use a whole bundle."""
     custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
     options: dict[str, Any] = {"num_cpus": bundle.get("CPU", 0.0), "num_gpus": bundle.get("GPU", 0.0)}
     if custom:
@@ -50,12 +49,12 @@ def ray_actor_options(bundle: dict[str, float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ActorPlacement:
-    """Where Ray has put an actor."""
+    """The node, process and GPUs of an actor."""
 
     node_id: str
     host: str  # the node's address
     pid: int
-    gpus: tuple[str, ...]  # Ray's names of the GPUs that it may use: indices, or UUIDs
+    gpus: tuple[str, ...]  # Ray's ids of its GPUs: indices or UUIDs
 
     def __str__(self) -> str:
         gpus = f", GPU {' and '.join(self.gpus)}" if self.gpus else ""
@@ -64,23 +63,23 @@ class ActorPlacement:
 
 @dataclass(frozen=True, slots=True)
 class RankAssignment:
-    """A rank of a group: the actor that is it, and the devices that it sees.
+    """The actor and the visible devices of one rank.
 
-    Ray shows each actor its own GPU alone, so that every rank would compute on a `cuda:0`; symmetric memory refuses
-    ranks that call their devices the same. All ranks of a node therefore see the same GPUs, the group's, in one order.
+    All ranks of a node see the same GPUs, the group's, in one order. Ray would show each actor its own GPU
+    as `cuda:0`, and symmetric memory refuses ranks with equal devices.
     """
 
     actor: int
     placement: ActorPlacement
-    local_rank: int  # among the group's ranks on this node; with GPUs, the index of this rank's among visible_gpus
+    local_rank: int  # among the group's ranks on this node; with GPUs, the index in visible_gpus
     visible_gpus: tuple[str, ...]
 
 
 def assign_ranks(placements: list[ActorPlacement], parallel: ParallelConfig, driver_node: str) -> list[RankAssignment]:
-    """The seats by world rank (stage x tensor_parallel_size + tensor-parallel rank).
+    """Assignments by world rank (stage x tensor_parallel_size + tensor-parallel rank).
 
-    A node takes as many whole stages as it has actors for, the replica's node `home` first; only what remains of the
-    nodes makes stages that are spread over several (`spread_stages` names them). Ranks of a node follow its GPUs.
+    Each node gets as many whole stages as its actors can form, `driver_node` first. Left-over actors form
+    stages that span nodes (see `spread_stages`). Ranks of a node are in the order of its GPUs.
     """
     nodes: dict[str, list[int]] = {}
     for actor, placement in enumerate(placements):
@@ -94,7 +93,7 @@ def assign_ranks(placements: list[ActorPlacement], parallel: ParallelConfig, dri
         split = len(nodes[node]) // tp * tp
         whole += nodes[node][:split]
         rest += nodes[node][split:]
-    assignments = []
+    assignments: list[RankAssignment] = []
     for actor in whole + rest:
         placement = placements[actor]
         neighbours = nodes[placement.node_id]
@@ -104,7 +103,7 @@ def assign_ranks(placements: list[ActorPlacement], parallel: ParallelConfig, dri
 
 
 def spread_stages(assignments: list[RankAssignment], parallel: ParallelConfig) -> list[int]:
-    """The pipeline stages whose ranks lie on more than one node."""
+    """Indices of the pipeline stages that span several nodes."""
     tp = parallel.tensor_parallel_size
     stages = [assignments[first : first + tp] for first in range(0, len(assignments), tp)]
     return [i for i, stage in enumerate(stages) if len({assignment.placement.node_id for assignment in stage}) > 1]

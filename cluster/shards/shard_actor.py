@@ -1,4 +1,4 @@
-"""A rank of a shard group as a Ray actor, and the handle by which its group drives it."""
+"""A rank as a Ray actor, and the handle with which its group controls it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ...replicas.engine.engine import Engine
 from ...replicas.errors import ConfigError, ShardGroupError
 from ...replicas.executors.step_watchdog import is_stopped
 from ...replicas.offline import build_engine
+from ..ray_api import bundle_specs, create_actor, kill_actor, node_address, node_id
 from ..wire.logs import RankLog
 from .placement import ActorPlacement, ray_actor_options
 from .shard_group import DriverNode, ShardGroup, start_shard_group
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
     from ...replicas.executors.shard_rank import ShardRank
 
 
-_ASKED_MS = 500  # milliseconds for a process to end that Ray asked to; 11 on an idle machine
+_ASKED_MS = 500  # milliseconds for a killed process to end; takes 11 on an idle machine
 
 
 class ShardActor:
-    """The actor's class: a `ShardRank` in a process of its own, one call at a time.
+    """The actor's class: a `ShardRank` in its own process, one call at a time.
 
-    The last call, `serve`, lasts as long as the rank: its reference tells the group when the rank is gone.
+    The last call, `serve`, runs as long as the rank: its result reports the rank's end to the group.
     """
 
     _rank: ShardRank
@@ -47,18 +48,18 @@ class ShardActor:
     def placement(self) -> ActorPlacement:
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-        return ActorPlacement(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+        return ActorPlacement(context.get_node_id(), node_address(), os.getpid(), gpus)
 
     def assign(self, config: ResolvedConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
-        """Becomes a rank. config: resolved. visible_gpus: those that cuda:0, cuda:1, ... are from now on."""
+        """Become a rank. visible_gpus: the GPUs of cuda:0, cuda:1, ..."""
         if visible_gpus:
-            # In place of Ray's own choice, and before CUDA reads it. A runtime_env would have to name the GPUs before
-            # they are known, and Ray cannot start workers that have one where the interpreter's path has a space.
+            # Replaces Ray's choice before CUDA reads it. A runtime_env would need the GPUs before they are known.
+            # Ray also fails to start workers that have one if the path of the Python executable contains a space.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
         if self._log is not None:
             self._log.start(rank)
         from ...replicas.executors.shard_rank import (
-            ShardRank,  # here, since it loads torch, which reads the environment
+            ShardRank,  # here: it loads torch, which reads the environment
         )
 
         self._rank = ShardRank(config, rank, local_rank)
@@ -79,21 +80,21 @@ class ShardActor:
 class ShardActorHandle:
     """A shard actor in a bundle of a placement group; see `ShardHandle`.
 
-    It is never restarted: a rank's state is of no use to a group that went on without it.
+    Never restarted: a restarted rank has lost the state that its group needs.
     """
 
     def __init__(self, group: PlacementGroup, bundle: int, log: RankLog | None = None) -> None:
         options = {
-            **ray_actor_options(group.bundle_specs[bundle]),
+            **ray_actor_options(bundle_specs(group)[bundle]),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             "max_restarts": 0,
             "max_task_retries": 0,
         }
-        self._actor = cast("Any", ray.remote(ShardActor)).options(**options).remote(log)
+        self._actor = create_actor(ShardActor, options, log)
         self._name = f"the actor of bundle {bundle}"
-        self._title = "shard"  # what Ray and lists of processes call it
+        self._title = "shard"  # its name in Ray and in `ps`
         self._placement: ActorPlacement | None = None
-        self._process: int | None = None  # a descriptor of its process, where that is on this node
+        self._process: int | None = None  # pidfd of its process, if on this node
         self._ending = threading.Lock()  # two threads may end the group at once
 
     def call(self, method: str, *args: object) -> Future[Any]:
@@ -118,8 +119,8 @@ class ShardActorHandle:
         self._name = f"rank {rank} of {world_size} ({placement})"
         self._title = f"shard {rank} of replica {os.getpid()}"
         self._placement = placement
-        if placement.node_id == ray.get_runtime_context().get_node_id() and self._process is None:
-            with contextlib.suppress(ProcessLookupError):  # who is gone need not be ended
+        if placement.node_id == node_id() and self._process is None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._process = os.pidfd_open(placement.pid)
 
     def is_stopped(self) -> bool:
@@ -129,7 +130,7 @@ class ShardActorHandle:
         with self._ending:
             process, self._process = self._process, None
         try:
-            ray.kill(self._actor)
+            kill_actor(self._actor)
         finally:
             if process is not None:
                 _end(process)
@@ -137,9 +138,10 @@ class ShardActorHandle:
 
 
 def _end(process: int) -> None:
-    """Waits for the end of a process that has been asked for it, and insists; the process is a descriptor.
+    """Wait for the end of a killed process, then send SIGKILL. process: a pidfd.
 
-    A stopped one does not hear, and Ray insists after 5 s: a new rank on its GPU would meanwhile find the memory taken.
+    A stopped process ignores Ray's request, and Ray kills it after 5 s only. Until then it would hold GPU
+    memory that a new rank needs.
     """
     poll = select.poll()
     poll.register(process, select.POLLIN)
@@ -149,23 +151,23 @@ def _end(process: int) -> None:
 
 
 def _plain(error: BaseException) -> BaseException:
-    """What the actor's method raised, or a ShardGroupError for an actor that has ended, in one line."""
+    """The error that the actor's method raised, or a one-line ShardGroupError for a dead actor."""
     if isinstance(error, RayTaskError):
-        return error.cause
+        return cast("Any", error).cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if "because" in line] or lines[-1:]
-    # Ray goes on with a list of what may have happened in general.
+    # Ray appends a list of general causes.
     reason = " ".join(reasons).partition(" Some common causes")[0]
     return ShardGroupError(f"its process has ended ({reason})")
 
 
 def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Engine, ShardGroup]:
-    """An engine over shard actors in the placement group of the calling replica.
+    """Build an engine over shard actors in the placement group of the calling replica.
 
-    Raises ConfigError and ModelError, with the field or the file at fault, and ShardGroupError.
+    Raises ConfigError and ModelError, with the wrong field or file, and ShardGroupError.
     """
     group = _own_placement_group(config.parallel.world_size)
-    driver_node = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    driver_node = DriverNode(node_id(), node_address())
     log = RankLog.of_this_replica()
     made: list[ShardGroup] = []
 
@@ -195,11 +197,11 @@ def _own_placement_group(world_size: int) -> PlacementGroup:
 
 
 def _device(asked: str, group: PlacementGroup) -> str:
-    """The ranks' device: what was asked for or, for "auto", a GPU where their bundles have one.
+    """The ranks' device; "auto" means a GPU if their bundles have one.
 
-    The replica's own process may see no GPU, and needs no torch to say so.
+    The bundles decide, not torch: the replica's own process may see no GPU.
     """
-    with_gpu = any(bundle.get("GPU") for bundle in group.bundle_specs[1:])
+    with_gpu = any(bundle.get("GPU") for bundle in bundle_specs(group)[1:])
     if asked == "cuda" and not with_gpu:
         raise ConfigError("device is cuda, but the ranks' bundles have no GPU; put GPU: 1 into each, or use device cpu")
     return "cuda" if with_gpu and asked != "cpu" else "cpu"

@@ -1,4 +1,4 @@
-"""A model copy over several shard actors: how it is made and taken down."""
+"""Start and shutdown of a model copy over several shard actors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .placement import ActorPlacement, assign_ranks, spread_stages
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_SECONDS = 5.0  # for ranks to leave by themselves once there are no more plans
+_LEAVE_SECONDS = 5.0  # for ranks to exit by themselves after the last plan
 
 
 class ShardHandle(RankHandle, Protocol):
-    """One shard actor, as its group drives it: `call` is of ShardActor's methods. `shard_actor.py` has Ray's."""
+    """Controls one shard actor; `call` names methods of ShardActor. Implemented in `shard_actor.py`."""
 
     def assigned(self, rank: int, world_size: int, placement: ActorPlacement) -> None:
-        """Is told which rank the actor will be, and where it is."""
+        """Record the actor's rank and placement."""
         ...
 
     def kill(self) -> None:
-        """Ends the actor's process, whatever it does. Idempotent."""
+        """End the actor's process in any state. Idempotent."""
         ...
 
 
@@ -51,13 +51,13 @@ class ShardGroup(GroupExecutor):
         self._shards = tuple(shards)
 
     def shutdown(self) -> None:
-        """Tells the ranks that no more plans come, and ends those that do not leave by themselves."""
+        """Send the end of plans to the ranks, and kill those that do not exit."""
         super().shutdown()
         wait(self.runs, 0.0 if self.failed else _LEAVE_SECONDS)
         _kill(self._shards)
 
     def kill(self) -> None:
-        """Ends every rank at once, also one that is stopped or hangs."""
+        """End every rank at once, including stopped and hanging ones."""
         self.failed = True
         self.shutdown()
 
@@ -65,12 +65,11 @@ class ShardGroup(GroupExecutor):
 def start_shard_group(
     config: ResolvedConfig, launch: Callable[[int], ShardHandle], driver_node: DriverNode, *, timeout_s: float
 ) -> ShardGroup:
-    """Makes a group of as many shard actors as the configuration has ranks.
+    """Start one shard actor per rank and form the group.
 
-    config: resolved. launch: starts the n-th actor. timeout_s: for all of it, from the actors' start to their first
-    wait for a plan; the weights are loaded in it. Raises what a rank says of the configuration or the model
-    (ConfigError, ModelError), else ShardGroupError, with the rank, its node and the reason. Whatever was made by then
-    has been taken down.
+    launch: starts the n-th actor. timeout_s: from the actors' start to their first wait for a plan,
+    including the loading of weights. Raises ConfigError and ModelError of a rank, otherwise
+    ShardGroupError with rank, node and reason. On failure all actors are killed.
     """
     begin = time.monotonic()
     start = GroupStart(config, timeout_s)
@@ -81,7 +80,7 @@ def start_shard_group(
         placements: list[ActorPlacement] = start.call_all("start", actors, "placement")
         ranks = _assign_ranks(start, config, actors, placements, driver_node)
         nodes = [rank.placement.node_id for rank in ranks]
-        # The store is reached from no further than the ranks are.
+        # The store listens on loopback if all ranks are on one node.
         meeting_host = "127.0.0.1" if len(set(nodes)) == 1 else ranks[0].placement.host
         shards = [rank.shard for rank in ranks]
         loaded = start.load(shards, meeting_host)
@@ -106,7 +105,7 @@ def _assign_ranks(
     placements: list[ActorPlacement],
     driver_node: DriverNode,
 ) -> list[_Rank]:
-    """Makes ranks of the actors; in their order."""
+    """Assign ranks to the actors; returns them by rank."""
     parallel = config.parallel
     assignments = assign_ranks(placements, parallel, driver_node.node_id)
     ranks = [_Rank(actors[assignment.actor], assignment.placement) for assignment in assignments]
@@ -135,5 +134,5 @@ def _kill(shards: Sequence[ShardHandle]) -> None:
     for shard in shards:
         try:
             shard.kill()
-        except Exception as error:  # the others must go all the same
-            logger.warning("%s could not be ended: %s", shard, error)
+        except Exception as error:  # kill the others as well
+            logger.warning("could not end %s: %s", shard, error)

@@ -1,1 +1,1 @@
-"""What crosses between router and replica: frames, handshake, errors, and the directory of replicas."""
+"""The wire between routers and replicas: frames, handshake and errors, and the directory of replicas."""

@@ -1,7 +1,7 @@
-"""The directory: one small named actor that knows which replicas there are, and keeps the cluster's secret.
+"""The directory: a small named actor that registers replicas and holds the cluster's secret.
 
-It is off every path that a token takes. When it dies, Ray restarts it with the secret it was made with, the replicas
-register again within `REGISTER_INTERVAL`, and routers keep the connections that they have in the meantime.
+No token passes through it. If it dies, Ray restarts it with the same secret, and replicas register
+again within `REGISTER_INTERVAL`. Routers keep their connections in the meantime.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from ...replicas.channel.handshake import new_secret
+from ..ray_api import create_actor, kill_actor, named_actor
 from .errors import DirectoryUnavailable
 from .logs import log_to_stderr
 from .membership import Membership, ReplicaInfo
@@ -24,29 +25,29 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "shoal"
 DEFAULT_NAME = "directory"
 REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
-TIME_TO_LIVE = 10.0  # seconds that a registration counts for
-WATCH_TIMEOUT = 10.0  # seconds that a watch without news lasts
+TIME_TO_LIVE = 10.0  # seconds until a registration expires
+WATCH_TIMEOUT = 10.0  # seconds after which an unchanged membership is returned
 _EXPIRY_CHECK = 1.0
-_STOP_TIMEOUT = 2.0  # seconds; an end must not wait for a directory that is being restarted
-_ANSWER_TIMEOUT = 60.0  # seconds; the first question may have to wait for the actor's process to start
+_STOP_TIMEOUT = 2.0  # seconds; a restart of the directory must not delay a shutdown
+_ANSWER_TIMEOUT = 60.0  # seconds; the first call may have to start the actor's process
 
 
 class Directory:
-    """The actor's class; plain asyncio, so that it can be tested without Ray."""
+    """The actor's logic in plain asyncio, testable without Ray."""
 
     def __init__(self, secret: bytes, time_to_live: float = TIME_TO_LIVE) -> None:
         self._secret = secret
         self._time_to_live = time_to_live
         self._replicas: dict[tuple[str, int], tuple[ReplicaInfo, float]] = {}  # with the loop's time of expiry
         self._stopping: frozenset[str] = frozenset()
-        self._version = secrets.randbits(48)  # never one that a predecessor gave to a watcher
+        self._version = secrets.randbits(48)  # differs from those of a previous process
         self._changed = asyncio.Condition()
 
     async def secret(self) -> bytes:
         return self._secret
 
     async def register(self, info: ReplicaInfo) -> None:
-        """Adds or renews a replica. An earlier life of the same replica is forgotten."""
+        """Add or renew a replica; removes earlier epochs of the same replica."""
         async with self._changed:
             expires = asyncio.get_running_loop().time() + self._time_to_live
             stale = [key for key in self._replicas if key[0] == info.replica_id and key != info.key]
@@ -56,26 +57,26 @@ class Directory:
             self._replicas[info.key] = info, expires
             if known is None:
                 logger.info("replica %s of %s is at %s:%d", info.replica_id, info.model_id, info.host, info.port)
-                self._stopping -= {info.model_id}  # it is served anew
+                self._stopping -= {info.model_id}
             if stale or known is None or known[0] != info:
                 self._announce()
 
     async def deregister(self, replica_id: str, epoch: int) -> None:
-        """Forgets a replica that goes; no error when it is unknown."""
+        """Remove a replica; does nothing if it is unknown."""
         async with self._changed:
             if self._replicas.pop((replica_id, epoch), None) is not None:
-                logger.info("replica %s leaves", replica_id)
+                logger.info("replica %s deregistered", replica_id)
                 self._announce()
 
     async def stop(self, models: frozenset[str]) -> None:
-        """Says that the replicas of these models are about to go, and that no others will come."""
+        """Mark models as stopping: their replicas will end without successors."""
         async with self._changed:
-            logger.info("served no longer: %s", ", ".join(sorted(models)))
+            logger.info("models stopping: %s", ", ".join(sorted(models)))
             self._stopping |= models
             self._announce()
 
     async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:  # noqa: ASYNC109 -- a long poll
-        """The membership once its version is not `version`, or as it is after `timeout` seconds."""
+        """The membership as soon as its version differs from `version`, or after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         async with self._changed:
@@ -105,7 +106,7 @@ class Directory:
 
 
 class DirectoryActor(Directory):
-    """A directory in a process of its own, which logs what comes and goes."""
+    """The directory as a Ray actor, with its own log."""
 
     def __init__(self, secret: bytes) -> None:
         log_to_stderr("shoal_directory", logging.INFO)
@@ -113,46 +114,44 @@ class DirectoryActor(Directory):
 
 
 def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
-    """A handle of the cluster's directory. Whoever asks first creates it; it lives until the cluster ends.
+    """The handle of the cluster's directory; the first caller creates the actor, which lives until the cluster ends.
 
     Blocks for a round trip to Ray's control plane. Needs `ray.init`.
     """
     options = {
         "name": name,
         "namespace": NAMESPACE,
-        "lifetime": "detached",  # it must outlive the process that happened to create it
+        "lifetime": "detached",  # it must outlive the process that created it
         "get_if_exists": True,
         "num_cpus": 0,
         "max_restarts": -1,
-        "scheduling_strategy": "DEFAULT",  # not in the placement group of the replica that asks, which ends before it
-        "max_concurrency": 10_000,  # every router's watch is a call that waits
+        "scheduling_strategy": "DEFAULT",  # not in the placement group of the calling replica, which may end first
+        "max_concurrency": 10_000,  # each router has one pending watch
     }
-    # Ray keeps the arguments for restarts, so that the secret outlives the process.
-    return cast("Any", ray.remote(DirectoryActor)).options(**options).remote(new_secret())
+    # A restarted actor gets the same arguments, and therefore the same secret.
+    return create_actor(DirectoryActor, options, new_secret())
 
 
 def announce_stop(models: frozenset[str], name: str = DEFAULT_NAME) -> None:
-    """Lets routers know that the models are served no longer: what would wait for a replica is told so instead."""
-    try:
-        directory = ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:  # there is none, nor is there anything that it could tell routers
+    """Notify routers that the models stop, so that queued requests fail at once instead of waiting."""
+    directory = named_actor(name, NAMESPACE)
+    if directory is None:
         return
     try:
         ray.get(directory.stop.remote(models), timeout=_STOP_TIMEOUT)
     except RayError as error:
-        logger.warning("routers could not be told that the models stop: %s", error)
+        logger.warning("failed to notify routers that the models stop: %s", error)
 
 
 def remove_directory(name: str = DEFAULT_NAME) -> None:
-    """Ends the directory, if there is one, when nobody uses the cluster any more."""
-    try:
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    except ValueError:  # there is none
-        return
+    """End the directory, if there is one. Call it when the cluster has no users left."""
+    directory = named_actor(name, NAMESPACE)
+    if directory is not None:
+        kill_actor(directory)
 
 
 class DirectoryClient:
-    """The directory as seen from an event loop; a MembershipSource. Every method may raise DirectoryUnavailable."""
+    """Async client of the directory; a MembershipSource. Every method may raise DirectoryUnavailable."""
 
     def __init__(self, name: str = DEFAULT_NAME) -> None:
         self._name = name
@@ -178,5 +177,5 @@ class DirectoryClient:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 return await getattr(self._actor, method).remote(*args)
         except (RayError, ValueError, OSError) as error:  # TimeoutError is an OSError
-            self._actor = None  # a restarted directory keeps its handle, one on a lost cluster does not
+            self._actor = None  # look it up again: the handle may belong to a lost cluster
             raise DirectoryUnavailable(f"the directory {self._name!r} does not answer: {error}") from error

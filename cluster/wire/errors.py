@@ -1,13 +1,13 @@
 """Errors of the cluster: placement, connections, membership. They extend the tree of `replicas/errors.py`.
 
 ServingError
-├── DirectoryUnavailable    the directory actor does not answer; asking again helps
+├── DirectoryUnavailable    the directory actor does not answer; retry
 ├── CapacityError
-│   ├── QueueFull           HTTP 429: the router's admission queue has no room
+│   ├── QueueFull           HTTP 429: the router's admission queue is full
 │   └── NoReplica           HTTP 503: no replica took the request in time
 ├── EngineError
-│   └── ReplicaLost         the replica that worked on a request is gone, and the replays are used up
-└── WireError               a peer broke the protocol; its connection is closed
+│   └── ReplicaLost         the replica of a request is gone, and its replays are used up
+└── WireError               the peer broke the protocol; its connection is closed
     └── HandshakeError      the peer could not prove that it belongs to this cluster
 """
 
@@ -17,23 +17,23 @@ from ...replicas.errors import CapacityError, EngineError, ServingError
 
 
 class DirectoryUnavailable(ServingError):
-    """The directory actor is restarting, or Ray's control plane is away."""
+    """The directory actor is restarting, or Ray's control plane is unreachable."""
 
 
 class QueueFull(CapacityError):
-    """The router has queued as many requests or tokens as it may."""
+    """The router's admission queue has reached its limit of requests or tokens."""
 
     status = 429
 
 
 class NoReplica(CapacityError):
-    """No replica of the model is connected, or none had room before the deadline."""
+    """No replica of the model is connected, or none had free capacity before the deadline."""
 
     status = 503
 
 
 class ReplicaLost(EngineError):
-    """The connection to a replica ended while it worked on a request."""
+    """The connection to a replica ended while it ran a request."""
 
 
 class WireError(ServingError):
@@ -41,4 +41,4 @@ class WireError(ServingError):
 
 
 class HandshakeError(WireError):
-    """The peer has another secret, another version, or is not the replica that it was taken for."""
+    """The peer has another secret or version, or is another replica than expected."""

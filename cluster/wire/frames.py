@@ -1,8 +1,8 @@
-"""What routers and replicas say to each other, and how it is framed.
+"""Messages and frames between routers and replicas.
 
-A frame is a length (4 bytes, big-endian) and a msgpack message: an array that begins with the message's tag. Many
-requests share one connection; each is a `stream`, a number that the router draws and never uses twice on it. All
-tokens that an engine step gave to one router's streams travel in one `Step`. Nothing is pickled.
+A frame is a length (4 bytes, big-endian) and a msgpack message: an array that starts with the message's tag.
+Many requests share one connection. Each is a `stream`: a number that the router never reuses on it.
+One `Step` carries all tokens of an engine step for one router. Nothing is pickled.
 
     router                      replica
     Hello            ->
@@ -29,10 +29,10 @@ from ...replicas.protocol import BlockReport, FinishReason, Logprob, ReplicaLoad
 from .errors import WireError
 
 VERSION = 1
-MAX_FRAME_BYTES = 64 << 20  # the prompt log-probabilities of a 128k prompt with 20 alternatives take some 40 MB
-MAX_HANDSHAKE_FRAME_BYTES = 4096  # what a peer may send before it has proved anything
-DEFAULT_SEND_LIMIT = 64 << 20  # bytes that may wait for a slow reader before its connection is cut
-_MAX_HANDSHAKE_FRAMES = 8  # that may wait to be read; a proper peer sends two
+MAX_FRAME_BYTES = 64 << 20  # prompt logprobs of 128k tokens with 20 alternatives: about 40 MB
+MAX_HANDSHAKE_FRAME_BYTES = 4096  # before the peer has proved itself
+DEFAULT_SEND_LIMIT = 64 << 20  # unsent bytes at which a slow reader's connection is cut
+_MAX_HANDSHAKE_FRAMES = 8  # unread ones; a correct peer sends two
 _HEADER_BYTES = 4
 
 
@@ -45,7 +45,7 @@ class Hello(Message, frozen=True, tag=1):
     router_id: str
     replica_id: str
     epoch: int
-    host: str  # the address that the router dialled: the replica refuses one that is not its own
+    host: str  # the dialled address; the replica refuses any but its own
     port: int
     nonce: bytes
 
@@ -76,7 +76,7 @@ class Submit(Message, frozen=True, tag=5):
 
 class AbortItem(msgspec.Struct, frozen=True, array_like=True):
     stream: int
-    sample: int | None = None  # None: all of the stream's
+    sample: int | None = None  # None: all samples of the stream
 
 
 class Abort(Message, frozen=True, tag=6):
@@ -102,7 +102,7 @@ class Ping(Message, frozen=True, tag=8):
 
 
 class RemoteError(msgspec.Struct, frozen=True, array_like=True):
-    """A ServingError on the wire: the name of its class and its fields."""
+    """A ServingError on the wire: class name and fields."""
 
     kind: str
     message: str
@@ -117,13 +117,13 @@ class Rejection(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Rejected(Message, frozen=True, tag=9):
-    """The submitted streams that the engine did not take. A `Step` with a stream's tokens says that it was taken."""
+    """Streams that the engine refused. Acceptance has no message: the stream's first `Step` implies it."""
 
     rejections: list[Rejection]
 
 
 class StreamDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A TokenDelta with its stream for its request's id; some 11 bytes for a token without log-probabilities."""
+    """A TokenDelta with a stream in place of the request id; about 11 bytes for a token without logprobs."""
 
     stream: int
     sample: int
@@ -152,7 +152,7 @@ class Pong(Message, frozen=True, tag=12):
 
 
 class Draining(Message, frozen=True, tag=13):
-    """The replica takes no more requests; those that it has go on."""
+    """The replica accepts no more requests; running ones continue."""
 
 
 RouterMessage = Submit | Abort | Call | Ping
@@ -165,17 +165,17 @@ replica_message_decoder: msgspec.msgpack.Decoder[ReplicaMessage] = msgspec.msgpa
 
 
 def encode(message: object) -> bytes:
-    """msgpack of a message or of a call's result."""
+    """msgpack of a message or a call's result."""
     return _encoder.encode(message)
 
 
 def decode(payload: bytes, type_: type[_M] | object) -> _M:
-    """The value of `type_` in `payload`; raises WireError for anything else."""
+    """Decode a value of `type_`; raises WireError for anything else."""
     return checked(msgspec.msgpack.Decoder(cast("type[_M]", type_)), payload)
 
 
 def checked(decoder: msgspec.msgpack.Decoder[_M], payload: bytes) -> _M:
-    """`decoder.decode` that raises WireError."""
+    """`decoder.decode`, with WireError as the only error."""
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -202,7 +202,7 @@ _ERROR_KINDS: dict[str, type[ServingError]] = {
 
 
 def to_remote_error(error: ServingError) -> RemoteError:
-    """The error as its nearest class that both ends know."""
+    """Encode an error as its nearest base class of `_ERROR_KINDS`."""
     kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _ERROR_KINDS), EngineError.__name__)
     return RemoteError(
         kind,
@@ -223,14 +223,14 @@ def from_remote_error(error: RemoteError) -> ServingError:
 
 
 class FrameSplitter:
-    """Cuts a stream of bytes into frames' payloads. `limit` is the largest payload that it accepts, in bytes."""
+    """Splits a byte stream into payloads of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yields every payload that `data` completes; raises WireError at the header of one that is too large."""
+        """Yield each payload that `data` completes; raises WireError at a header above the limit."""
         rest = self._rest
         rest += data
         start = 0
@@ -249,10 +249,10 @@ class FrameSplitter:
 
 
 class Connection(asyncio.Protocol):
-    """One end of a connection: frames out, frames in, and a bound on what waits for a slow reader.
+    """One end of a connection, with a limit on the bytes queued for a slow reader.
 
-    Until `start`, frames are taken one at a time with `next_frame` (the handshake); afterwards each is given to the
-    receiver as it comes. A WireError that the receiver raises closes the connection. `on_closed` is called once.
+    Before `start`, the handshake reads frames with `next_frame`. After it, the receiver gets each frame as
+    it arrives; a WireError from the receiver closes the connection. `on_closed` is called once.
     """
 
     def __init__(
@@ -267,10 +267,10 @@ class Connection(asyncio.Protocol):
         self._on_closed: Callable[[Exception | None], None] | None = None
         self._transport: asyncio.Transport | None = None
         self.closed = False
-        self.error: Exception | None = None  # why it was closed, where this end knows
+        self.error: Exception | None = None  # the reason of the close, if known
 
     def start(self, receiver: Callable[[bytes], None], on_closed: Callable[[Exception | None], None]) -> None:
-        """Ends the handshake: from now on full-size frames go to `receiver`."""
+        """End the handshake: `receiver` gets all further frames, of full size."""
         self._splitter.limit = MAX_FRAME_BYTES
         self._receiver = receiver
         self._on_closed = on_closed
@@ -281,7 +281,7 @@ class Connection(asyncio.Protocol):
             self.cut(error)
 
     async def next_frame(self) -> bytes:
-        """The next frame before `start`; raises WireError when the connection ends first."""
+        """The next frame before `start`; raises WireError if the connection ends first."""
         while not self._early:
             if self.closed:
                 raise self.error or WireError("the peer closed the connection")
@@ -290,7 +290,7 @@ class Connection(asyncio.Protocol):
         return self._early.popleft()
 
     def send(self, message: object) -> None:
-        """Queues one frame. Does nothing once the connection is closed, and cuts it when too much is queued."""
+        """Queue one frame. Does nothing on a closed connection; cuts it above `send_limit`."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return
@@ -301,7 +301,7 @@ class Connection(asyncio.Protocol):
             self.cut(WireError(f"the peer reads too slowly: {waiting} bytes wait for it, above {self._send_limit}"))
 
     def cut(self, error: Exception | None = None) -> None:
-        """Closes at once; what is queued is lost."""
+        """Close at once and drop queued frames."""
         if self.error is None:
             self.error = error
         if self._transport is not None:
@@ -329,7 +329,7 @@ class Connection(asyncio.Protocol):
             self._receiver(payload)
             return
         if len(self._early) >= _MAX_HANDSHAKE_FRAMES:
-            raise WireError(f"more than {_MAX_HANDSHAKE_FRAMES} frames came before the handshake was through")
+            raise WireError(f"more than {_MAX_HANDSHAKE_FRAMES} frames came before the end of the handshake")
         self._early.append(payload)
         self._wake()
 

@@ -1,8 +1,8 @@
-"""Where the log lines of a Serve actor and of its ranks go. Without Serve, whoever runs the program says it.
+"""Log destinations of Serve actors, ranks and the directory. Outside Serve, the program configures logging.
 
-A replica and a router hand theirs to Serve's logger, which has files, a format with the replica's name, and a level
-that users set (`logging_config`). A rank is no actor of Serve's: it writes to its standard error, which Ray keeps and
-shows as it does Serve's, in the same form, with the replica's name and its own number. So does the directory.
+Replicas and routers log through Serve's logger: it has files, the replica's name and a user-set level
+(`logging_config`). Ranks and the directory are not Serve actors. They write the same format to standard
+error, which Ray collects.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ray.serve.context import ReplicaContext
 
 _SERVE = "ray.serve"
-_OWN = __name__.partition(".")[0]  # the parent of all of Shoal's loggers
+_OWN = __name__.partition(".")[0]  # the parent of Shoal's loggers
 
 
 class _ToServe(logging.Handler):
-    """Hands records to Serve's logger as that is by then: Serve sets it up anew when its `logging_config` changes."""
+    """Forwards records to Serve's logger, looked up per record: Serve replaces it when `logging_config` changes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = logging.getLogger(_SERVE)
@@ -29,18 +29,18 @@ class _ToServe(logging.Handler):
 
 
 def log_to_serve() -> None:
-    """In an actor of Serve's: Shoal's lines go where Serve's go. Elsewhere nothing changes. Idempotent."""
+    """Route Shoal's logs to Serve's logger; does nothing outside a Serve actor. Idempotent."""
     logger = logging.getLogger(_OWN)
     if _context() is None or any(isinstance(handler, _ToServe) for handler in logger.handlers):
         return
     logger.addHandler(_ToServe())
-    logger.setLevel(logging.NOTSET + 1)  # Serve's level decides, at every line
-    logger.propagate = False  # as Serve's own: a handler of the root would write the line once more
+    logger.setLevel(logging.NOTSET + 1)  # Serve's level filters each record
+    logger.propagate = False  # a root handler would write each line twice
 
 
 @dataclass(frozen=True, slots=True)
 class RankLog:
-    """How the ranks of a replica log: under its names, and from its level of Python's `logging` on."""
+    """Names and level with which the ranks of a replica log."""
 
     app: str
     deployment: str
@@ -57,14 +57,14 @@ class RankLog:
         return RankLog(context.app_name, context.deployment, context.replica_id.unique_id, level)
 
     def start(self, rank: int) -> None:
-        """Log so from now on, as that rank."""
+        """Configure this process's logging as `rank`."""
         log_to_stderr(f"{self.app}_{self.deployment} {self.replica} rank {rank}", self.level)
 
 
 def log_to_stderr(name: str, level: int) -> None:
-    """In a process of Ray's that is no actor of Serve's: Shoal's lines go to its standard error, in Serve's form.
+    """Log to standard error in Serve's format, for Ray processes that are not Serve actors.
 
-    They are left to Ray's own logging where a user has set that up.
+    Does nothing but set the level if the user has configured logging.
     """
     logger = logging.getLogger(_OWN)
     logger.setLevel(level)
@@ -74,11 +74,11 @@ def log_to_stderr(name: str, level: int) -> None:
     escaped = name.replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {escaped} -- %(message)s"))
     logger.addHandler(handler)
-    logger.propagate = False  # to a handler that some library gives the root later
+    logger.propagate = False  # a library may add a root handler later
 
 
 def _context() -> ReplicaContext | None:
-    from ray import serve  # here: a rank's process has no other use for it
+    from ray import serve  # here: a rank needs it for nothing else
     from ray.serve.exceptions import RayServeException
 
     try:

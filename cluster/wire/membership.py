@@ -1,4 +1,7 @@
-"""Which replicas there are. Addresses and facts only: loads travel over the replicas' own connections."""
+"""The replica registry ("membership"): addresses and constant facts of all replicas.
+
+Loads are not part of it: replicas report them over their connections.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """A replica's address and the facts about its engine that do not change while it lives.
+    """A replica's address and the constant facts of its engine.
 
-    `epoch` is drawn at start, so that a restarted replica is never taken for the one before it.
+    `epoch` is random per start and distinguishes a restarted replica from its predecessor.
     """
 
     replica_id: str
@@ -31,19 +34,19 @@ class ReplicaInfo:
     num_shards: int = 1
     node_id: str = ""
     pid: int = 0
-    startup_seconds: tuple[tuple[str, float], ...] = ()  # what each stage of its start took, or of rank 0's
+    startup_seconds: tuple[tuple[str, float], ...] = ()  # by stage; rank 0's for a group
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells one life of a replica from another."""
+        """Identifies one life of a replica."""
         return self.replica_id, self.epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The replicas at one version. Versions are compared for equality only: a restarted directory draws anew.
+    """All replicas at one version. Compare versions for equality only: a restarted directory draws a new one.
 
-    `stopping` are the models whose replicas all go and have no successors: nothing need wait for one.
+    stopping: models whose replicas end without successors; requests must not wait for one.
     """
 
     version: int
@@ -52,18 +55,18 @@ class Membership:
 
 
 class MembershipSource(Protocol):
-    """Where a router learns of replicas."""
+    """Service discovery: reports the replicas to a router."""
 
     async def watch(self, version: int | None) -> Membership:
-        """The membership once it differs from `version` (None: at once); perhaps unchanged after a while.
+        """The membership when it differs from `version` (None: at once), or unchanged after a timeout.
 
-        Raises DirectoryUnavailable when it cannot tell; the router asks again.
+        Raises DirectoryUnavailable; the router retries.
         """
         ...
 
 
 class StaticMembership:
-    """A membership that its owner sets; for routers that run without a directory."""
+    """A membership set by the program, for routers without a directory."""
 
     def __init__(self, replicas: Sequence[ReplicaInfo] = ()) -> None:
         self._membership = Membership(0, tuple(replicas))

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from ...cluster.router.metrics import Histogram, add_counts
+from ...cluster.histograms import Histogram, add_counts
 from ...cluster.wire.membership import ReplicaInfo
 from ...replicas.protocol import STEP_SECONDS, ReplicaLoad
 

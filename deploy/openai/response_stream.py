@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ...cluster.router.metrics import Histogram
+from ...cluster.histograms import Histogram
 from ...cluster.router.routed_request import RequestTimes
 from ...replicas.errors import EngineError
 from ...replicas.protocol import FinishReason, Logprob, Request, TokenDelta

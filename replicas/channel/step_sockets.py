@@ -22,8 +22,8 @@ Address = str | tuple[str, int]  # the path of a UNIX socket (one that begins wi
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
 _PEER = struct.Struct("3i")  # Linux's ucred: process, user, group
-# A dead host or a cut cable sends no end-of-file. TCP reports it after 8 s without an acknowledgement of data or,
-# on an idle connection, of the probes that the kernel sends after 2 s of silence.
+# A dead host or a cut cable sends no end-of-file. TCP reports it after 8 s without an acknowledgement. On an idle
+# connection the kernel sends probes after 2 s of silence.
 _USER_TIMEOUT_MS = 8_000
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 

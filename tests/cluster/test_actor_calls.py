@@ -1,4 +1,4 @@
-"""The step channel beside its reference: the same engine and ranks, with every plan and result in a Ray call."""
+"""Reference for the step channel: the same engine and ranks, with a Ray call per plan and result."""
 
 from __future__ import annotations
 

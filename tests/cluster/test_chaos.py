@@ -1,4 +1,4 @@
-"""The real engine, its thread, server and router together, while connections break and readers leave."""
+"""Engine, thread, server and router under broken connections and leaving readers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_BLOCKS = 64
 
 
 class EngineReplica:
-    """One engine over shards without a model, served as a replica serves it. `fail_step` is its last step."""
+    """A replica's server and engine over fake shards. fail_step: its last step."""
 
     def __init__(self, secret: bytes, index: int, fail_step: int | None = None) -> None:
         self.engine, executor = make_engine(num_blocks=NUM_BLOCKS)
@@ -52,11 +52,11 @@ class EngineReplica:
         await asyncio.to_thread(self.thread.stop)
 
     def cut(self) -> None:
-        """Every router loses its connection, and this replica lives on."""
+        """Cut all routers' connections; this replica survives."""
         self.server.cut_all()
 
     async def idle(self) -> bool:
-        """Whether nothing is left of any request."""
+        """Whether no state of any request is left."""
         load = await asyncio.wrap_future(self.thread.call(lambda engine: engine.load()))
         return self.server.num_streams == 0 and load.num_free_blocks == NUM_BLOCKS and not self.engine.has_work
 

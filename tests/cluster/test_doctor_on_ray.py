@@ -1,4 +1,4 @@
-"""`shoal doctor` beside a Ray that runs; here, where the tests' Ray is."""
+"""`shoal doctor` on the tests' running Ray."""
 
 from __future__ import annotations
 

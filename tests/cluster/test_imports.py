@@ -1,4 +1,4 @@
-"""Routers are light: what they import loads neither torch nor Ray."""
+"""Routers import neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIGHT = (
 
 
 def loaded_by(*modules: str) -> set[str]:
-    """The top-level packages that a fresh interpreter has after importing the modules."""
+    """Top-level packages loaded in a new interpreter by the modules."""
     code = "import sys\n" + "".join(f"import shoal.cluster.{m}\n" for m in modules)
     code += "print(*{name.split('.')[0] for name in sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Replicas as Ray Serve runs them: made, killed, replaced, taken down."""
+"""Replicas under Ray Serve: start, kill, replacement, shutdown."""
 
 from __future__ import annotations
 

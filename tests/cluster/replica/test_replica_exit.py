@@ -1,4 +1,4 @@
-"""A replica whose engine has failed exits, whatever else goes wrong; one that Serve stops does not wait for ever."""
+"""A replica exits after an engine failure, despite other errors; a stop by Serve has a time limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.engines import make_engine
 
 
 class Failing:
-    """Stands for the server or the shard group of a replica; what is asked of it may raise."""
+    """A fake server or shard group whose methods may raise."""
 
     def __init__(self, error: Exception | None) -> None:
         self._error = error
@@ -34,7 +34,7 @@ class Failing:
 
 
 class EndingReplica(Replica):
-    """Has failed parts and no engine, and notes its exit."""
+    """Has failing parts and no engine, and records its exit."""
 
     def __init__(self, server: Failing, shards: Failing) -> None:
         self._failure = None
@@ -79,7 +79,7 @@ class IdleServer:
 
 
 class StoppedReplica(Replica):
-    """Serves nobody, and has an engine."""
+    """Has an engine and no routers."""
 
     def __init__(self, engine: Any, thread: EngineThread) -> None:
         self._closed, self._tasks = False, []

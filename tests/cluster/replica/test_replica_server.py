@@ -1,4 +1,4 @@
-"""A replica's server against peers that lie, shout, or do not listen."""
+"""A replica's server against false, noisy and slow peers."""
 
 from __future__ import annotations
 

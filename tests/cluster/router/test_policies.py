@@ -1,4 +1,4 @@
-"""Placement: what is ranked before what, and which prefixes are remembered."""
+"""Routing policy: ranking of replicas, and the prefix index."""
 
 from __future__ import annotations
 

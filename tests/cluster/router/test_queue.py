@@ -1,4 +1,4 @@
-"""The admission queue's order and bounds, the batching window, and the estimate of when to come back."""
+"""Order and bounds of the admission queue, the batching window, and Retry-After."""
 
 from __future__ import annotations
 

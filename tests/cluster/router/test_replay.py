@@ -1,4 +1,4 @@
-"""A lost replica is not noticed by the reader: the same tokens come, once each, from another one."""
+"""After the loss of a replica the reader receives the same tokens, once each, from another one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.support.fake_replica import fake_output, fake_token
 
 
 async def lose(c: Cluster, index: int) -> None:
-    """Ends a replica's process, as far as the router can tell."""
+    """Simulate the end of a replica's process for the router."""
     await c.replicas[index].close()
 
 
 def busy(c: Cluster) -> int:
-    """The replica that runs something."""
+    """The replica with running requests."""
     (index,) = [i for i, running in enumerate(c.running()) if running]
     return index
 
@@ -108,7 +108,7 @@ async def test_without_another_replica_the_stream_waits_for_one_up_to_the_deadli
         await lose(c, 0)
         (last,) = [delta async for deltas in stream for delta in deltas]
         assert last.finish_reason is FinishReason.ERROR
-        assert "no replica of fake had room" in (last.error or "")
+        assert "no replica of fake had free capacity" in (last.error or "")
 
 
 @in_loop
@@ -141,7 +141,7 @@ async def test_a_silent_replica_counts_as_lost() -> None:
 
 
 def _run(asked: Request, steps: int) -> list[StreamDelta]:
-    """What a replica sends for `asked` in its first `steps` steps."""
+    """The output of a replica for `asked` in its first `steps` steps."""
     deltas = []
     for step in range(steps):
         for sample in range(asked.first_sample, asked.first_sample + asked.num_samples):

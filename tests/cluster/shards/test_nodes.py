@@ -43,7 +43,7 @@ def processes() -> Iterator[StepProcesses]:
 def test_an_idle_connection_notices_a_cut_link_on_both_sides(
     nodes: tuple[Namespace, Namespace], processes: StepProcesses
 ) -> None:
-    """The engine waits for a rank of its own node that is stopped: no byte is on its way over the cable."""
+    """The engine waits for a stopped rank of its own node: no data is in flight between the nodes."""
     here, there = nodes
     engine = processes.start("engine", here.address, 2, within=here.entered())
     address = said(engine)
@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(checkpoint: str, tp: int, pp: int) -> EngineConfig:
-    """Chunked prompts, and a pool that is too small for all sequences."""
+    """Chunked prompts, and a block pool too small for all sequences."""
     return EngineConfig(
         ModelConfig(checkpoint, max_model_len=128),
         CacheConfig(num_blocks=12),
@@ -144,7 +144,7 @@ def test_a_link_that_is_down_for_two_seconds_costs_no_token(
 def test_a_rank_behind_a_cut_link_is_missed_and_leaves_by_itself(
     nodes: tuple[Namespace, Namespace], checkpoint: str, tp: int, pp: int
 ) -> None:
-    """Nobody can end it, and it waits for the other rank in a collective or a receive."""
+    """It waits in a collective or a receive, where no other process can end it."""
     here, there = nodes
     endless = SamplingParams(max_tokens=100, ignore_eos=True)
     with group_on(config(checkpoint, tp, pp), here, [here, there]) as group:
@@ -175,7 +175,7 @@ def test_a_rank_that_cannot_reach_the_others_is_named(nodes: tuple[Namespace, Na
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_a_replica_over_two_raylets_outlives_one_of_them(checkpoint: str, tp: int, pp: int) -> None:
-    """The second node is killed while it works for a request; nothing but its ranks was on it."""
+    """The second node, which has only ranks, is killed during a request."""
     command = [sys.executable, "-m", "tests.support.two_raylets", checkpoint, str(tp), str(pp)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

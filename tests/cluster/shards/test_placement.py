@@ -1,4 +1,4 @@
-"""What replicas ask of Ray, and which rank each of their actors becomes."""
+"""Bundles that replicas request from Ray, and the ranks of their actors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_stages_may_lie_on_several_nodes_and_the_ranks_of_one_may_not() -> None:
 
 
 def assignments(names: str, parallel: ParallelConfig) -> list[RankAssignment]:
-    """The seats of actors at "a1 b10 ...": node a's GPU 1, node b's GPU 10. The engine is on node a."""
+    """The assignments of actors at "a1 b10 ...": node a's GPU 1, node b's GPU 10. The engine is on node a."""
     placements = [
         ActorPlacement(name[0], f"host-{name[0]}", i, tuple(filter(None, [name[1:]])))
         for i, name in enumerate(names.split())

@@ -1,4 +1,4 @@
-"""A rank as a Ray actor: what it sees of the node's GPUs, and what its group is told of its end."""
+"""A rank as a Ray actor: its visible GPUs, and how its end reaches the group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.fake_shards import group_config
 def test_a_rank_sees_all_gpus_of_its_group(
     monkeypatch: pytest.MonkeyPatch, visible: tuple[str, ...], seen: str
 ) -> None:
-    """Ray has shown it one; without any, what the user has set stays."""
+    """Overrides Ray's choice; without GPUs, the user's setting stays."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr("shoal.replicas.executors.shard_rank.ShardRank", lambda *args: made.append(args))
@@ -35,7 +35,7 @@ def test_a_rank_sees_all_gpus_of_its_group(
 
 
 class FakeActor:
-    """The end of an actor handle that ShardActorHandle uses: calls are futures of the test's."""
+    """A fake Ray actor for ShardActorHandle; the test resolves the futures of its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, tuple[object, ...], Future[Any]]] = []
@@ -99,7 +99,7 @@ def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor)
     handle.assigned(3, 4, ActorPlacement("elsewhere", "10.0.0.1", 1, ()))
     handle.call("load")
     assert str(handle) == "rank 3 of 4 (node 10.0.0.1, process 1)"
-    assert [name for _, name, _, _ in actor.calls] == ["shard.place", f"shard 3 of replica {os.getpid()}.load"]
+    assert [name for _, name, _, _ in actor.calls] == ["shard.placement", f"shard 3 of replica {os.getpid()}.load"]
 
 
 def test_a_stopped_rank_of_this_node_is_seen_and_ended(actor: FakeActor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Shard groups: made together, taken down together. The actors are fake and the step channel is real; real actors are
+"""Start and shutdown of shard groups. The actors are fake and the step channel is real; real actors are
 in `test_sharded_replicas.py`."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def placement(node: int = 0, gpu: int | None = None, pid: int = 100) -> ActorPla
 
 
 class Maker:
-    """Starts groups of fake shards. `faults`: by (launched actor, method), what happens before the method."""
+    """Starts groups of fake shards. faults: by (launched actor, method), a function called before the method."""
 
     def __init__(self, servers: list[StepChannelServer]) -> None:
         self.servers = servers
@@ -62,13 +62,13 @@ class Maker:
 
     @property
     def open_channels(self) -> set[str]:
-        """Those of which the engine has a socket open, that it listens on or that a rank is connected to."""
+        """Channels with an open socket of the engine, listening or connected."""
         names = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
         return names & {server.path for server in self.servers}
 
     @property
     def nothing_left(self) -> bool:
-        """Whether every actor was ended, and every channel closed."""
+        """Whether every actor has ended and every channel is closed."""
         return all(shard.killed.is_set() for shard in self.shards) and not self.open_channels
 
 
@@ -163,7 +163,7 @@ def test_a_rank_that_says_nothing_ends_all(maker: Maker, method: str) -> None:
 def test_a_rank_that_is_stopped_while_the_group_starts_ends_all(
     maker: Maker, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long before the time for the start is over."""
+    """Long before the start's timeout."""
     monkeypatch.setattr(group_start, "_POLL_SECONDS", 0.02)
     goes_on = threading.Event()
 
@@ -199,7 +199,7 @@ def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(maker: Maker, monkeyp
 
 @pytest.mark.parametrize("kind", [ModelError, ConfigError])
 def test_what_is_wrong_with_the_model_keeps_its_class(maker: Maker, kind: type[ServingError]) -> None:
-    """The other rank's failure, which is its consequence, may come first."""
+    """The consequence, the other rank's failure, may arrive first."""
     first = threading.Event()
 
     def reset() -> None:

@@ -1,4 +1,4 @@
-"""Models split over Ray actors: served; their ranks killed, stopped and replaced; taken down."""
+"""Models split over Ray actors: serving, killed and stopped ranks, replacement, shutdown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def expected() -> Iterator[list[list[int]]]:
 
 
 class Stream:
-    """A request on its way, and how many tokens of it have come."""
+    """A running request and its number of received tokens."""
 
     def __init__(self, router: Router, request: Request) -> None:
         self.tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""The directory: its rules without Ray, its life with it, and a replica that registers there."""
+"""The directory without Ray, as an actor, and with a registering replica."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_all_clients_meet_one_directory_and_it_survives_its_death() -> None:
     from shoal.cluster.wire.errors import DirectoryUnavailable
 
     async def patiently(ask: Any) -> Any:
-        """What clients do: ask again while the directory is away."""
+        """Retry while the directory is unavailable, as clients do."""
         async with asyncio.timeout(30):
             while True:
                 try:

@@ -1,4 +1,4 @@
-"""Frames, messages and errors: what goes in comes out, and garbage ends in WireError alone."""
+"""Frames, messages and errors survive a round trip; garbage raises WireError only."""
 
 from __future__ import annotations
 

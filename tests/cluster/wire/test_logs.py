@@ -1,4 +1,4 @@
-"""Where log lines go: under Serve with Serve's, from a rank to its standard error, and offline nowhere else."""
+"""Log destinations: Serve's logger under Serve, standard error in ranks, none offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN, SERVE = logging.getLogger("shoal"), logging.getLogger("ray.serve")
 
 
 class Lines(logging.Handler):
-    """Keeps what it is given."""
+    """Keeps its records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Lines(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The loggers as a new process has them; as they were at the end."""
+    """Loggers as in a new process; restores them at the end."""
     for logger in (OWN, SERVE):
         monkeypatch.setattr(logger, "handlers", [])
     before = [(logger, logger.level, logger.propagate) for logger in (OWN, SERVE)]
@@ -46,7 +46,7 @@ def in_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve_has(level: int) -> Lines:
-    """Serve's logger set up anew, as by a change of its `logging_config`."""
+    """Reconfigure Serve's logger, as a change of `logging_config` does."""
     lines = Lines()
     SERVE.handlers[:] = [lines]
     SERVE.setLevel(level)

@@ -1,4 +1,4 @@
-"""Who is let into a step channel, and what its sockets are."""
+"""Which peers a step channel admits, and the options of its sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server() -> Iterator[StepChannelServer]:
         (-1, 1, TOKEN, "rank -1 is not one of the 1 ranks"),
     ],
 )
-def test_who_does_not_belong_is_told_why(
+def test_a_refused_shard_receives_the_reason(
     server: StepChannelServer, rank: int, world_size: int, token: bytes, reason: str
 ) -> None:
     accepting = run_in_thread(server.accept, 30)
@@ -71,7 +71,7 @@ def test_a_shard_of_another_version_is_refused(server: StepChannelServer, monkey
         accepting.result(30)
 
 
-def test_an_impostor_engine_is_not_believed(tmp_path: Path) -> None:
+def test_an_engine_without_the_token_is_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -85,7 +85,7 @@ def test_an_impostor_engine_is_not_believed(tmp_path: Path) -> None:
                 coming.result(30)
 
 
-def test_who_says_nothing_keeps_nobody_waiting(server: StepChannelServer) -> None:
+def test_silent_peers_delay_no_rank(server: StepChannelServer) -> None:
     with contextlib.ExitStack() as silent:
         for _ in range(3):
             silent.enter_context(socket.create_connection(server.address))
