@@ -56,17 +56,17 @@ class ReplicaOptions:
 
 
 class Replica:
-    """The Serve deployment class of one model. Serve starts, checks and replaces it; tokens bypass Serve.
+    """The Serve deployment class of one model. Tokens bypass Serve.
 
-    On CPU, Ray sets OMP_NUM_THREADS to the actor's `num_cpus`: give the actor its cores, or set
-    `config.num_threads`. Ray runs workers at nice 15 unless RAY_worker_niceness=0 when Ray starts.
+    Ray sets OMP_NUM_THREADS to the actor's `num_cpus`: on a CPU give the actor its cores, or set
+    `config.num_threads`. Ray runs workers at nice 15 unless it starts with RAY_worker_niceness=0.
     """
 
     _closed = True  # until the end of __init__
     _shards: ShardGroup | None = None  # None: the single shard runs in this process
     _startup_seconds: Mapping[str, float] = MappingProxyType({})  # by stage
 
-    # Serve awaits a coroutine constructor, which keeps the event loop free while the model loads.
+    # Serve awaits a coroutine constructor.
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
         self, model_id: str, config: EngineConfig, options: ReplicaOptions | None = None
     ) -> None:
@@ -76,15 +76,13 @@ class Replica:
         self._failure: BaseException | None = None
         self._exiting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        # Starting the directory takes a second: load the model meanwhile.
         secret, self._engine = await asyncio.gather(
             self._directory.secret(), asyncio.to_thread(self.build_engine, config)
         )
         self._watchdog = StepWatchdog.of(self._engine.config)
         self._thread = EngineThread(self._engine, self._on_deltas, self._on_failure)
         self._server = ReplicaServer(self._describe(model_id), secret, self._options.server)
-        # The objects loaded so far, about 280,000, live as long as the process. A full collection over them takes
-        # 0.3 s and stalls every stream; the collector skips frozen objects.
+        # A full collection over the 280,000 objects loaded so far takes 0.3 s and stalls every stream.
         gc.collect()
         gc.freeze()
         await self._server.start(self._thread)
@@ -96,7 +94,7 @@ class Replica:
         self._tasks = [asyncio.create_task(self._keep_registered()), asyncio.create_task(self._watch_engine())]
 
     def build_engine(self, config: EngineConfig) -> Engine:
-        """Load the model; runs outside the event loop. Raises ConfigError, ModelError and ShardGroupError."""
+        """Load the model. Raises ConfigError, ModelError and ShardGroupError."""
         if config.parallel.world_size == 1:
             return build_engine(config, start=self._start_here)
         engine, self._shards = build_sharded_engine(config, timeout_s=self._options.group_start_timeout)
@@ -153,13 +151,13 @@ class Replica:
         return self._thread.load()
 
     async def drain(self) -> None:
-        """Accept no more requests, notify routers and directory, and return after the last request."""
+        """Accept no more requests; returns after the last one."""
         self._server.start_drain()
         await self._notify_directory(self._directory.register(self._server.info))
         await self._server.drained()
 
     async def close(self) -> None:
-        """Drain for `drain_timeout`, then cut the rest, which routers replay on other replicas. Idempotent."""
+        """Drain for `drain_timeout`, then cut the rest for replay. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -174,7 +172,7 @@ class Replica:
             logger.warning("%d requests were still running at the end of the drain", self._server.num_streams)
         await self._server.close()
         await asyncio.to_thread(self._thread.stop, _STOP_TIMEOUT)
-        await asyncio.to_thread(self._engine.shutdown)  # also ends the ranks of a hanging step
+        await asyncio.to_thread(self._engine.shutdown)
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Serve calls this at shutdown and awaits the result."""
@@ -184,8 +182,7 @@ class Replica:
 
     def _on_deltas(self, deltas: list[TokenDelta]) -> None:
         self._watchdog.step_ended(self._thread.step_seconds)
-        # A failed engine ends every sequence with an error. Drop these deltas: cut connections make the routers
-        # replay the requests elsewhere, with the same tokens.
+        # Drop the error deltas of a failed engine: routers replay the requests after the cut.
         if self._engine.failure is None:
             self._server.publish(deltas)
 
@@ -200,7 +197,7 @@ class Replica:
             return
         self._failure = error
         logger.critical("the engine failed, and the replica exits", exc_info=error)
-        self._exiting = asyncio.create_task(self._exit())  # runs next, even if the line below raises
+        self._exiting = asyncio.create_task(self._exit())  # runs even if the line below raises
         self._server.fail(error)
 
     async def _exit(self) -> None:

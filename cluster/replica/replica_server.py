@@ -81,7 +81,7 @@ class _Session:
 
 @dataclass(slots=True)
 class _Stream:
-    session: _Session | None  # None: aborted, and its id is in use until the engine's terminal deltas
+    session: _Session | None  # None: aborted; the id is in use until the engine's terminal deltas
     stream: int
     num_open: int  # samples without a terminal delta
 
@@ -219,7 +219,7 @@ class ReplicaServer:
                 session.connection.send(Pong(number))
 
     def _submit(self, session: _Session, items: list[SubmitItem]) -> None:
-        # The router counts these as load. Force a report, which corrects the count for refused ones.
+        # Force a load report: the router counts refused requests until the next one.
         session.reported_load = None
         rejections: list[Rejection] = []
         for item in items:
@@ -240,7 +240,7 @@ class ReplicaServer:
             raise CapacityError(f"replica {self.info.replica_id} is draining; another one will run the request")
         engine_id = self._engine_id(item.request.request_id)
         request = replace(item.request, request_id=engine_id)
-        # Before submit: the first delta may be published before it returns.
+        # The first delta may be published before submit returns.
         self._streams[engine_id] = _Stream(session, item.stream, request.num_samples)
         try:
             self.engine.submit(request)

@@ -1,7 +1,6 @@
 """Prometheus metrics of a router: queueing, placement and replays.
 
-The HTTP layer exports client latencies and engine counts; each metric has one exporter. Every router
-counts its own requests, so sums over routers are meaningful, except for the number of replicas.
+`deploy/openai/metrics.py` exports client latencies and engine counts.
 """
 
 from __future__ import annotations

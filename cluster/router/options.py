@@ -11,14 +11,14 @@ from ..wire.frames import DEFAULT_SEND_LIMIT
 class RouterOptions:
     """Times are in seconds."""
 
-    batching_window: float = 0.002  # arrivals within it are dispatched together; an idle router dispatches at once
+    batching_window: float = 0.002  # arrivals within it are dispatched together
     max_queued_requests: int = 4096
-    max_queued_tokens: int = 8_000_000  # context tokens of queued requests: about 300 MB
-    queue_timeout: float = 60.0  # until a new request has a replica; then CapacityError
+    max_queued_tokens: int = 8_000_000  # about 300 MB
+    queue_timeout: float = 60.0  # of a new request
     replay_limit: int = 3  # lost replicas per request
-    replay_timeout: float = 30.0  # until a request of a lost replica has another; then an error delta
+    replay_timeout: float = 30.0  # of a request whose replica was lost
     max_waiting_per_replica: int = 32  # sequences sent to a replica above its max_num_seqs
-    max_pending_deltas: int = 16384  # unread deltas at which a request is aborted
+    max_pending_deltas: int = 16384  # unread ones abort the request
     prefix_index_blocks: int = 65536  # hashes per replica, about 10 MB
     connect_timeout: float = 5.0
     reconnect_delay: float = 0.1  # doubles up to max_reconnect_delay

@@ -1,7 +1,6 @@
 """Routing policies: pure functions from loads and request to a ranking of the replicas.
 
-The router has the load and the recent prompts of every replica, so it ranks them all. Sampling two
-(power of two choices) saves load queries, which it does not need.
+The router knows every load, so it ranks all replicas instead of sampling two.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-# Weights of the cost, in prompt tokens that take the same time. A running sequence makes each step a little longer;
-# the whole prompt of a waiting one runs first.
+# Weights of the cost in prompt tokens: a running sequence lengthens each step, a waiting one runs its prompt first.
 TOKENS_PER_RUNNING = 16
 TOKENS_PER_WAITING = 256
 
@@ -22,7 +20,7 @@ _DIGEST_BYTES = 16  # a collision only makes a placement worse
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One replica from the router's view: its last reported load plus the requests sent since."""
+    """A replica's last reported load, plus the requests sent since."""
 
     num_running: int
     num_waiting: int
@@ -30,17 +28,17 @@ class Candidate:
     num_free_blocks: int
     block_size: int
     max_num_seqs: int
-    num_cached_tokens: int = 0  # of this prompt, probably in the replica's prefix cache
+    num_cached_tokens: int = 0  # of this prompt
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    num_context_tokens: int  # prompt and emitted tokens, to be computed before the first new token
+    num_context_tokens: int  # prompt and emitted tokens
     num_samples: int = 1
 
 
 RoutingPolicy = Callable[[Sequence[Candidate], RequestFacts], list[int]]
-"""Indices of the candidates that can accept the request now, best first. If empty, it waits in the router."""
+"""Indices of the candidates with capacity, best first. If empty, the request waits."""
 
 
 def num_blocks_needed(candidate: Candidate, facts: RequestFacts) -> int:
@@ -64,15 +62,14 @@ def has_capacity(candidate: Candidate, facts: RequestFacts, max_waiting: int) ->
 def cost(candidate: Candidate, facts: RequestFacts) -> int:
     """The work before the request's first token, in prompt tokens: its own, the queue's and the batch's.
 
-    A cached prefix of 512 tokens equals 2 waiting or 32 running sequences. A popular prefix spreads to
-    other replicas once waiting costs more than recomputing it.
+    A cached prefix of 512 tokens equals 2 waiting or 32 running sequences, so a popular prefix spreads.
     """
     uncached = facts.num_context_tokens - candidate.num_cached_tokens
     return uncached + TOKENS_PER_WAITING * candidate.num_waiting + TOKENS_PER_RUNNING * candidate.num_running
 
 
 def least_cost(max_waiting: int) -> RoutingPolicy:
-    """The default policy: replicas with capacity by `cost`; ties go to the one with more free blocks."""
+    """The default policy: lowest `cost`, then most free blocks."""
 
     def rank(candidates: Sequence[Candidate], facts: RequestFacts) -> list[int]:
         able = [i for i, candidate in enumerate(candidates) if has_capacity(candidate, facts, max_waiting)]
@@ -101,7 +98,7 @@ class PrefixIndex:
         self._hashes: OrderedDict[bytes, None] = OrderedDict()
 
     def add(self, hashes: Sequence[bytes]) -> None:
-        # In reverse, so that the start of a chain, without which the rest is useless, is evicted last.
+        # In reverse: the rest of a chain is useless without its start, which is evicted last.
         for digest in reversed(hashes):
             self._hashes[digest] = None
             self._hashes.move_to_end(digest)

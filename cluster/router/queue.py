@@ -22,12 +22,12 @@ class Queued(Protocol):
 
     @property
     def arrival(self) -> int:
-        """Increases with time; breaks ties of priority."""
+        """Breaks ties of priority."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """Context tokens that the item keeps in memory."""
+        """Context tokens."""
         ...
 
 
@@ -40,7 +40,7 @@ class AdmissionQueue(Generic[T]):
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._heap: list[tuple[int, int, int, T]] = []  # the third is unique: items are never compared
+        self._heap: list[tuple[int, int, int, T]] = []  # the third is unique
         self._queued: dict[int, T] = {}  # by id(item)
         self._serial = 0
         self.num_tokens = 0
@@ -90,8 +90,8 @@ class AdmissionQueue(Generic[T]):
 class BatchWindow:
     """Times dispatches so that requests which arrive together share a prefill step.
 
-    An idle router dispatches its first request at once and opens a window. Requests that arrive in the
-    window are dispatched together at its end: at most one dispatch and one wait per `seconds`.
+    An idle router dispatches at once and opens a window of `seconds`. The end of the window dispatches all
+    requests that arrived in it.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -1,7 +1,6 @@
-"""Replay log: the state with which another replica can finish a request, its prompt and emitted tokens.
+"""Replay log: the prompt and emitted tokens with which another replica continues a request.
 
-Sampling noise is a function of (seed, position). Prompt + emitted tokens as context therefore continue
-with exactly the tokens of the lost replica.
+Sampling noise is a function of (seed, position), so the continuation has the lost replica's tokens.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ _RETRY_WATCH = 0.5  # seconds between retries of a failed membership watch
 class Router:
     """Streams requests through the replicas in `source`.
 
-    All methods run in one event loop. secret: the cluster's. `collector` exports the router's metrics to
-    a Prometheus registry.
+    All methods run in one event loop. collector: for a Prometheus registry.
     """
 
     def __init__(self, source: MembershipSource, secret: bytes, options: RouterOptions | None = None) -> None:
@@ -43,7 +42,7 @@ class Router:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Watch the membership; returns after one connection attempt to each replica of the first."""
+        """Watch the membership; returns after one attempt to connect to each replica."""
         membership = await self._source.watch(None)
         self._update(membership)
         self._watcher = asyncio.create_task(self._watch(membership.version))
@@ -75,9 +74,9 @@ class Router:
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yield new deltas after each engine step, until every sample has had its terminal delta.
 
-        Raises RequestError or CapacityError before the first item only; later errors are terminal deltas
-        with FinishReason.ERROR. `aclose()` on the generator aborts the request. The request needs a drawn
-        seed, for replays, and an id that is unique among running requests. Fills in `times`, if given.
+        Raises RequestError or CapacityError before the first item; later errors are terminal deltas with
+        FinishReason.ERROR. `aclose()` aborts the request. Its seed must be drawn, for replays, and its id
+        unique among running requests. Fills in `times`.
         """
         model_router = self._model_router(model)
         times = times if times is not None else RequestTimes()
@@ -102,7 +101,7 @@ class Router:
             model_router.end_sample(routed, sample)
 
     async def block_reports(self, model: str) -> list[dict[str, Any]]:
-        """Per replica: its id, the report of its block pool, and one per running request. Raises UnknownModel."""
+        """Reports of the block pool and of running requests, per replica. Raises UnknownModel."""
         clients = self._connected(model)
         answers = await self._call_all(clients, "block_reports")
         return [
@@ -163,7 +162,6 @@ class Router:
             try:
                 membership = await self._source.watch(version)
             except ServingError as error:
-                # Keep known replicas: their own connections report their loss.
                 logger.warning("could not read the membership, retrying: %s", error)
                 await asyncio.sleep(_RETRY_WATCH)
                 continue

@@ -1,7 +1,6 @@
 """Placement of a replica: its bundles for Ray, and the assignment of ranks to the placed actors.
 
-A replica of several shards has its own placement group: bundle 0 for its process, then one bundle per
-shard actor. Ray places the actors; `assign_ranks` then keeps the ranks of each pipeline stage together.
+The placement group of several shards has bundle 0 for the replica's process, then one per shard actor.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ def bundles(
 ) -> list[dict[str, float]]:
     """The bundles of a replica: one for its process, and one per shard if there are several.
 
-    A single shard runs in the replica's process and shares its bundle. num_cpus: of each bundle; below 1
-    if a node has fewer cores than processes.
+    num_cpus: of each bundle; below 1 if a node has fewer cores than processes.
     """
     shard: dict[str, float] = {"CPU": num_cpus}
     if num_gpus_per_shard:
@@ -33,7 +31,7 @@ def bundles(
 def strategy(parallel: ParallelConfig) -> str:
     """Ray's placement strategy: one node, unless pipeline stages may be on several.
 
-    Ranks of a stage exchange activations in every layer and need NVLink; stages exchange them once a step.
+    Ranks of a stage exchange activations in every layer, stages once a step.
     """
     return "PACK" if parallel.pipeline_parallel_size > 1 else "STRICT_PACK"
 
@@ -78,8 +76,8 @@ class RankAssignment:
 def assign_ranks(placements: list[ActorPlacement], parallel: ParallelConfig, driver_node: str) -> list[RankAssignment]:
     """Assignments by world rank (stage x tensor_parallel_size + tensor-parallel rank).
 
-    Each node gets as many whole stages as its actors can form, `driver_node` first. Left-over actors form
-    stages that span nodes (see `spread_stages`). Ranks of a node are in the order of its GPUs.
+    Each node, `driver_node` first, gets as many whole stages as its actors can form. The remaining actors
+    form stages that span nodes. Ranks of a node are in GPU order.
     """
     nodes: dict[str, list[int]] = {}
     for actor, placement in enumerate(placements):

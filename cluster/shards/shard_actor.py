@@ -37,7 +37,7 @@ _ASKED_MS = 500  # milliseconds for a killed process to end; takes 11 on an idle
 class ShardActor:
     """The actor's class: a `ShardRank` in its own process, one call at a time.
 
-    The last call, `serve`, runs as long as the rank: its result reports the rank's end to the group.
+    The result of the last call, `serve`, reports the rank's end to the group.
     """
 
     _rank: ShardRank
@@ -53,8 +53,7 @@ class ShardActor:
     def assign(self, config: ResolvedConfig, rank: int, local_rank: int, visible_gpus: tuple[str, ...]) -> None:
         """Become a rank. visible_gpus: the GPUs of cuda:0, cuda:1, ..."""
         if visible_gpus:
-            # Replaces Ray's choice before CUDA reads it. A runtime_env would need the GPUs before they are known.
-            # Ray also fails to start workers that have one if the path of the Python executable contains a space.
+            # Not by runtime_env: it needs the GPUs too early, and fails if Python's path contains a space.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
         if self._log is not None:
             self._log.start(rank)
@@ -80,7 +79,7 @@ class ShardActor:
 class ShardActorHandle:
     """A shard actor in a bundle of a placement group; see `ShardHandle`.
 
-    Never restarted: a restarted rank has lost the state that its group needs.
+    Never restarted: its state would be lost.
     """
 
     def __init__(self, group: PlacementGroup, bundle: int, log: RankLog | None = None) -> None:
@@ -140,8 +139,7 @@ class ShardActorHandle:
 def _end(process: int) -> None:
     """Wait for the end of a killed process, then send SIGKILL. process: a pidfd.
 
-    A stopped process ignores Ray's request, and Ray kills it after 5 s only. Until then it would hold GPU
-    memory that a new rank needs.
+    Ray kills a stopped process after 5 s only, and until then a new rank finds its GPU memory in use.
     """
     poll = select.poll()
     poll.register(process, select.POLLIN)
@@ -197,10 +195,7 @@ def _own_placement_group(world_size: int) -> PlacementGroup:
 
 
 def _device(asked: str, group: PlacementGroup) -> str:
-    """The ranks' device; "auto" means a GPU if their bundles have one.
-
-    The bundles decide, not torch: the replica's own process may see no GPU.
-    """
+    """The ranks' device, from their bundles: the replica's own process may see no GPU."""
     with_gpu = any(bundle.get("GPU") for bundle in bundle_specs(group)[1:])
     if asked == "cuda" and not with_gpu:
         raise ConfigError("device is cuda, but the ranks' bundles have no GPU; put GPU: 1 into each, or use device cpu")

@@ -51,7 +51,7 @@ class ShardGroup(GroupExecutor):
         self._shards = tuple(shards)
 
     def shutdown(self) -> None:
-        """Send the end of plans to the ranks, and kill those that do not exit."""
+        """End the plans, and kill the ranks that do not exit."""
         super().shutdown()
         wait(self.runs, 0.0 if self.failed else _LEAVE_SECONDS)
         _kill(self._shards)
@@ -67,9 +67,8 @@ def start_shard_group(
 ) -> ShardGroup:
     """Start one shard actor per rank and form the group.
 
-    launch: starts the n-th actor. timeout_s: from the actors' start to their first wait for a plan,
-    including the loading of weights. Raises ConfigError and ModelError of a rank, otherwise
-    ShardGroupError with rank, node and reason. On failure all actors are killed.
+    launch: starts the n-th actor. timeout_s: until all ranks wait for a plan. Raises a rank's ConfigError
+    or ModelError, otherwise ShardGroupError with rank, node and reason, and kills all actors.
     """
     begin = time.monotonic()
     start = GroupStart(config, timeout_s)
@@ -134,5 +133,5 @@ def _kill(shards: Sequence[ShardHandle]) -> None:
     for shard in shards:
         try:
             shard.kill()
-        except Exception as error:  # kill the others as well
+        except Exception as error:
             logger.warning("could not end %s: %s", shard, error)

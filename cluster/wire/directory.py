@@ -1,7 +1,7 @@
 """The directory: a small named actor that registers replicas and holds the cluster's secret.
 
-No token passes through it. If it dies, Ray restarts it with the same secret, and replicas register
-again within `REGISTER_INTERVAL`. Routers keep their connections in the meantime.
+If it dies, Ray restarts it with the same secret, and replicas register again within `REGISTER_INTERVAL`.
+Routers keep their connections in the meantime.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NAMESPACE = "shoal"
 DEFAULT_NAME = "directory"
 REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
 TIME_TO_LIVE = 10.0  # seconds until a registration expires
-WATCH_TIMEOUT = 10.0  # seconds after which an unchanged membership is returned
+WATCH_TIMEOUT = 10.0  # seconds of a watch without changes
 _EXPIRY_CHECK = 1.0
-_STOP_TIMEOUT = 2.0  # seconds; a restart of the directory must not delay a shutdown
-_ANSWER_TIMEOUT = 60.0  # seconds; the first call may have to start the actor's process
+_STOP_TIMEOUT = 2.0  # seconds; a restarting directory must not delay a shutdown
+_ANSWER_TIMEOUT = 60.0  # seconds, including the start of the actor's process
 
 
 class Directory:
@@ -69,14 +69,14 @@ class Directory:
                 self._announce()
 
     async def stop(self, models: frozenset[str]) -> None:
-        """Mark models as stopping: their replicas will end without successors."""
+        """Mark models as stopping: no successor will start."""
         async with self._changed:
             logger.info("models stopping: %s", ", ".join(sorted(models)))
             self._stopping |= models
             self._announce()
 
     async def watch(self, version: int | None, timeout: float = WATCH_TIMEOUT) -> Membership:  # noqa: ASYNC109 -- a long poll
-        """The membership as soon as its version differs from `version`, or after `timeout` seconds."""
+        """The membership once its version differs from `version`, or after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         async with self._changed:
@@ -114,26 +114,23 @@ class DirectoryActor(Directory):
 
 
 def get_or_create_directory(name: str = DEFAULT_NAME) -> Any:
-    """The handle of the cluster's directory; the first caller creates the actor, which lives until the cluster ends.
-
-    Blocks for a round trip to Ray's control plane. Needs `ray.init`.
-    """
+    """The handle of the cluster's directory, which the first caller creates. Blocks for a round trip to Ray."""
     options = {
         "name": name,
         "namespace": NAMESPACE,
-        "lifetime": "detached",  # it must outlive the process that created it
+        "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
         "max_restarts": -1,
-        "scheduling_strategy": "DEFAULT",  # not in the placement group of the calling replica, which may end first
+        "scheduling_strategy": "DEFAULT",  # not in the calling replica's placement group
         "max_concurrency": 10_000,  # each router has one pending watch
     }
-    # A restarted actor gets the same arguments, and therefore the same secret.
+    # A restarted actor gets the same secret.
     return create_actor(DirectoryActor, options, new_secret())
 
 
 def announce_stop(models: frozenset[str], name: str = DEFAULT_NAME) -> None:
-    """Notify routers that the models stop, so that queued requests fail at once instead of waiting."""
+    """Notify routers that the models stop, so that queued requests fail at once."""
     directory = named_actor(name, NAMESPACE)
     if directory is None:
         return

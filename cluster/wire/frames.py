@@ -117,7 +117,7 @@ class Rejection(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Rejected(Message, frozen=True, tag=9):
-    """Streams that the engine refused. Acceptance has no message: the stream's first `Step` implies it."""
+    """Streams that the engine refused. A stream's first `Step` implies acceptance."""
 
     rejections: list[Rejection]
 
@@ -251,8 +251,8 @@ class FrameSplitter:
 class Connection(asyncio.Protocol):
     """One end of a connection, with a limit on the bytes queued for a slow reader.
 
-    Before `start`, the handshake reads frames with `next_frame`. After it, the receiver gets each frame as
-    it arrives; a WireError from the receiver closes the connection. `on_closed` is called once.
+    `next_frame` reads the frames before `start`, the receiver gets those after it. Its WireError closes the
+    connection. `on_closed` is called once.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """The handshake of a router and a replica, before their first request.
 
-The transcript contains the protocol's version, the router, the replica's id and epoch, the dialled
-address and both nonces. A proof is therefore valid for this connection, replica and address only.
-Later frames are neither encrypted nor signed: prompts rely on a trusted network between the nodes.
+The transcript has the protocol's version, the router, the replica's id and epoch, the dialled address
+and both nonces. Later frames are neither encrypted nor signed: the network between nodes must be trusted.
 """
 
 from __future__ import annotations

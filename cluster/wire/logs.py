@@ -1,8 +1,7 @@
 """Log destinations of Serve actors, ranks and the directory. Outside Serve, the program configures logging.
 
-Replicas and routers log through Serve's logger: it has files, the replica's name and a user-set level
-(`logging_config`). Ranks and the directory are not Serve actors. They write the same format to standard
-error, which Ray collects.
+Replicas and routers use Serve's logger and level (`logging_config`). Ranks and the directory write the
+same format to standard error, which Ray collects.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from ray.serve.context import ReplicaContext
 
 _SERVE = "ray.serve"
-_OWN = __name__.partition(".")[0]  # the parent of Shoal's loggers
+_OWN = __name__.partition(".")[0]
 
 
 class _ToServe(logging.Handler):
@@ -35,7 +34,7 @@ def log_to_serve() -> None:
         return
     logger.addHandler(_ToServe())
     logger.setLevel(logging.NOTSET + 1)  # Serve's level filters each record
-    logger.propagate = False  # a root handler would write each line twice
+    logger.propagate = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,7 @@ class RankLog:
 
 
 def log_to_stderr(name: str, level: int) -> None:
-    """Log to standard error in Serve's format, for Ray processes that are not Serve actors.
-
-    Does nothing but set the level if the user has configured logging.
-    """
+    """Log to standard error in Serve's format, unless the user has configured logging."""
     logger = logging.getLogger(_OWN)
     logger.setLevel(level)
     if logger.hasHandlers():
@@ -74,7 +70,7 @@ def log_to_stderr(name: str, level: int) -> None:
     escaped = name.replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {escaped} -- %(message)s"))
     logger.addHandler(handler)
-    logger.propagate = False  # a library may add a root handler later
+    logger.propagate = False
 
 
 def _context() -> ReplicaContext | None:

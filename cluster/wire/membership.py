@@ -1,6 +1,6 @@
 """The replica registry ("membership"): addresses and constant facts of all replicas.
 
-Loads are not part of it: replicas report them over their connections.
+Replicas report their loads over their connections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 class ReplicaInfo:
     """A replica's address and the constant facts of its engine.
 
-    `epoch` is random per start and distinguishes a restarted replica from its predecessor.
+    epoch: random per start.
     """
 
     replica_id: str
@@ -44,10 +44,7 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """All replicas at one version. Compare versions for equality only: a restarted directory draws a new one.
-
-    stopping: models whose replicas end without successors; requests must not wait for one.
-    """
+    """All replicas at one version. Versions have no order. stopping: models whose replicas get no successor."""
 
     version: int
     replicas: tuple[ReplicaInfo, ...]

@@ -1,9 +1,8 @@
 """Mutual proof by HMAC-SHA256 that both ends of a connection hold one secret.
 
-A proof covers the role of its sender and the transcript: everything that both ends have said so far,
-with a fresh nonce of each. A proof is therefore refused on another connection, in the other direction
-and on the other wire. The secret itself is never sent. The handshake authenticates the two ends only:
-later bytes are neither encrypted nor signed.
+A proof covers its sender's role and the transcript, with a fresh nonce of each end. It is therefore
+refused on another connection, in the other direction and on the other wire. The secret is never sent.
+Later bytes are neither encrypted nor signed.
 """
 
 from __future__ import annotations
