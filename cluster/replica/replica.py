@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
-_KILL_TIMEOUT = 2.0  # seconds; Ray's control plane may be unreachable
+_KILL_TIMEOUT = 2.0  # seconds
 _STOP_TIMEOUT = 5.0  # seconds for the last step to end
 
 
@@ -62,11 +62,10 @@ class Replica:
     `config.num_threads`. Ray runs workers at nice 15 unless it starts with RAY_worker_niceness=0.
     """
 
-    _closed = True  # until the end of __init__
-    _shards: ShardGroup | None = None  # None: the single shard runs in this process
+    _closed = True
+    _shards: ShardGroup | None = None  # None: a single shard in this process
     _startup_seconds: Mapping[str, float] = MappingProxyType({})  # by stage
 
-    # Serve awaits a coroutine constructor.
     async def __init__(  # pyright: ignore[reportGeneralTypeIssues]
         self, model_id: str, config: EngineConfig, options: ReplicaOptions | None = None
     ) -> None:
@@ -103,7 +102,7 @@ class Replica:
 
     def _start_here(self, config: ResolvedConfig) -> LocalExecutor:
         from ...replicas.executors.local_executor import (
-            LocalExecutor,  # loads torch, which the engine of a group does not need
+            LocalExecutor,  # loads torch
         )
 
         executor = LocalExecutor(config)
@@ -131,8 +130,6 @@ class Replica:
             pid=os.getpid(),
             startup_seconds=tuple(self._startup_seconds.items()),
         )
-
-    # Called by Serve or through a handle
 
     async def check_health(self) -> None:
         """Raise EngineError if the engine is gone or a step hangs."""
@@ -175,10 +172,8 @@ class Replica:
         await asyncio.to_thread(self._engine.shutdown)
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
-        """Serve calls this at shutdown and awaits the result."""
+        """Called and awaited by Serve at shutdown."""
         return None if self._closed else self.close()
-
-    # The engine's thread
 
     def _on_deltas(self, deltas: list[TokenDelta]) -> None:
         self._watchdog.step_ended(self._thread.step_seconds)
@@ -189,10 +184,8 @@ class Replica:
     def _on_failure(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._fail, error)
 
-    # The event loop
-
     def _fail(self, error: BaseException) -> None:
-        """Cut all connections and exit, so that Serve starts another replica."""
+        """Cut all connections and exit; Serve starts another replica."""
         if self._failure is not None:
             return
         self._failure = error
@@ -203,7 +196,7 @@ class Replica:
     async def _exit(self) -> None:
         try:
             if self._shards is not None:
-                with suppress(TimeoutError):  # ranks also exit by themselves, unless stopped
+                with suppress(TimeoutError):
                     async with asyncio.timeout(_KILL_TIMEOUT):
                         await asyncio.to_thread(self._shards.kill)
             await self._notify_directory(self._directory.deregister(self._server.info))

@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 class AsyncEngine(Protocol):
-    """The server's interface to a running engine; implemented by `replicas/engine/engine_thread.py`."""
+    """A running engine; see `replicas/engine/engine_thread.py`."""
 
     def submit(self, request: Request) -> None:
         """Accept the request, or raise RequestError or CapacityError."""
@@ -62,7 +62,7 @@ class AsyncEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    send_limit: int = DEFAULT_SEND_LIMIT  # unsent bytes at which a router's connection is cut
+    send_limit: int = DEFAULT_SEND_LIMIT  # unsent bytes per router
     load_interval: float = 0.1  # seconds between two load reports to a router
     handshake_timeout: float = 5.0  # seconds
     max_handshakes: int = 64  # concurrent handshakes
@@ -128,12 +128,12 @@ class ReplicaServer:
         self.cut_all()
 
     def cut_all(self, error: Exception | None = None) -> None:
-        """Cut all connections: the routers replay their streams elsewhere."""
+        """Cut all connections; routers replay their streams."""
         for session in list(self._sessions):
             session.connection.cut(error)
 
     def fail(self, error: BaseException) -> None:
-        """Cut all connections after an engine failure, so that routers replay; refuses new ones. Idempotent."""
+        """Cut and refuse all connections after an engine failure; routers replay. Idempotent."""
         self._failed = True
         for engine_id in [engine_id for engine_id, entry in self._streams.items() if entry.session is None]:
             self._forget(engine_id)
@@ -228,7 +228,7 @@ class ReplicaServer:
             try:
                 self._admit(session, item)
             except EngineError as error:
-                self.fail(error)  # the engine has ended, and this process exits
+                self.fail(error)
                 return
             except ServingError as error:
                 rejections.append(Rejection(item.stream, to_remote_error(error)))
@@ -259,7 +259,7 @@ class ReplicaServer:
         return engine_id
 
     def _abort(self, session: _Session, stream: int, sample: int | None = None) -> None:
-        """Abort a stream silently, or one sample of it with a terminal delta."""
+        """Abort a stream, or one sample of it, which still gets a terminal delta."""
         engine_id = session.engine_ids.get(stream)
         if engine_id is None:
             return
@@ -325,7 +325,7 @@ class ReplicaServer:
             session.connection.send(Step(stream_deltas, self._load_for(session, now)))
 
     def _load_for(self, session: _Session, now: float) -> ReplicaLoad | None:
-        """The load, if the router's last report is older than `load_interval`; otherwise None."""
+        """The load, if a report to the router is due."""
         if now - session.reported_at < self._options.load_interval:
             return None
         session.reported_at = now

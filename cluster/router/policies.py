@@ -1,4 +1,4 @@
-"""Routing policies: pure functions from loads and request to a ranking of the replicas.
+"""Routing policies: pure functions that rank the replicas for a request.
 
 The router knows every load, so it ranks all replicas instead of sampling two.
 """
@@ -15,7 +15,7 @@ from hashlib import blake2b
 TOKENS_PER_RUNNING = 16
 TOKENS_PER_WAITING = 256
 
-_DIGEST_BYTES = 16  # a collision only makes a placement worse
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def num_blocks_needed(candidate: Candidate, facts: RequestFacts) -> int:
 def has_capacity(candidate: Candidate, facts: RequestFacts, max_waiting: int) -> bool:
     """Whether the request would start at once or wait behind at most `max_waiting` sequences.
 
-    True for an idle replica, and for a request that exceeds the whole cache: the engine refuses it with the reason.
+    True for an idle replica, and for a request above the whole cache, which the engine refuses.
     """
     num_sequences = candidate.num_running + candidate.num_waiting
     num_blocks = num_blocks_needed(candidate, facts)
@@ -79,7 +79,7 @@ def least_cost(max_waiting: int) -> RoutingPolicy:
 
 
 def chain_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> list[bytes]:
-    """One hash per full block of `token_ids`, over the salt and all tokens up to its end."""
+    """One hash per full block, over the salt and all tokens up to its end."""
     data = array("I", token_ids).tobytes()
     stride = block_size * array("I").itemsize
     digest = blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest()
@@ -106,7 +106,7 @@ class PrefixIndex:
             self._hashes.popitem(last=False)
 
     def num_blocks(self, hashes: Sequence[bytes]) -> int:
-        """Number of leading blocks of the chain in the index."""
+        """Number of known leading blocks."""
         for i, digest in enumerate(hashes):
             if digest not in self._hashes:
                 return i

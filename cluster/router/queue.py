@@ -1,4 +1,4 @@
-"""The router's bounded admission queue, ordered by priority and arrival, and its batching window."""
+"""The router's admission queue and batching window."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class BatchWindow:
 
 
 class DepartureRate:
-    """Moving average of the rate at which requests leave the queue, for Retry-After."""
+    """Moving average of the queue's departure rate, for Retry-After."""
 
     def __init__(self) -> None:
         self._rate = 0.0  # requests per second

@@ -62,11 +62,11 @@ class Router:
         await asyncio.gather(*(model_router.close() for model_router in self._model_routers.values()))
 
     def models(self) -> list[str]:
-        """Names of the models that are or were served, sorted."""
+        """Names of all models ever served, sorted."""
         return sorted(self._model_routers)
 
     def replicas(self, model: str) -> list[tuple[ReplicaInfo, ReplicaLoad]]:
-        """The connected replicas of a model with their last reported loads. Raises UnknownModel."""
+        """Connected replicas and their last loads. Raises UnknownModel."""
         return [(client.info, client.load) for client in self._connected(model)]
 
     async def generate(
@@ -92,10 +92,7 @@ class Router:
             model_router.release(routed)
 
     def end_sample(self, request_id: str, sample: int) -> None:
-        """Abort one sample after its first token, for example at a stop string; no further delta follows.
-
-        Does nothing if the sample or the request has ended.
-        """
+        """Abort one started sample, for example at a stop string; no further delta follows."""
         if request_id in self._running:
             model_router, routed = self._running[request_id]
             model_router.end_sample(routed, sample)

@@ -1,4 +1,4 @@
-"""Placement of a replica: its bundles for Ray, and the assignment of ranks to the placed actors.
+"""Bundles of a replica for Ray, and the assignment of ranks to actors.
 
 The placement group of several shards has bundle 0 for the replica's process, then one per shard actor.
 """
@@ -22,7 +22,7 @@ def bundles(
     if num_gpus_per_shard:
         shard["GPU"] = num_gpus_per_shard
     if accelerator_type is not None:
-        shard[f"accelerator_type:{accelerator_type}"] = 0.001  # Ray's idiom for "on a node that has it"
+        shard[f"accelerator_type:{accelerator_type}"] = 0.001  # Ray's idiom: on a node that has it
     if parallel.world_size == 1:
         return [shard]
     return [{"CPU": num_cpus}, *(dict(shard) for _ in range(parallel.world_size))]
@@ -69,7 +69,7 @@ class RankAssignment:
 
     actor: int
     placement: ActorPlacement
-    local_rank: int  # among the group's ranks on this node; with GPUs, the index in visible_gpus
+    local_rank: int  # on this node; with GPUs, the index in visible_gpus
     visible_gpus: tuple[str, ...]
 
 

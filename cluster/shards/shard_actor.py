@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ...replicas.executors.shard_rank import ShardRank
 
 
-_ASKED_MS = 500  # milliseconds for a killed process to end; takes 11 on an idle machine
+_KILL_GRACE_MS = 500  # takes 11 ms on an idle machine
 
 
 class ShardActor:
@@ -58,7 +58,7 @@ class ShardActor:
         if self._log is not None:
             self._log.start(rank)
         from ...replicas.executors.shard_rank import (
-            ShardRank,  # here: it loads torch, which reads the environment
+            ShardRank,  # loads torch, which reads the environment
         )
 
         self._rank = ShardRank(config, rank, local_rank)
@@ -94,7 +94,7 @@ class ShardActorHandle:
         self._title = "shard"  # its name in Ray and in `ps`
         self._placement: ActorPlacement | None = None
         self._process: int | None = None  # pidfd of its process, if on this node
-        self._ending = threading.Lock()  # two threads may end the group at once
+        self._ending = threading.Lock()  # two threads may end the group
 
     def call(self, method: str, *args: object) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -143,26 +143,25 @@ def _end(process: int) -> None:
     """
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    if not poll.poll(_ASKED_MS):
+    if not poll.poll(_KILL_GRACE_MS):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _plain(error: BaseException) -> BaseException:
-    """The error that the actor's method raised, or a one-line ShardGroupError for a dead actor."""
+    """The error of the actor's method, or a one-line ShardGroupError for a dead actor."""
     if isinstance(error, RayTaskError):
         return cast("Any", error).cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if "because" in line] or lines[-1:]
-    # Ray appends a list of general causes.
     reason = " ".join(reasons).partition(" Some common causes")[0]
     return ShardGroupError(f"its process has ended ({reason})")
 
 
 def build_sharded_engine(config: EngineConfig, *, timeout_s: float) -> tuple[Engine, ShardGroup]:
-    """Build an engine over shard actors in the placement group of the calling replica.
+    """Build an engine over shard actors in the calling replica's placement group.
 
-    Raises ConfigError and ModelError, with the wrong field or file, and ShardGroupError.
+    Raises ConfigError, ModelError and ShardGroupError.
     """
     group = _own_placement_group(config.parallel.world_size)
     driver_node = DriverNode(node_id(), node_address())

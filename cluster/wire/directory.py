@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "shoal"
 DEFAULT_NAME = "directory"
-REGISTER_INTERVAL = 2.0  # seconds between two registrations of one replica
+REGISTER_INTERVAL = 2.0  # seconds
 TIME_TO_LIVE = 10.0  # seconds until a registration expires
 WATCH_TIMEOUT = 10.0  # seconds of a watch without changes
 _EXPIRY_CHECK = 1.0
@@ -33,7 +33,7 @@ _ANSWER_TIMEOUT = 60.0  # seconds, including the start of the actor's process
 
 
 class Directory:
-    """The actor's logic in plain asyncio, testable without Ray."""
+    """The actor's logic, in plain asyncio."""
 
     def __init__(self, secret: bytes, time_to_live: float = TIME_TO_LIVE) -> None:
         self._secret = secret
@@ -47,7 +47,7 @@ class Directory:
         return self._secret
 
     async def register(self, info: ReplicaInfo) -> None:
-        """Add or renew a replica; removes earlier epochs of the same replica."""
+        """Add or renew a replica; removes its earlier epochs."""
         async with self._changed:
             expires = asyncio.get_running_loop().time() + self._time_to_live
             stale = [key for key in self._replicas if key[0] == info.replica_id and key != info.key]
@@ -141,7 +141,7 @@ def announce_stop(models: frozenset[str], name: str = DEFAULT_NAME) -> None:
 
 
 def remove_directory(name: str = DEFAULT_NAME) -> None:
-    """End the directory, if there is one. Call it when the cluster has no users left."""
+    """End the directory of a cluster without users."""
     directory = named_actor(name, NAMESPACE)
     if directory is not None:
         kill_actor(directory)
@@ -174,5 +174,5 @@ class DirectoryClient:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 return await getattr(self._actor, method).remote(*args)
         except (RayError, ValueError, OSError) as error:  # TimeoutError is an OSError
-            self._actor = None  # look it up again: the handle may belong to a lost cluster
+            self._actor = None  # the handle may belong to a lost cluster
             raise DirectoryUnavailable(f"the directory {self._name!r} does not answer: {error}") from error

@@ -31,7 +31,7 @@ from .errors import WireError
 VERSION = 1
 MAX_FRAME_BYTES = 64 << 20  # prompt logprobs of 128k tokens with 20 alternatives: about 40 MB
 MAX_HANDSHAKE_FRAME_BYTES = 4096  # before the peer has proved itself
-DEFAULT_SEND_LIMIT = 64 << 20  # unsent bytes at which a slow reader's connection is cut
+DEFAULT_SEND_LIMIT = 64 << 20  # unsent bytes
 _MAX_HANDSHAKE_FRAMES = 8  # unread ones; a correct peer sends two
 _HEADER_BYTES = 4
 
@@ -123,7 +123,7 @@ class Rejected(Message, frozen=True, tag=9):
 
 
 class StreamDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A TokenDelta with a stream in place of the request id; about 11 bytes for a token without logprobs."""
+    """A TokenDelta with a stream in place of the request id: about 11 bytes per plain token."""
 
     stream: int
     sample: int
@@ -230,7 +230,7 @@ class FrameSplitter:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield each payload that `data` completes; raises WireError at a header above the limit."""
+        """Yield each completed payload; raises WireError at a header above the limit."""
         rest = self._rest
         rest += data
         start = 0
@@ -267,10 +267,10 @@ class Connection(asyncio.Protocol):
         self._on_closed: Callable[[Exception | None], None] | None = None
         self._transport: asyncio.Transport | None = None
         self.closed = False
-        self.error: Exception | None = None  # the reason of the close, if known
+        self.error: Exception | None = None
 
     def start(self, receiver: Callable[[bytes], None], on_closed: Callable[[Exception | None], None]) -> None:
-        """End the handshake: `receiver` gets all further frames, of full size."""
+        """End the handshake: `receiver` gets all further frames."""
         self._splitter.limit = MAX_FRAME_BYTES
         self._receiver = receiver
         self._on_closed = on_closed
@@ -290,7 +290,7 @@ class Connection(asyncio.Protocol):
         return self._early.popleft()
 
     def send(self, message: object) -> None:
-        """Queue one frame. Does nothing on a closed connection; cuts it above `send_limit`."""
+        """Queue one frame; cuts the connection above `send_limit`."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return
