@@ -57,9 +57,13 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+    @property
     def uses_history(self) -> bool:
         """Whether sampling depends on earlier tokens."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+        return self.has_penalties or bool(self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@
     rare     msgpack of what most steps lack: row starts, block copies, log-probabilities, messages
 
 All of it is little-endian and nothing is pickled. A decoded plan's arrays are views on the received frame. Lengths
-are checked before anything is read, and msgspec checks types: a frame cut short or of another version is a
-FrameError. Values are not checked, since a peer authenticates before its first frame.
+are checked before anything is read, and msgspec checks types: a frame cut short or of
+another version is a FrameError. Other values are not checked, since a peer authenticates before its first frame.
 
 Microseconds on a Xeon (Sapphire Rapids, 2.3 GHz), in brackets those of version 1, which wrote row starts by `struct`:
 a decode plan of 256 sequences (6.4 KB) 3.8 (3.9) to encode and 4.7 (4.5) to decode; a row start beside it 1.4 (5.0)
@@ -219,6 +219,9 @@ def decode(frame: Frame) -> Message:
         arrays.append(ints[begin:end] if count else NO_INTS)
     if kind == FrameKind.PLAN:
         rest = _decoded(_plan_rest, rare, step) if rare_bytes else _NO_PLAN_REST
+        for start in rest.row_starts:
+            if start.row < 0 or start.seed < 0:  # msgpack has no integer above uint64
+                raise FrameError(f"a row start of step {step} has row {start.row} and seed {start.seed}, below 0")
         return StepPlan._make((step, *arrays, rest.copies, rest.row_starts))
     rest = _decoded(_result_rest, rare, step) if rare_bytes else _NO_RESULT_REST
     token_ids, counts = arrays

@@ -9,6 +9,7 @@ from ..config import ModelFacts, ResolvedConfig
 from ..errors import EngineError, RequestError
 from ..executor import Executor
 from ..plan import LogprobArrays, StepResult
+from ..processor_table import needs_last_token
 from ..protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
 from .request_limits import RequestLimits
 from .scheduler import Scheduler
@@ -64,11 +65,16 @@ class Engine:
         self.add_checked(request, max_steps_in_flight=max_steps_in_flight)
 
     def add_checked(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
-        """Accept a request that `limits` has checked, perhaps in another thread. Raises as `add_request` does."""
+        """Accept a request that `limits` has checked, perhaps in another thread. Raises as `add_request` does.
+
+        A request with a logits processor that needs the last token has one step in flight at most.
+        """
         if self.failure is not None:
             raise EngineError(f"the engine has failed and takes no requests: {self.failure}")
         if request.request_id in self.scheduler.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        if needs_last_token(request.sampling):
+            max_steps_in_flight = 1
         self.scheduler.add(request, max_steps_in_flight=max_steps_in_flight)
 
     def abort(self, request_id: str, sample: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Logits processors change a row's logits before its token is sampled.
 
 Most rows have none and are sampled in the CUDA graph. A row with at least one is sampled again outside of it. Its
-processors change a copy of its logits, in the order of `LOGITS_PROCESSORS`. A new one is a class and an entry there.
+processors change a copy of its logits, in the order of `processor_table.LOGITS_PROCESSORS`. A new one is a class and
+an entry there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 import torch
 
 from ..plan import RowStart
-from .penalties import Penalties
 
 FORBIDDEN = float("-inf")
 
@@ -26,20 +26,19 @@ class LogitsProcessor(Protocol):
     processors on the same bits, so a processor must be deterministic, and it must not communicate.
 
     A token is sampled before the host has read the one before it. A processor therefore keeps its state on the device,
-    or sets `needs_last_token`.
+    or its entry of the table sets `needs_last_token` and it is a `LastTokenReader`.
     """
 
-    @property
-    def needs_last_token(self) -> bool:
-        """Whether `observe` is called; such a row may have one step in flight only."""
-        ...
-
-    def start(self, start: RowStart) -> bool:
-        """Reset a row for a new sequence, which may be a fork; returns whether it is processed.
+    def start(self, start: RowStart) -> None:
+        """Process a row for a new sequence, which may be a fork. `stop` has been called if the row was processed.
 
         A sequence that resumes after preemption keeps its row. Token ids need `SamplingParams.uses_history`;
         the emitted ones are those of another replica, whose request this one continues.
         """
+        ...
+
+    def stop(self, row: int) -> None:
+        """Drop the row's state, if it has any."""
         ...
 
     def __contains__(self, row: int) -> bool:
@@ -63,7 +62,7 @@ ProcessorClass: TypeAlias = Callable[[int, tuple[int, ...], torch.device], Logit
 
 
 class LastTokenReader(LogitsProcessor, Protocol):
-    """A processor with `needs_last_token`."""
+    """A processor whose entry of the table sets `needs_last_token`; its rows have one step in flight at most."""
 
     def observe(self, row: int, token_id: int) -> None:
         """Receive the row's last token on the host, once, before the step that samples the next one."""
@@ -73,14 +72,12 @@ class LastTokenReader(LogitsProcessor, Protocol):
 class RowProcessor(Generic[State]):
     """Base of processors that change one row at a time, each by a state of its own."""
 
-    needs_last_token = False
-
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         self.states: dict[int, State] = {}
 
-    def make_state(self, start: RowStart) -> State | None:
-        """The state of a new sequence; None if it is not processed."""
+    def make_state(self, start: RowStart) -> State:
+        """The state of a new sequence."""
         raise NotImplementedError
 
     def apply_row(self, state: State, logits: torch.Tensor, position: int) -> None:
@@ -90,13 +87,11 @@ class RowProcessor(Generic[State]):
     def accept_row(self, row: int, token: torch.Tensor) -> None:
         """Receive the sampled token, an int64 scalar on the device."""
 
-    def start(self, start: RowStart) -> bool:
-        self.states.pop(start.row, None)
-        state = self.make_state(start)
-        if state is None:
-            return False
-        self.states[start.row] = state
-        return True
+    def start(self, start: RowStart) -> None:
+        self.states[start.row] = self.make_state(start)
+
+    def stop(self, row: int) -> None:
+        self.states.pop(row, None)
 
     def __contains__(self, row: int) -> bool:
         return row in self.states
@@ -118,9 +113,7 @@ class RowProcessor(Generic[State]):
 class LogitBias(RowProcessor[tuple[torch.Tensor, torch.Tensor]]):
     """`logit_bias`; the state is token ids and what is added to their logits."""
 
-    def make_state(self, start: RowStart) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not start.sampling.logit_bias:
-            return None
+    def make_state(self, start: RowStart) -> tuple[torch.Tensor, torch.Tensor]:
         ids, bias = zip(*start.sampling.logit_bias, strict=True)
         return self.ints(ids), torch.tensor(bias, dtype=torch.float32, device=self.device)
 
@@ -131,9 +124,7 @@ class LogitBias(RowProcessor[tuple[torch.Tensor, torch.Tensor]]):
 class AllowedTokens(RowProcessor[torch.Tensor]):
     """`allowed_token_ids`; the state is a mask bool [V] of all other tokens."""
 
-    def make_state(self, start: RowStart) -> torch.Tensor | None:
-        if not start.sampling.allowed_token_ids:
-            return None
+    def make_state(self, start: RowStart) -> torch.Tensor:
         forbidden = torch.ones(self.vocab_size, dtype=torch.bool, device=self.device)
         forbidden[self.ints(start.sampling.allowed_token_ids)] = False
         return forbidden
@@ -150,10 +141,8 @@ class BadWords(RowProcessor[tuple[list[tuple[torch.Tensor, int]], torch.Tensor]]
     indexing with one on the device would wait for the device.
     """
 
-    def make_state(self, start: RowStart) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor] | None:
+    def make_state(self, start: RowStart) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
         words = start.sampling.bad_words
-        if not words:
-            return None
         longest = max(len(word) for word in words) - 1
         known = (start.prompt_token_ids + start.emitted_token_ids)[-longest:] if longest else ()
         tail = self.ints((-1,) * (longest - len(known)) + known)
@@ -179,16 +168,12 @@ class MinTokens(RowProcessor[tuple[torch.Tensor, int]]):
     With `ignore_eos`, too: that lets a sequence run on after an end token, and this keeps it from being sampled.
     """
 
-    def make_state(self, start: RowStart) -> tuple[torch.Tensor, int] | None:
+    def make_state(self, start: RowStart) -> tuple[torch.Tensor, int]:
         params = start.sampling
         ends = (*self.eos_token_ids, *params.stop_token_ids)
-        return (self.ints(ends), start.prompt_len + params.min_tokens) if params.min_tokens else None
+        return self.ints(ends), start.prompt_len + params.min_tokens
 
     def apply_row(self, state: tuple[torch.Tensor, int], logits: torch.Tensor, position: int) -> None:
         ends, first_position = state
         if position < first_position and len(ends):
             logits[ends] = FORBIDDEN
-
-
-# In the order in which they change a row's logits.
-LOGITS_PROCESSORS: tuple[ProcessorClass, ...] = (LogitBias, AllowedTokens, BadWords, MinTokens, Penalties)

@@ -18,8 +18,6 @@ class Penalties:
     doubles when they run out, so that a server without penalties spends no memory on them.
     """
 
-    needs_last_token = False
-
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self._device = device
         self._slots = empty_slots(0, vocab_size, device)
@@ -27,13 +25,8 @@ class Penalties:
         self._free: list[int] = []
         self._applied = torch.empty(0, dtype=torch.int64)
 
-    def start(self, start: RowStart) -> bool:
-        held = self._slot_of_row.pop(start.row, None)
-        if held is not None:
-            self._free.append(held)
+    def start(self, start: RowStart) -> None:
         params = start.sampling
-        if not (params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0):
-            return False
         if not self._free:
             self._grow()
         slot = self._slot_of_row[start.row] = self._free.pop()
@@ -45,7 +38,11 @@ class Penalties:
         self._slots.repetition[slot] = params.repetition_penalty
         self._slots.frequency[slot] = params.frequency_penalty
         self._slots.presence[slot] = params.presence_penalty
-        return True
+
+    def stop(self, row: int) -> None:
+        slot = self._slot_of_row.pop(row, None)
+        if slot is not None:
+            self._free.append(slot)
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of_row

@@ -23,12 +23,14 @@ from ...kernels.sampling.params import SamplingRows
 from ...kernels.sampling.sample import sample_rows
 from ...kernels.sampling.sample_slice import best_keys, winners
 from ...kernels.sampling.score import Scores, score
+from .. import processor_table
 from ..host_copy import send_ints
 from ..parallel.comm import ParallelContext
 from ..parallel.vocabulary import VocabularySlice
 from ..plan import DEVICE_TOKEN, Ints, RowStart, StepPlan
+from ..processor_table import ProcessorSpec
 from ..protocol import SamplingParams
-from .logits_processors import LOGITS_PROCESSORS, LastTokenReader, ProcessorClass
+from .logits_processors import LastTokenReader, LogitsProcessor
 from .slice_scores import score_slices
 
 # An all-to-all of the rows takes two exchanges, gathering them takes one. On two H200, top-k 50 and top-p 0.9 of
@@ -42,7 +44,8 @@ NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the r
 class Sampler:
     """Samples the tokens of sequences, each by the parameters of its row in `params`, which the caller fills.
 
-    Logits are [K, size], this rank's slice of the vocabulary; with one rank, all of it. processors: classes.
+    Logits are [K, size], this rank's slice of the vocabulary; with one rank, all of it. processors: instead of
+    those of the table.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
         device: torch.device,
         comm: ParallelContext | None = None,
-        processors: Sequence[ProcessorClass] = LOGITS_PROCESSORS,
+        processors: Sequence[ProcessorSpec] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.device = device
@@ -64,9 +67,16 @@ class Sampler:
         num_rows = len(params.temperature)
         self._num_logprobs = np.full(num_rows, -1, np.int32)
         self._filters = np.zeros(num_rows, np.bool_)
-        self._processors = [make(vocab_size, eos_token_ids, device) for make in processors]
+        self._specs = processor_table.LOGITS_PROCESSORS if processors is None else processors
+        self._processors: list[LogitsProcessor] = [
+            spec.load()(vocab_size, eos_token_ids, device) for spec in self._specs
+        ]
         self._processed_rows: set[int] = set()
-        self._readers = [cast("LastTokenReader", each) for each in self._processors if each.needs_last_token]
+        self._readers = [
+            cast("LastTokenReader", processor)
+            for spec, processor in zip(self._specs, self._processors, strict=True)
+            if spec.needs_last_token
+        ]
         self.reads_tokens = bool(self._readers)
         self._num_known = np.zeros(num_rows, np.int64)  # tokens of the row's sequence that readers know
 
@@ -76,10 +86,14 @@ class Sampler:
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._filters[row] = _filters(params, self.vocab_size)
         self._num_known[row] = start.prompt_len + start.num_emitted
-        self._processed_rows.discard(row)
-        processed = [processor.start(start) for processor in self._processors]
-        if any(processed):
-            self._processed_rows.add(row)
+        if row in self._processed_rows:
+            self._processed_rows.remove(row)
+            for processor in self._processors:
+                processor.stop(row)
+        for spec, processor in zip(self._specs, self._processors, strict=True):
+            if spec.is_active(params):
+                processor.start(start)
+                self._processed_rows.add(row)
 
     def read_tokens(self, plan: StepPlan) -> None:
         """Pass the rows' last tokens, which `plan` names, to the processors that need them on the host."""

@@ -62,7 +62,8 @@ samplings = st.builds(
     logprobs=st.none() | int64s,
     prompt_logprobs=st.none() | int64s,
 )
-row_starts = st.builds(RowStart, int64s, seeds, int64s, samplings, token_tuples, token_tuples, int64s)
+counts = st.integers(0, 2**31 - 1)
+row_starts = st.builds(RowStart, counts, seeds, int64s, samplings, token_tuples, token_tuples, int64s)
 
 
 @st.composite
@@ -229,6 +230,13 @@ def test_a_value_of_another_type_is_refused(name: str) -> None:
     else:
         start = start._replace(sampling=dataclasses.replace(start.sampling, **wrong))
     with pytest.raises(FrameError, match=r"rare part of step 5, \d+ bytes, is damaged: Expected"):
+        decode(frame_of(RICH._replace(row_starts=(start,))))
+
+
+@pytest.mark.parametrize("change", [{"row": -1}, {"seed": -1}], ids=str)
+def test_a_row_start_below_zero_is_refused(change: dict[str, int]) -> None:
+    start = RICH.row_starts[0]._replace(**change)
+    with pytest.raises(FrameError, match=r"a row start of step \d+ has row -?1 and seed -?\d+, below 0"):
         decode(frame_of(RICH._replace(row_starts=(start,))))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
+from shoal.replicas.processor_table import ProcessorSpec
 from shoal.replicas.protocol import SamplingParams
 from shoal.replicas.sampling.sampler import Sampler
 from shoal.replicas.worker.step_inputs import HostInputs, make_row_state
@@ -160,16 +161,14 @@ def test_a_row_with_every_token_forbidden_fails():
 class NeverTwice:
     """A logits processor that forbids the last token, known on the host."""
 
-    needs_last_token = True
-
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self.last: dict[int, int] = {}
 
-    def start(self, start: RowStart) -> bool:
-        self.last.pop(start.row, None)
-        if start.sampling.min_tokens:
-            self.last[start.row] = start.prompt_token_ids[-1]
-        return start.row in self.last
+    def start(self, start: RowStart) -> None:
+        self.last[start.row] = start.prompt_token_ids[-1]
+
+    def stop(self, row: int) -> None:
+        self.last.pop(row, None)
 
     def __contains__(self, row: int) -> bool:
         return row in self.last
@@ -185,6 +184,9 @@ class NeverTwice:
         self.last[row] = token_id
 
 
+NEVER_TWICE = ProcessorSpec(lambda: NeverTwice, lambda params: params.min_tokens > 0, needs_last_token=True)
+
+
 def plan_of(starts: tuple[int, ...], *slices: tuple[int, ...]) -> StepPlan:
     """One slice for each row from 0 on."""
     rows = np.arange(len(slices), dtype=np.int32)
@@ -196,7 +198,7 @@ def plan_of(starts: tuple[int, ...], *slices: tuple[int, ...]) -> StepPlan:
 def test_a_processor_reads_each_last_token_once():
     """By a step of one token, and by the chunk that a preempted sequence resumes with."""
     state = make_row_state(4, 1, CPU)
-    sampler = Sampler(state.sampling, VOCAB, (EOS,), CPU, processors=(NeverTwice,))
+    sampler = Sampler(state.sampling, VOCAB, (EOS,), CPU, processors=(NEVER_TWICE,))
     assert sampler.reads_tokens
     for row, min_tokens in enumerate((1, 0)):
         sampler.start(RowStart(row, 0, 2, greedy(min_tokens=min_tokens), (1, 7)))
