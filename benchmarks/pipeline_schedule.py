@@ -1,11 +1,11 @@
-"""What the scheduler leaves of a pipeline's stages: a simulation of its plans, with step times of an 8B model on H200s.
+"""Simulation of the scheduler's plans on a pipeline, with step times of an 8B model on H200s.
 
-Every plan is the real scheduler's; its time on each stage is looked up, and stages wait for each other as they do
-(replicas/parallel/pipeline.py): for the stage before, for the stage after to take what it is sent, for the tokens that
-the plan reads. `ratio` says how many times the output tokens/s of one GPU that would be, with as many sequences a
-stage; `busy` is the share of the time that the busiest stage works. One core, no GPU.
+Plans are the real scheduler's; their times per stage are looked up. Stages wait as in
+replicas/parallel/pipeline.py: for the stage before, for the stage after to receive, and for the tokens that
+the plan reads. `ratio` is output tokens/s relative to one GPU with as many sequences a stage; `busy` is the
+share of time that the busiest stage works. One core, no GPU.
 
-    python -m benchmarks.pipeline_schedule [--json PATH]
+     python -m benchmarks.pipeline_schedule [--json PATH]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORKLOADS = {
     "long prompts": (600, (1500, 2500), (64, 256)),
     "short prompts": (1500, (16, 64), (200, 500)),
 }
-# Milliseconds of 32 layers without the reading of keys and values, by tokens of a step: from decode at 1k and from
+# Milliseconds of 32 layers without reading keys and values, by tokens of a step: from decode at 1k and from
 # prefill (tables vs_vllm_8b and parallel_8b). Keys and values: 131,072 bytes a token at 4 TB/s.
 TOKENS = [1, 32, 64, 128, 256, 512, 1024, 2048, 6144]
 LAYERS_MS = [3.75, 3.95, 4.35, 4.7, 7.4, 12.3, 23, 46, 139]
@@ -59,7 +59,7 @@ class Pipeline:
         self.free, self.busy = [0.0] * len(self.num_layers), [0.0] * len(self.num_layers)
 
     def run(self, plan: StepPlan, now: float) -> float:
-        """When the plan's tokens are there, submitted at `now`."""
+        """When the tokens of the plan submitted at `now` are ready."""
         last = len(self.num_layers) - 1
         readers = plan.rows[: _num_decodes(plan)][plan.token_ids[: _num_decodes(plan)] == DEVICE_TOKEN]
         ready = max([now, *(self.known.get(row, 0.0) for row in readers.tolist())])
@@ -87,7 +87,7 @@ def _layers_ms(plan: StepPlan) -> float:
 
 
 def simulate(num_stages: int, workload: str) -> tuple[float, float]:
-    """Output tokens a second of all requests handed over at once, and the share of it that the busiest stage works."""
+    """Output tokens a second of all requests submitted at once, and the busy share of the busiest stage."""
     config = EngineConfig(
         ModelConfig("fake"),
         CacheConfig(64, NUM_BLOCKS, enable_prefix_caching=False),

@@ -1,12 +1,12 @@
-"""A decode step of scheduler and block pool: plan and update, with two steps in flight and nothing else running.
+"""A decode step of scheduler and block pool: plan and update, with two steps in flight.
 
-Contexts have random lengths, so that every step some sequences begin a new block. Time is that of `Scheduler.plan`
-and `Scheduler.update`; the executor is an array of ones made between them. `engine` adds the token deltas, one Python
-object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Each step of a pipeline decodes one
-micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of 1,024 tokens against the
-prefix cache, with and without hashing it.
+Contexts have random lengths, so that some sequences begin a new block in every step. Time is that of
+`Scheduler.plan` and `Scheduler.update`; the executor returns an array of ones. `engine` adds the token
+deltas, one Python object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Each step of
+a pipeline decodes one micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of
+1,024 tokens against the prefix cache, with and without hashing.
 
-    taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
+     taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def answer(plan: StepPlan) -> StepResult:
 
 
 def full_engine(num_sequences: int, num_steps: int, num_stages: int = 1) -> tuple[Engine, ConstantExecutor]:
-    """An engine with `num_sequences` that decode for longer than `num_steps`, prefilled."""
+    """An engine with `num_sequences` prefilled sequences that decode for longer than `num_steps`."""
     num_blocks = num_sequences * -(-(64 + 2 * num_steps) // BLOCK_SIZE)
     config = EngineConfig(
         ModelConfig("fake"),
@@ -90,7 +90,7 @@ def time_scheduler(num_sequences: int, num_steps: int, num_stages: int) -> list[
     engine, executor = full_engine(num_sequences, num_steps, num_stages)
     scheduler = engine.scheduler
     times: list[float] = []
-    results = deque(executor.result() for _ in range(executor.num_in_flight))  # of the steps that the engine has left
+    results = deque(executor.result() for _ in range(executor.num_in_flight))  # of the steps still in flight
     for _ in range(num_steps):
         begin = perf_counter_ns()
         plan = scheduler.plan()
@@ -164,7 +164,7 @@ def main() -> None:
         parser.error(f"--steps {options.steps} is outside 16..480: contexts hold {MAX_MODEL_LEN} tokens")
     report = Report("scheduler", settings={"block_size": BLOCK_SIZE, "steps": options.steps})
     gc.collect()
-    gc.freeze()  # what stands here lives as long as the process
+    gc.freeze()  # exclude what lives as long as the process
     for num_stages, num_sequences in product(options.stages, options.sequences):
         times = time_scheduler(num_sequences, options.steps, num_stages)
         parts = f" in {num_stages} micro-batches" if num_stages > 1 else ""

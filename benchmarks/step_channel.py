@@ -1,13 +1,14 @@
-"""A decode plan of 256 sequences from an engine to two rank processes, and one rank's answer, by the step channel.
+"""A decode plan of 256 sequences from an engine to two rank processes, and one rank's answer, by the step
+channel.
 
-Beside it the same plan and answer by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray
-compiled graph. Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays (clocks
-of processes on one machine agree), `to both` when the later of the two has it, `half round trip` when the engine has
-rank 0's answer. Before that answer the ranks wait for each other, as their collectives make them. Steps follow each
-other at once, or with a pause as a GPU makes it, in which cores fall asleep. Two cores are one fewer than there are
-processes. Goal: 30 us one way, at once.
+Beside it the same by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray compiled
+graph. Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays; clocks
+of processes on one machine agree. `to both` ends when the later rank has it, `half round trip` when the
+engine has rank 0's answer. The ranks synchronize before that answer, as collectives do. Steps follow each
+other at once, or after a pause as long as a GPU step, in which cores sleep. There is one process more than
+the two cores. Goal: 30 us one way, at once.
 
-    python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
+     python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NUM_SEQUENCES = 256
 WORLD_SIZE = 2
 NUM_WARM = 50  # steps at the beginning of a round that are not counted
 PAUSES_MS = (0.0, 2.0)
-SETTLE_S = 4.0  # after Ray's end: its processes take a while to go, and would be in the next round's way
+SETTLE_S = 4.0  # Ray's processes take a while to end, and would disturb the next round
 GOAL_US = 30.0
 STEP_CHANNELS = ("UNIX socket", "TCP")
 
@@ -56,7 +57,7 @@ class Way(Protocol):
         ...
 
     def stop(self) -> list[Stamps]:
-        """End the ranks; what each of them noted."""
+        """End the ranks; returns the stamps of each."""
         ...
 
 
@@ -65,7 +66,7 @@ def answer(plan: StepPlan) -> StepResult:
 
 
 class Meeting:
-    """Where rank 0 waits for the others in every step."""
+    """Rank 0 waits here for the others in every step."""
 
     def __init__(self, path: str, rank: int) -> None:
         self._fifo, self._rank = os.open(path, os.O_RDWR), rank
@@ -137,7 +138,7 @@ def pickle_rank(stamps_to: Connection, fifo: str, pipe: Connection, rank: int) -
 
 
 class Ranks:
-    """Rank processes that hand over their stamps when they end."""
+    """Rank processes that return their stamps when they end."""
 
     def __init__(self, target: Callable[[int], tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
         self._processes, self._stamps = [], []
@@ -214,7 +215,7 @@ class ByCompiledGraph(ByActorCall):
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of our own in a folder of its own, ended with its last user."""
+    """A Ray cluster in a folder of its own, shut down at the end."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -246,7 +247,7 @@ class Times(NamedTuple):
 
 
 def measure(make: Callable[[str], Way], num_steps: int, pause_ms: float) -> Times:
-    """One round. make: is given the path of the ranks' meeting."""
+    """One round. make: receives the path of the ranks' FIFO."""
     begins, ends = [], []
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         fifo = str(Path(folder, "meeting"))
@@ -267,7 +268,7 @@ def measure(make: Callable[[str], Way], num_steps: int, pause_ms: float) -> Time
 
 
 def time_codec() -> dict[str, float]:
-    """What encoding and decoding take of it."""
+    """Time of encoding and decoding alone."""
     plan = decode_plan()
     frame = bytearray(encode(plan))
     figures = {"bytes of a plan": float(len(frame))}

@@ -1,9 +1,8 @@
 """Step plans, from the scheduler to its ranks, and step results, back to the scheduler.
 
-Every rank receives the same plan. It holds integers and, for new sequences, their sampling parameters. A plan is a
-diff: it names the rows that run and what changed. Ranks execute plans in the order of submission, so the scheduler
-plans a step before it has the tokens of the step before. DEVICE_TOKEN then stands in the place of a row's last
-sampled token, which only the ranks hold.
+Every rank receives the same plan: integers and, for new sequences, their sampling parameters. A plan is a diff: it
+names the rows that run and what changed. Ranks run plans in order, so the scheduler plans a step before it has the
+tokens of the step before. DEVICE_TOKEN then replaces a row's last sampled token, which only the ranks hold.
 
 A sequence keeps one row from its first step to its end. State per row:
 
@@ -50,7 +49,7 @@ class RowStart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SeqSlice:
-    """One slice of a StepPlan: the tokens of one sequence that the step runs. For tests and debugging."""
+    """One slice of a StepPlan, for tests and debugging."""
 
     row: int
     start: int
@@ -59,7 +58,7 @@ class SeqSlice:
 
 
 class BlockCopy(NamedTuple):
-    """Copy-on-write: block `source` is copied whole to `target`, in every layer, before the step runs."""
+    """Copy-on-write: copy block `source` to `target` in every layer, before the step runs."""
 
     source: int
     target: int
@@ -68,30 +67,30 @@ class BlockCopy(NamedTuple):
 class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each rank: 0.4 us, a frozen dataclass 1.5
     """One step. Slices of one token come first. There is no prefill or decode flag.
 
-    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table updates,
-    P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow from that table.
+    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table
+    updates, P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow
+    from that table.
 
-    Draft tokens (speculative decoding, jump-forward): the last `num_drafts[k]` tokens of sample k's slice are drafts.
-    The rank samples after the token before the drafts and after each draft. It accepts drafts as long as they equal
-    the samples, and returns the 1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is not in the
-    next plan before that result has come.
+    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples before the
+    drafts and after each, accepts drafts as long as they equal the samples, and returns the 1 to
+    num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
     """
 
     step: int
     rows: Annotated[Ints, "S"]  # row of each slice
-    starts: Annotated[Ints, "S"]  # tokens of the sequence that are in the KV cache before the step
+    starts: Annotated[Ints, "S"]  # tokens in the KV cache before the step
     num_tokens: Annotated[Ints, "S"]
     token_ids: Annotated[Ints, "T"]  # slice after slice; DEVICE_TOKEN: the row's last sampled token
     sample_slices: Annotated[Ints, "K"]  # the slice whose last hidden state is sampled from
-    sample_rows: Annotated[Ints, "K"]  # the row that receives the token (several rows of one slice: a fork)
+    sample_rows: Annotated[Ints, "K"]  # the row that receives the token (several of one slice: a fork)
     table_rows: Annotated[Ints, "U"] = NO_INTS  # block_table[row, index] = block, applied before the step
     table_indices: Annotated[Ints, "U"] = NO_INTS
     table_blocks: Annotated[Ints, "U"] = NO_INTS
-    # Prompt log-probabilities: slices whose every position is scored, and the token that follows each slice
-    # (DEVICE_TOKEN where the slice ends the prompt: its last position is scored by sampling).
+    # Prompt log-probabilities: slices whose every position is scored, and the token after each slice
+    # (DEVICE_TOKEN where it ends the prompt: sampling scores its last position).
     scored_slices: Annotated[Ints, "P"] = NO_INTS
     scored_next: Annotated[Ints, "P"] = NO_INTS
-    num_drafts: Annotated[Ints, "D"] = NO_INTS  # drafts of each sample; empty: no slice has drafts
+    num_drafts: Annotated[Ints, "D"] = NO_INTS  # per sample; empty: none
     copies: tuple[BlockCopy, ...] = ()
     row_starts: tuple[RowStart, ...] = ()
 
@@ -123,10 +122,10 @@ class LogprobArrays:
 class StepResult:
     """The answer to the plan of the same step.
 
-    `logprobs` covers the sampled tokens when any sample asked for log-probabilities. `prompt_logprobs` has an entry
-    for each of the plan's scored slices, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next
-    is DEVICE_TOKEN). A `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token is
-    invalid.
+    `logprobs` covers the sampled tokens when any sample asked for them. `prompt_logprobs` has an entry
+    for each scored slice, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next is
+    DEVICE_TOKEN). A `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token
+    is invalid.
     """
 
     step: int
@@ -144,6 +143,5 @@ def _arrays(message: Any) -> dict[str, str]:
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
-# Name and length letter of each array, in order.
 PLAN_ARRAYS: dict[str, str] = _arrays(StepPlan)
 RESULT_ARRAYS: dict[str, str] = _arrays(StepResult)

@@ -1,8 +1,7 @@
 """The tensors that the model reads in a step, expanded on the device from the step's packed plan.
 
-The host sends one int32 array. Positions, cache slots, context lengths, block tables and tokens that only the device
-holds are derived on the device. A step therefore costs the host one copy, and a CUDA graph that begins with these
-kernels runs any plan that fits its shapes.
+The host sends one int32 array; positions, cache slots, context lengths and block tables are derived on the device. A
+step costs the host one copy, and a CUDA graph that begins with these kernels runs any plan that fits its shapes.
 
     apply:   block_tables[row, index] = block; sampling[row] = parameters                        changes of the plan
     expand:  token t of slice s, at offset o = t - cu_seqlens[s]:
@@ -32,8 +31,8 @@ from ..sampling.params import SamplingRows
 # A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
 ROW_START = 7
 
-# The arrays of a packed plan, in order, and their lengths. Names are those of StepPlan's arrays, but for two:
-# cu_seqlens are the running sums of num_tokens, and row_starts are ROW_START integers each.
+# The arrays of a packed plan, in order, and their lengths. Names are StepPlan's, but for two:
+# cu_seqlens are the running sums of num_tokens, row_starts are ROW_START integers each.
 PACKED_ARRAYS = {
     "rows": "S",
     "starts": "S",
@@ -66,7 +65,7 @@ class StepTensors(NamedTuple):
     positions: torch.Tensor  # int64 [T], 0 is padding
     slot_mapping: torch.Tensor  # int64 [T], -1 is padding
     decode_lens: torch.Tensor  # int32 [D], 0 is padding
-    decode_tables: torch.Tensor  # int32 [D, M], beyond a context's blocks not defined
+    decode_tables: torch.Tensor  # int32 [D, M], undefined beyond a context's blocks
     prefill_starts: torch.Tensor  # int32 [P + 1], the step's end for padding
     prefill_lens: torch.Tensor  # int32 [P], 0 is padding
     prefill_tables: torch.Tensor  # int32 [P, M], likewise
@@ -92,13 +91,13 @@ class StepTensors(NamedTuple):
 
 
 def section(plan: np.ndarray, name: str, count: int) -> np.ndarray:
-    """The first `count` integers of one of the packed plan's arrays."""
+    """The first `count` integers of one of the plan's arrays."""
     begin = int(plan[PLACES[name]])
     return plan[begin : begin + count]
 
 
 def apply_plan_ref(packed: torch.Tensor, state: RowState) -> None:
-    """Table updates and row starts, one by one, in place."""
+    """One by one, in place."""
     plan = packed.cpu().numpy()
     num_updates, num_starts = int(plan[PLACES["num_updates"]]), int(plan[PLACES["num_starts"]])
     updates = (section(plan, name, num_updates).tolist() for name in ("table_rows", "table_indices", "table_blocks"))
@@ -151,14 +150,14 @@ def expand_plan_ref(packed: torch.Tensor, state: RowState, block_size: int, out:
 def store_tokens_ref(
     tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
 ) -> None:
-    """One by one, in place. A failed sample (-1) leaves token 0 for its row, a valid index of the embedding."""
+    """One by one, in place. A failed sample (-1) leaves token 0, a valid index of the embedding."""
     for k, (token, row) in enumerate(zip(tokens.tolist(), rows.tolist(), strict=True)):
         last_tokens[row] = max(token, 0)
         ring[int(packed[PLACES["turn"]]), k] = token
 
 
 def load_plan(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
-    """Apply the packed plan to `state` and fill `out` from the two, with padding as StepTensors says.
+    """Apply the packed plan to `state` and fill `out` from the two, with padding as in StepTensors.
 
     Raises ValueError where block_size is not a power of two.
     """
@@ -179,8 +178,8 @@ def store_tokens(
 ) -> None:
     """Store tokens int64 [K] (-1: sampling failed) for the next step, and in the ring for the host.
 
-    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host memory. The packed
-    plan says which turn is written.
+    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host
+    memory. The packed plan names the turn.
     """
     if tokens.shape != rows.shape or len(tokens) > ring.shape[1]:
         raise ValueError(f"{tuple(tokens.shape)} tokens for {tuple(rows.shape)} rows and a ring {tuple(ring.shape)}")

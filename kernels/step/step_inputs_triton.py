@@ -53,7 +53,7 @@ def _apply_plan_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program applies all changes: a step rarely has more than a few dozen."""
+    """One program applies all changes, rarely more than a few dozen."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     num_updates, num_starts = tl.load(packed_ptr + _NUM_UPDATES), tl.load(packed_ptr + _NUM_STARTS)
@@ -97,7 +97,7 @@ def _expand_tokens(
     rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
     t = tile * TOKENS + tl.arange(0, TOKENS)
     live = t < num_tokens
-    # The slice of a token: the last whose first token is not after it. Binary search, all tokens at once.
+    # A token's slice: the last whose first token is not after it. Binary search of all tokens at once.
     low, high = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32) + num_slices
     for _ in range(search_steps):
         middle = (low + high) // 2

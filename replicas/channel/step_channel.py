@@ -5,7 +5,7 @@
              server.submit(plan); server.result()                         client.send_result(...)
 
 Every rank receives every plan, and only the rank that samples answers: collectives keep the ranks in step. Ranks on
-the engine's node connect by UNIX socket, those of other nodes by TCP. When a rank dies, the engine's current or next
+the engine's node connect by UNIX socket, others by TCP. When a rank dies, the engine's current or next
 call sees end-of-file. A failed channel stays failed, since the ranks are out of step. Waiting costs no CPU.
 """
 
@@ -35,12 +35,12 @@ class PeerLost(EngineError):
 
 
 class _FrameReader:
-    """Splits a socket's stream into frames. Each frame has its own buffer, so that views on it stay valid."""
+    """Splits a stream into frames, each in a buffer of its own, so that views on it stay valid."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._staging = memoryview(bytearray(_STAGING_BYTES))
-        self._begin = self._end = 0  # of the bytes received and not yet returned
+        self._begin = self._end = 0  # of the received bytes not yet returned
         self._large: memoryview | None = None  # a frame larger than the staging buffer; it has `_end` bytes
 
     def fill(self, flags: int = 0) -> None:
@@ -52,7 +52,7 @@ class _FrameReader:
         self._end += count
 
     def next(self) -> Frame | None:
-        """The next frame, or None if it is incomplete. Raises FrameError if the bytes are no frame."""
+        """The next frame, or None if it is incomplete. Raises FrameError."""
         if self._large is not None:
             if self._end < len(self._large):
                 return None
@@ -90,10 +90,10 @@ class _Rank:
     def __init__(self, rank: int, sock: socket.socket) -> None:
         self.rank, self.sock = rank, sock
         self.reader = _FrameReader(sock)
-        self.unsent = memoryview(b"")  # rest of the last frame
+        self.unsent = memoryview(b"")
 
     def send(self, frame: memoryview) -> bool:
-        """Send without blocking; whether the whole frame went out."""
+        """Send without blocking; returns whether the whole frame went out."""
         try:
             self.unsent = frame[self.sock.send(frame, SEND_FLAGS) :]
         except BlockingIOError:
@@ -102,11 +102,13 @@ class _Rank:
 
 
 class StepChannelServer:
-    """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
+    """The engine's side: accepts `world_size` ranks, then carries plans and results as
+    `Executor` does.
 
-    One thread submits and collects results; any thread may close. With `host`, ranks may also connect by TCP, on a
-    port that the system chooses. path: of the UNIX socket. on_silence: called once a second while a call waits and no
-    rank sends anything; an EngineError that it raises fails the call and the channel.
+    One thread submits and collects; any thread may close. With `host`, ranks may also connect
+    by TCP, on a port that the system chooses. path: of the UNIX socket. on_silence: called once
+    a second while a call waits for silent ranks; an EngineError that it raises fails the
+    channel.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -117,20 +119,22 @@ class StepChannelServer:
         self._world_size, self._token, self._result_rank = world_size, token, result_rank
         self._listener = Listener(host)
         self.path, self.address = self._listener.path, self._listener.address
-        self._lock = threading.Lock()  # held while the sockets are in use
+        self._lock = threading.Lock()
         self._closing = threading.Lock()  # taken by the first close, for good
         self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
         self._broken: EngineError | None = None
         self._ranks: list[_Rank] = []
         self._by_fd: dict[int, _Rank] = {}
         self._poll = select.poll()
-        self._in_flight: deque[int] = deque()  # steps without a result yet
+        self._in_flight: deque[int] = deque()
         self._results: deque[StepResult] = deque()
 
     def accept(self, timeout_s: float) -> None:
-        """Wait until every rank has connected and authenticated. Others are refused with a reason.
+        """Wait until every rank has connected and authenticated; refuse others with a
+        reason.
 
-        Raises EngineError after `timeout_s`, naming the missing ranks and the refused peers.
+        Raises EngineError after `timeout_s`, naming the missing ranks and the refused
+        peers.
         """
         with self._lock:
             self._check_usable()
@@ -144,9 +148,10 @@ class StepChannelServer:
                 self._poll.register(sock, select.POLLIN)
 
     def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
-        """Send a plan to every rank; returns when the sockets have accepted it, for most plans at once.
+        """Send a plan to every rank; returns when the sockets have accepted it.
 
-        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
+        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone,
+        ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -163,7 +168,8 @@ class StepChannelServer:
                 if not sent:
                     waiting = True
                     self._poll.modify(peer.sock, select.POLLIN | select.POLLOUT)
-            # Results are read meanwhile: a rank that blocks on sending a large one receives no plan.
+            # Results are read meanwhile: a rank that blocks on sending a large one receives no
+            # plan.
             while waiting:
                 self._wait(on_silence)
                 waiting = any(peer.unsent for peer in self._ranks)
@@ -171,7 +177,8 @@ class StepChannelServer:
     def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
         """Wait for the result of the oldest unanswered plan.
 
-        Raises EngineError when a rank reports a failure, PeerLost when one is gone, ChannelClosed.
+        Raises EngineError when a rank reports a failure, PeerLost when one is gone,
+        ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -204,7 +211,7 @@ class StepChannelServer:
             raise self._broken
 
     def _wait(self, on_silence: Callable[[], None] | None) -> None:
-        """Wait at most a second for a socket that is readable or writable, and serve it."""
+        """Wait at most a second for a readable or writable socket, and serve it."""
         ready = self._poll.poll(_SILENCE_MS)
         try:
             if not ready and on_silence is not None:
@@ -224,7 +231,7 @@ class StepChannelServer:
                 self._poll.modify(peer.sock, select.POLLIN)
             if events & ~select.POLLOUT:
                 self._read(peer)
-        except BlockingIOError:  # nothing to read after all
+        except BlockingIOError:
             return
         except (EOFError, OSError) as error:
             raise self._lost(peer, error) from error
@@ -244,7 +251,7 @@ class StepChannelServer:
             self._results.append(message)
 
     def _lost(self, peer: _Rank, error: Exception) -> EngineError:
-        """The error of a lost rank: the failure that it reported last, if any, since that is the cause."""
+        """The failure that a lost rank reported last, if any, since that is the cause."""
         try:
             while True:
                 self._read(peer)
@@ -257,17 +264,17 @@ class StepChannelServer:
 
 
 class StepChannelClient:
-    """A rank's side. One thread receives, the same or another one sends; any thread may close.
+    """A rank's side. One thread receives, any one sends; any thread may close.
 
-    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or EngineError when the
-    engine is unreachable or sends nothing for `timeout_s`.
+    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or
+    EngineError when the engine is unreachable or silent for `timeout_s`.
     """
 
     def __init__(self, address: Address, rank: int, world_size: int, token: bytes, *, timeout_s: float = 30.0) -> None:
         self._rank = rank
         self._closing = threading.Lock()  # taken by the first close, for good
         self._receiving, self._sending = threading.Lock(), threading.Lock()
-        self._step: int | None = None  # the last one received
+        self._step: int | None = None
         self._ended = False
         try:
             self._sock = connect(address, timeout_s)
@@ -290,7 +297,8 @@ class StepChannelClient:
     def receive(self) -> StepPlan | None:
         """The next plan, or None after EndOfSteps. Waits without a limit.
 
-        Raises PeerLost when the engine is gone, FrameError for anything but the next step's plan, ChannelClosed.
+        Raises PeerLost when the engine is gone, FrameError for anything but the next step's
+        plan, ChannelClosed.
         """
         with self._receiving:
             if self._ended:
@@ -323,7 +331,7 @@ class StepChannelClient:
         self._send(result)
 
     def send_failure(self, step: int, message: str) -> None:
-        """Report a failed step; any rank may. The engine's next call raises it. Raises as `send_result`."""
+        """Report a failed step, from any rank; the engine's next call raises it. Raises as `send_result`."""
         self._send(StepFailure(step, message))
 
     def close(self) -> None:

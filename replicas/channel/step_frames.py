@@ -4,13 +4,12 @@
     arrays   int32, one after the other, padded to 8 bytes; their order and lengths follow from PLAN_ARRAYS
     rare     msgpack of what most steps lack: row starts, block copies, log-probabilities, messages
 
-All of it is little-endian and nothing is pickled. A decoded plan's arrays are views on the received frame. Lengths
-are checked before anything is read, and msgspec checks types: a frame cut short or of
-another version is a FrameError. Other values are not checked, since a peer authenticates before its first frame.
+All of it is little-endian; nothing is pickled. A decoded plan's arrays are views on the frame. Lengths are checked
+before anything is read, and msgspec checks types: a frame cut short or of another version is a FrameError. Values
+other than rows and seeds are not checked, since a peer authenticates before its first frame.
 
-Microseconds on a Xeon (Sapphire Rapids, 2.3 GHz), in brackets those of version 1, which wrote row starts by `struct`:
-a decode plan of 256 sequences (6.4 KB) 3.8 (3.9) to encode and 4.7 (4.5) to decode; a row start beside it 1.4 (5.0)
-and 1.5 (10.2). The number of arrays counts, not their bytes.
+Microseconds on a Xeon (Sapphire Rapids, 2.3 GHz): a decode plan of 256 sequences (6.4 KB) 3.8 to encode and 4.7 to
+decode; a row start beside it 1.4 and 1.5. The number of arrays counts, not their bytes.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ class _ResultRest(msgspec.Struct, array_like=True):
 
 
 def _to_plain(value: Any) -> Any:
-    """A NumPy number as Python's: callers in this process may put them into a request."""
+    """A NumPy number as Python's: callers in this process may pass them."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"a {type(value).__name__} does not fit")
@@ -105,7 +104,7 @@ Message = StepPlan | StepResult | StepFailure | EndOfSteps
 
 
 class _Layout:
-    """The arrays of one kind of message. Arrays of one letter have one length, which the header states once."""
+    """The arrays of one kind of message. Arrays of one letter have one length, stated once in the header."""
 
     def __init__(self, table: dict[str, str]) -> None:
         letters = list(table.values())
@@ -119,7 +118,7 @@ class _Layout:
         self._spare = (0,) * (_NUM_LENGTHS - len(distinct))
 
     def header_lengths(self, arrays: tuple[Ints, ...]) -> tuple[int, ...]:
-        """The lengths that the header states. Raises ValueError where arrays of one letter differ."""
+        """The header's lengths. Raises ValueError where arrays of one letter differ."""
         found = list(map(len, arrays))
         expected = self._first_of_array(found)
         if tuple(found) != expected:
@@ -132,7 +131,7 @@ _NO_LENGTHS = (0,) * _NUM_LENGTHS
 
 
 def encode(message: Message) -> bytes:
-    """The message's frame. Raises FrameError if a value does not fit its field, or the frame is too large."""
+    """The message's frame. Raises FrameError if a value does not fit or the frame is too large."""
     try:
         if isinstance(message, StepPlan):
             rest = _PlanRest(message.copies, message.row_starts) if message.copies or message.row_starts else None
@@ -171,7 +170,7 @@ def _frame(kind: FrameKind, message: Message, rest: object) -> bytes:
 
 
 def frame_length(view: Frame) -> int:
-    """Length of the frame that begins with these HEADER_BYTES. Raises FrameError if they begin no frame."""
+    """Length of the frame that begins with these HEADER_BYTES. Raises FrameError."""
     magic, version, kind, length = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise FrameError(f"a frame begins with {magic!r}, not with {MAGIC!r}: the peer speaks another protocol")
@@ -186,7 +185,7 @@ def frame_length(view: Frame) -> int:
 
 
 def decode(frame: Frame) -> Message:
-    """The message in one whole frame; its arrays are views on it. Raises FrameError if it is not one."""
+    """The message in one whole frame; its arrays are views on it. Raises FrameError."""
     if len(frame) < HEADER_BYTES:
         raise FrameError(f"a frame of {len(frame)} bytes is shorter than its header of {HEADER_BYTES}")
     length = frame_length(frame)
@@ -218,10 +217,7 @@ def decode(frame: Frame) -> Message:
         begin, end = end, end + count
         arrays.append(ints[begin:end] if count else NO_INTS)
     if kind == FrameKind.PLAN:
-        rest = _decoded(_plan_rest, rare, step) if rare_bytes else _NO_PLAN_REST
-        for start in rest.row_starts:
-            if start.row < 0 or start.seed < 0:  # msgpack has no integer above uint64
-                raise FrameError(f"a row start of step {step} has row {start.row} and seed {start.seed}, below 0")
+        rest = _read_plan_rest(rare, step) if rare_bytes else _NO_PLAN_REST
         return StepPlan._make((step, *arrays, rest.copies, rest.row_starts))
     rest = _decoded(_result_rest, rare, step) if rare_bytes else _NO_RESULT_REST
     token_ids, counts = arrays
@@ -235,6 +231,14 @@ def _decoded(decoder: msgspec.msgpack.Decoder[T], rare: memoryview, step: int) -
         return decoder.decode(rare)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise FrameError(f"the rare part of step {step}, {len(rare)} bytes, is damaged: {error}") from error
+
+
+def _read_plan_rest(rare: memoryview, step: int) -> _PlanRest:
+    rest = _decoded(_plan_rest, rare, step)
+    for start in rest.row_starts:
+        if start.row < 0 or start.seed < 0:  # msgpack has no integer above uint64
+            raise FrameError(f"a row start of step {step} has row {start.row} and seed {start.seed}, below 0")
+    return rest
 
 
 def _result_rest_of(result: StepResult) -> _ResultRest | None:
@@ -277,7 +281,7 @@ def _read_logprobs(packed: _Logprobs, step: int) -> LogprobArrays:
 
 
 def _utf8(text: str) -> str:
-    """Lone surrogates, as in names of files that are not UTF-8, are written as escapes."""
+    """Escapes lone surrogates, as in file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -5,8 +5,8 @@
                                  <-    Hello(rank, world size, nonce, proof)
     Answer(status, proof | why)  ->
 
-The group's token is the secret of `handshake.py`. Later frames are neither encrypted nor signed: the
-tokens of a step rely on a trusted network between the nodes.
+The group's token is the secret of `handshake.py`. Later frames are neither encrypted nor signed: they rely on a
+trusted network between the nodes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def refusal(reason: str) -> bytes:
 
 
 def introduce(sock: socket.socket, rank: int, world_size: int, token: bytes) -> None:
-    """Run the shard's side, on a socket with a timeout. Raises ChannelRefused, or OSError when the connection ends."""
+    """Run the shard's side on a socket with a timeout. Raises ChannelRefused or OSError."""
     handshake = Handshake(Role.SHARD, token)
     magic, version, engine_nonce = _CHALLENGE.unpack(_receive(sock, _CHALLENGE.size))
     _check_protocol(magic, version, "the engine")

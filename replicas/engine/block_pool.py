@@ -2,12 +2,12 @@
 
 Every block is in exactly one of three states:
 
-- *free*: no sequence holds it and it has no hash; kept on a stack, so that one slice takes or returns many;
+- *free*: no sequence holds it and it has no hash; kept on a stack, so that a slice takes many;
 - *cached*: no sequence holds it, but it has a hash and may be reused; kept in the order of eviction;
 - *used*: one or more sequences hold it. It may have a hash too.
 
-Eviction takes the block that was released longest ago. A sequence releases the tail of its table first, so that a
-block is evicted before the one it continues. A prefix thus stays reachable as long as any of it is kept.
+Eviction takes the block released longest ago. A sequence releases the tail of its table first, so a block is evicted
+before the one it continues, and the rest of a prefix stays reachable.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HASH_BYTES = 32  # 256 bits: equal hashes mean equal prefixes, even if a tenant 
 def extend_hashes(hashes: list[bytes], token_ids: Ints, block_size: int, salt: str) -> None:
     """Append the missing hashes of the full blocks of `token_ids` to `hashes`.
 
-    A block's hash covers its tokens and the hash of the block before it, so it identifies the whole prefix. The first
-    one continues from the salt, so that prefixes of different salts differ.
+    A block's hash covers its tokens and the hash before it, so it identifies the whole prefix.
+    The first one continues from the salt.
     """
     num_full = len(token_ids) // block_size
     if num_full <= len(hashes):
@@ -70,9 +70,8 @@ class BlockPool:
         return len(self._cached)
 
     def allocate(self, count: int) -> Ints:
-        """Take `count` blocks, each with one holder; cached ones are evicted only when no block is free.
-
-        The caller has checked `num_free`.
+        """Take `count` blocks with one holder each; cached ones are evicted when no block
+        is free. The caller checks `num_free`.
         """
         assert count <= self.num_free, f"{count} blocks wanted of {self.num_free}"
         if count > self._stack_size:
@@ -83,11 +82,11 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Ints, num_holders: int = 1) -> None:
-        """Add holders to distinct blocks that have a holder."""
+        """Add holders to distinct blocks in use."""
         self.ref_counts[blocks] += num_holders
 
     def release(self, blocks: Ints) -> None:
-        """Drop one holder of each of a sequence's blocks, which are distinct and in the order of its table."""
+        """Drop one holder of each of a sequence's blocks, distinct and in table order."""
         counts = self.ref_counts[blocks] - 1
         assert counts.size == 0 or counts.min() >= 0, "a block was released more often than it was held"
         self.ref_counts[blocks] = counts
@@ -108,9 +107,8 @@ class BlockPool:
         return np.array(blocks, np.int32)
 
     def num_copies(self, blocks: Ints) -> int:
-        """Copies needed for the holders of `blocks`, which may repeat, to write them.
-
-        The last of all holders of a block writes in place.
+        """Copies that the holders of `blocks`, which may repeat, need to write them. The
+        last holder writes in place.
         """
         distinct, num_writers = np.unique(blocks, return_counts=True)
         return len(blocks) - int(np.count_nonzero(self.ref_counts[distinct] == num_writers))
@@ -126,7 +124,7 @@ class BlockPool:
         self.ref_counts[blocks] += 1
 
     def register(self, blocks: Ints, hashes: Sequence[bytes]) -> None:
-        """Add used blocks to the prefix cache. Of two blocks of equal content the first one stays there."""
+        """Add used blocks to the prefix cache. Of two blocks of equal content the first one stays."""
         for block, block_hash in zip(blocks.tolist(), hashes, strict=True):
             if block_hash not in self._block_of and not self._hashed[block]:
                 self._block_of[block_hash] = block
@@ -134,7 +132,7 @@ class BlockPool:
                 self._hashed[block] = True
 
     def forget(self, hashes: Sequence[bytes]) -> None:
-        """Remove the blocks of these hashes, used or cached, from the prefix cache."""
+        """Remove the blocks of these hashes from the prefix cache."""
         for block_hash in hashes:
             block = self._block_of.pop(block_hash, None)
             if block is None:
@@ -146,7 +144,7 @@ class BlockPool:
                 self._push(np.array([block], np.int32))
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every hash. Refused (False, nothing changed) while a sequence holds a block."""
+        """Forget every hash. Refused (False) while a sequence holds a block."""
         if self.num_free != self.num_blocks:
             return False
         self._evict(len(self._cached))
@@ -161,7 +159,9 @@ class BlockPool:
         )
 
     def check(self, tables: Iterable[Ints]) -> None:
-        """Assert that free + cached + used = all, and that the holders are exactly `tables` (one per sequence)."""
+        """Assert that every block is free, cached or used, and that `tables`, one per
+        sequence, list exactly the holders.
+        """
         holders = np.zeros(self.num_blocks, np.int32)
         for table in tables:
             assert len(np.unique(table)) == len(table), f"a block stands twice in one table: {table}"

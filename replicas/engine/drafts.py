@@ -1,8 +1,8 @@
-"""Several tokens of a row in one step: draft tokens are planned, and the accepted ones taken from the result.
+"""Draft tokens: several tokens of a row in one step.
 
-StepPlan.num_drafts and StepResult.counts are the contract with the ranks. Drafts need all tokens of
-the row on the host, so its request has a limit of one step in flight. Speculative decoding (n-grams, a draft
-model) and jump-forward decoding (tokens that a grammar forces) are proposers.
+StepPlan.num_drafts and StepResult.counts are the contract with the ranks. Drafts need the row's
+tokens on the host, so its request has one step in flight. Proposers are speculative decoding
+(n-grams, a draft model) and jump-forward decoding (tokens that a grammar forces).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class DraftProposer(Protocol):
     """Proposes tokens that the model is likely to sample next."""
 
     def propose(self, sequence: Sequence, context: Ints, max_tokens: int) -> Ints:
-        """At most `max_tokens` tokens, int32, after `context`, the sequence's token ids. Empty: a plain decode."""
+        """At most `max_tokens` tokens, int32, after the token ids `context`. Empty: a plain decode."""
         ...
 
 
 def add_drafts(
     proposer: DraftProposer, builder: PlanBuilder, table: SequenceTable, pool: BlockPool, budget: int
 ) -> int:
-    """Replace decodes by slices with draft tokens, as far as budget and blocks go. Returns the number of drafts."""
+    """Replace decodes by slices with drafts, within budget and blocks. Returns the number of drafts."""
     block_size, num_drafts, plain = pool.block_size, 0, np.ones(builder.decode_rows.size, bool)
     for i in true_rows(builder.decode_tokens != DEVICE_TOKEN).tolist():
         row, start = int(builder.decode_rows[i]), int(builder.decode_starts[i])
         num_blocks = int(table.num_blocks[row])
         limit = min(
             budget - num_drafts,
-            int(table.max_length[row]) - start - 2,  # if all are accepted, one more token is sampled
+            int(table.max_length[row]) - start - 2,  # one more is sampled if all are accepted
             (num_blocks + pool.num_free) * block_size - start - 1,
         )
         if limit <= 0:
@@ -65,7 +65,7 @@ def add_drafts(
 def accepted(table: SequenceTable, step: StepInFlight, result: StepResult) -> tuple[Rows, Rows, Ints]:
     """The tokens to keep of a result with counts: their indices in it, rows and positions.
 
-    Drops tokens of sequences that have ended since, and those after a stop token or the last one allowed.
+    Drops tokens of ended sequences, and those after a stop token or the last allowed one.
     """
     counts, token_ids = result.counts, result.token_ids
     firsts = np.cumsum(counts) - counts
@@ -87,7 +87,7 @@ def roll_back(table: SequenceTable, pool: BlockPool, step: StepInFlight) -> None
             continue
         known = int(table.known[row])
         table.length[row] = known
-        if table.sequences.item(row).phase is not Phase.DECODE:  # preempted since: its blocks are free already
+        if table.sequences.item(row).phase is not Phase.DECODE:  # preempted: its blocks are free already
             continue
         table.computed[row] = known - 1
         table.decoding[row] = True

@@ -17,20 +17,22 @@ from .step_times import StepTimesCounter
 
 T = TypeVar("T")
 
-# Commands between two steps. A prompt of 512 tokens takes 10 us to accept. Of a thousand that arrive together the
-# device runs the first while the others are accepted, and running streams do not stall.
+# Commands between two steps. Accepting a prompt of 512 tokens takes 10 us. Of a thousand that
+# arrive together the device
+# runs the first ones early, and running streams do not stall.
 _COMMANDS_PER_STEP = 128
 
 
 class EngineThread:
-    """Runs the engine as long as there is work and sleeps otherwise; commands run between two steps, in order.
+    """Runs the engine while there is work; commands run between two steps, in order.
 
-    A step's deltas are delivered after the next step is submitted. Handling them, or another thread that holds the
-    GIL, then never delays a launch.
+    A step's deltas are delivered after the next step is submitted, so that neither their
+    handling nor the GIL delays a launch.
 
-    `on_deltas` is called from the engine's thread with the deltas of one step. Every sequence accepted by `submit`
-    gets exactly one terminal delta, also when its request is refused later, the engine fails or `stop` is called.
-    `on_failure` is called once, after those deltas, when the engine or a callback raised.
+    `on_deltas` is called in the engine's thread with the deltas of one step. Every sequence
+    accepted by `submit` gets exactly one terminal delta, also after a refusal, a failure or
+    `stop`. `on_failure` is called once, after those deltas, when the engine or a callback
+    raised.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class EngineThread:
             self._open[request.request_id] = set(_samples(request))
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
-        """Abort a request, or one sample of it, before the next step; idempotent, and no error after a stop."""
+        """Abort a request, or one sample, before the next step. Idempotent; no error after a stop."""
         with self._wake:
             if self._accepting:
                 self._commands.append(lambda: self._engine.abort(request_id, sample))
@@ -96,13 +98,13 @@ class EngineThread:
         return future
 
     def load(self) -> ReplicaLoad:
-        """The engine's current counts; any thread may call."""
+        """The engine's counts; any thread may call."""
         return replace(self._engine.load(), step_times=self._step_times.snapshot())
 
     def stop(self, timeout: float | None = None) -> None:
         """Abort everything, deliver the terminal deltas and end the thread. Idempotent.
 
-        Waits for the step that runs, at most `timeout` seconds.
+        Waits at most `timeout` seconds for the running step.
         """
         with self._wake:
             self._accepting = False
@@ -121,7 +123,7 @@ class EngineThread:
     def _add(self, request: Request) -> None:
         try:
             self._engine.add_checked(request)
-        except Exception as error:  # the engine has failed since, or its own caller uses the id
+        except Exception as error:  # the engine has failed, or its own caller uses the id
             self._due += _errors(request.request_id, _samples(request), str(error))
 
     def _run(self) -> None:
@@ -138,7 +140,6 @@ class EngineThread:
             self._on_failure(failures[0])
 
     def _close(self) -> None:
-        """Refuse commands from now on, and end the accepted requests."""
         with self._wake:
             self._accepting = False
             self._stopping = True
@@ -148,7 +149,7 @@ class EngineThread:
             command()
         self._due += self._engine.end_all()
         self._deliver()
-        # The engine no longer has the sequences that ended in the failed step.
+        # The engine has dropped the sequences that ended in the failed step.
         message = f"the engine failed: {self._engine.failure}"
         for request_id, samples in self._open.items():
             self._due += _errors(request_id, samples, message)

@@ -1,12 +1,12 @@
 """The decoding rows of a pipeline take turns, in as many micro-batches as there are stages.
 
-A row's next token needs its last one, which the last stage has only after the plan has run on all stages. So a plan
-decodes the rows of one micro-batch, while the others occupy the other stages. A row joins the micro-batch of the plan
-that ends its prefill. If the current micro-batch is larger than the smallest one, it first moves rows there. These
-rows run a few plans later, and no stage idles for them.
+A row's next token needs its last one, which exists only after the plan has run on all stages. A
+plan therefore decodes one micro-batch, while the others occupy the other stages. A row joins the
+micro-batch of the plan that ends its prefill. A micro-batch larger than the smallest first moves
+rows there, which then run a few plans later.
 
-Prefills depend on no token and run with any plan. But stages that run plans of different sizes wait for each other.
-Prefill tokens are therefore spread over several plans.
+Prefills depend on no sampled token and run with any plan. Stages with plans of different sizes wait
+for each other, so prefill tokens are spread over several plans.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from .plan_builder import Rows
 from .sequence import Sequence, SequenceTable, true_rows
 from .waiting_queue import WaitingQueue
 
-# Tokens that a plan may always prefill, and the number of plans over which more of them are spread. Simulation with
-# step times of an 8B model on H200s, 100 to 512 tokens in and out: two stages have 1.88 times one's throughput.
-# With 4 plans it is 1.87, with plans that grow by at most 1.25 it is 1.80, and without a bound 1.70.
+# Tokens that a plan may always prefill, and the number of plans that share more of them. Simulated
+# with step times of
+# an 8B model on H200s, 100 to 512 tokens in and out: two stages have 1.88 times one's throughput;
+# 1.87 with 4 plans,
+# 1.80 with plans that grow by at most 1.25, 1.70 without a bound.
 _FREE_PREFILL = 256
 _PLANS = 8
 
@@ -40,7 +42,7 @@ class MicroBatches:
         self.current = (self.current + 1) % self.num_batches
 
     def prefill_budget(self, prefilling: Iterable[Sequence], waiting: WaitingQueue, budget: int) -> int:
-        """Tokens to prefill in a plan that may prefill `budget`, given the prompts that run or could have rows."""
+        """Tokens to prefill in a plan that may prefill `budget`, given the prompts that run or could."""
         enough, total = _PLANS * budget, 0
         for num_tokens in self._lacking(prefilling, waiting):
             total += num_tokens
@@ -61,7 +63,7 @@ class MicroBatches:
         self._table.micro_batch[rows] = self.current
 
     def rows(self, ready: NDArray[np.bool_]) -> Rows:
-        """Rows of the current micro-batch that may decode. Balances the micro-batches first."""
+        """Rows of the current micro-batch that may decode, after balancing."""
         table = self._table
         sizes = np.bincount(table.micro_batch[ready], minlength=self.num_batches)
         smallest = int(sizes.argmin())

@@ -17,7 +17,7 @@ _NO_ROWS = np.empty(0, np.intp)
 
 
 class Chunk(NamedTuple):
-    """A slice that the scheduler plans one by one: a prefill chunk, or a decode with draft tokens."""
+    """A slice planned by itself: a prefill chunk, or a decode with drafts."""
 
     row: int
     start: int

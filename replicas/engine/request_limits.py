@@ -1,4 +1,4 @@
-"""The limits that a request must meet. They are checked before anything is allocated."""
+"""The limits that a request must meet, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..errors import PromptTooLong, RequestError
 from ..protocol import SEED_BITS, Request, SamplingParams
 
-# Shards keep sampling parameters as float32 and int32.
+# Ranks keep sampling parameters as float32 and int32.
 _MAX_FLOAT = 3.4e38
 _MAX_INT = (1 << 31) - 1
 
@@ -29,10 +29,7 @@ def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """The limits of a model, in tokens: the HTTP layer and the engine both check them.
-
-    Every method is pure and may be called from any thread.
-    """
+    """A model's limits in tokens, checked by the HTTP layer and the engine. Pure; any thread may call."""
 
     vocab_size: int
     max_model_len: int
@@ -46,9 +43,8 @@ class ModelLimits:
         self.check_context(len(request.prompt_token_ids), sampling.max_tokens)
 
     def check_context(self, prompt_len: int, max_tokens: int | None) -> int:
-        """The tokens that the context leaves for an answer. Raise PromptTooLong if it leaves fewer than `max_tokens`.
-
-        `max_tokens` None asks for one token at least.
+        """The tokens that the context leaves for an answer. Raise PromptTooLong if fewer
+        than `max_tokens` (None: one).
         """
         remaining = self.max_model_len - prompt_len
         if remaining < 1:

@@ -6,13 +6,13 @@ A step takes, in this order:
 2. the next chunk of every prompt that is being prefilled, lowest scheduling key first;
 3. preempted and new sequences, by scheduling key, as far as rows, blocks and budget go.
 
-A context gets all of its blocks when it is admitted, so that only decoding can run out of blocks. Then the sequence
-with the highest key loses its blocks. It keeps its row and its tokens, and is prefilled again later. The sequence with
-the lowest key is never preempted for another, so there is always progress. With pipeline stages a step decodes the
-sequences of one micro-batch (micro_batches.py). sequence.py draws the token ranges of a row.
+A context gets all of its blocks at admission, so only decoding can run out of them. Then the sequence with the highest
+key loses its blocks, keeps its row and its tokens, and is prefilled again later. The one with the lowest key is never
+preempted for another, so there is always progress. With pipeline stages a step decodes one micro-batch
+(micro_batches.py). sequence.py draws the token ranges of a row.
 
-Plans run in the order in which they were made. So the next plan may reuse blocks that a sequence gives up although
-steps in flight still write to them. It may also reuse the blocks of a prefilled prompt before any rank has run them.
+Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and the blocks of a
+prefilled prompt before any rank has run it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from .waiting_queue import WaitingQueue
 
 
 class Scheduler:
-    """Plans steps and applies their results. Owns every sequence and the block pool; not thread-safe."""
+    """Plans steps and applies their results. Owns the sequences and the block pool; not thread-safe."""
 
     def __init__(self, config: ResolvedConfig, facts: ModelFacts, num_blocks: int) -> None:
         block_size, max_model_len = config.cache.block_size, config.model.max_model_len
         num_stages, in_flight = config.parallel.pipeline_parallel_size, config.scheduler.max_steps_in_flight
         self.pool = BlockPool(num_blocks, block_size)
-        # More steps in flight would only delay new requests: the plans of one micro-batch run one after the other.
+        # More steps in flight would only delay new requests: a micro-batch's plans run one after
+        # the other.
         row_limit = in_flight // num_stages if num_stages > 1 else None
         self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts, row_limit)
         self.counters = Counters()
@@ -56,9 +57,9 @@ class Scheduler:
         self._watermark = num_blocks // 100  # blocks that admission leaves to running sequences
         self.requests: dict[str, RequestState] = {}  # with an unfinished sequence, by id
         self._arrivals = 0
-        self._num_open = 0  # unfinished sequences of all requests
+        self._num_open = 0
         self._waiting = WaitingQueue()
-        self._prefilling: list[Sequence] = []  # admitted, context not yet run; by scheduling key
+        self._prefilling: list[Sequence] = []  # admitted, context not yet run; by key
         self._in_flight: deque[StepInFlight] = deque()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -66,8 +67,8 @@ class Scheduler:
     def add(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
         """Accept a request that RequestLimits has checked and whose id is not in use.
 
-        max_steps_in_flight: a limit for each of its sequences. With 1, every decode waits for the last token on the
-        host, as masks of a grammar and draft proposers need it.
+        max_steps_in_flight: of each of its sequences. With 1, a decode waits for the last
+        token on the host.
         """
         context = np.array(request.prompt_token_ids + request.emitted_token_ids, np.int32)
         state = RequestState(request, self._arrivals, context, num_open=request.num_samples)
@@ -83,7 +84,7 @@ class Scheduler:
         self._waiting.add(state)
 
     def abort(self, request_id: str, sample: int | None = None) -> list[FinishedSequence]:
-        """End the request's unfinished sequences, or one, and free their blocks at once. Unknown ids are no error."""
+        """End the request's unfinished sequences, or one, and free their blocks. Unknown ids are no error."""
         state = self.requests.get(request_id)
         return self._end_request(state, FinishReason.ABORT, sample) if state else []
 
@@ -92,7 +93,7 @@ class Scheduler:
         return [one for state in list(self.requests.values()) for one in self._end_request(state, reason)]
 
     def abandon(self, error: str) -> list[FinishedSequence]:
-        """End every unfinished sequence with an error. Frees nothing: after a failure no state can be trusted."""
+        """End every unfinished sequence with an error. Frees nothing: after a failure no state is valid."""
         sequences = [sequence for state in self.requests.values() for sequence in state.sequences]
         unfinished = [sequence for sequence in sequences if sequence.phase is not Phase.ENDED]
         self.requests.clear()
@@ -123,7 +124,6 @@ class Scheduler:
         return plan
 
     def _fill(self, builder: PlanBuilder) -> None:
-        """Plan as much as the budget allows."""
         self._plan_decodes(builder)
         budget = self._budget - builder.decode_rows.size
         if self.proposer is not None:
@@ -170,7 +170,7 @@ class Scheduler:
         builder.decode_rows, builder.decode_starts, builder.decode_tokens = rows, starts, tokens
 
     def _copy_on_write(self, builder: PlanBuilder, rows: Rows, indices: Ints) -> None:
-        """Copy the block that each row is about to write; the last holder of a block keeps it."""
+        """Copy the block that each row is about to write; a block's last holder keeps it."""
         pool, table = self.pool, self.table
         for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
             source = table.blocks[row, index : index + 1].copy()
@@ -184,7 +184,7 @@ class Scheduler:
             self._sequence(row).state.num_copied += 1
 
     def _write_tables(self, builder: PlanBuilder, rows: Rows, indices: NDArray[np.integer], blocks: Ints) -> None:
-        """Set blocks[row, index] = block for each triple; every index is the last one of its row."""
+        """Set blocks[row, index] = block for each triple; every index is the last of its row."""
         self.table.blocks[rows, indices] = blocks
         self.table.last_block[rows] = blocks
         builder.tables.append((rows.astype(np.int32), indices.astype(np.int32), blocks))
@@ -198,7 +198,7 @@ class Scheduler:
         return budget
 
     def _admit(self, builder: PlanBuilder, budget: int) -> None:
-        """Start or resume sequences by scheduling key until the first one that does not fit."""
+        """Start or resume sequences by key until the first that does not fit."""
         while budget > 0:
             sequence = self._waiting.first(self.table.num_free_rows)
             if sequence is None or not self._claim_blocks(builder, sequence, budget):
@@ -251,11 +251,11 @@ class Scheduler:
         return self.pool.lookup(sequence.hashes[: (len(context) - 1) >> self._shift])
 
     def _scores(self, sequence: Sequence) -> bool:
-        """Whether this run of the context returns the prompt's log-probabilities: the first complete run does."""
+        """Whether this run returns the prompt's log-probabilities: the first complete one does."""
         return sequence.state.prompt_logprobs is not None and not self._has_token(sequence)
 
     def _plan_chunk(self, builder: PlanBuilder, sequence: Sequence, budget: int) -> int:
-        """Plan as much of the context as the budget allows. Returns the number of tokens planned."""
+        """Plan as much of the context as the budget allows. Returns the number of tokens."""
         table, row = self.table, sequence.row
         start, length = int(table.computed[row]), int(table.length[row])
         end = min(length, start + budget)
@@ -276,7 +276,7 @@ class Scheduler:
         sequence.started = True
 
     def _end_prefill(self, builder: PlanBuilder, leader: Sequence) -> tuple[int, ...]:
-        """The context ends in this step: fork its waiting samples. Returns the rows that sample from it."""
+        """The context ends in this step: fork its waiting samples. Returns the rows that sample."""
         table = self.table
         self._prefilling.remove(leader)
         length = table.length[leader.row]
@@ -304,7 +304,7 @@ class Scheduler:
     # -- results -------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> StepOutcome:
-        """Apply the result of the oldest step in flight, and end the sequences that it completes."""
+        """Apply the oldest step's result, and end the sequences that it completes."""
         table, step = self.table, self._in_flight.popleft()
         assert result.step == step.step, f"result of step {result.step} came, that of {step.step} was due"
         scored = [self._scored(step, chunk) for chunk in step.scored]
@@ -358,14 +358,14 @@ class Scheduler:
         return finished
 
     def _forget_blocks(self, sequence: Sequence) -> None:
-        """Remove a failed sequence's blocks from the prefix cache, even if it was preempted: they may be corrupt."""
+        """Drop a failed sequence's blocks from the prefix cache, even if it was preempted: they may be corrupt."""
         self.pool.forget(sequence.hashes)
         sequence.num_registered = len(self.table.block_table(sequence.row))
 
     # -- ends and preemption ------------------------------------------------------------------------------------
 
     def _preempt_last(self) -> None:
-        """Take the blocks of the sequence with the highest key; it is prefilled again when blocks are free."""
+        """Take the blocks of the sequence with the highest key; it is prefilled again later."""
         holders = [self._sequence(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         assert len(holders) > 1, "one sequence alone does not fit the pool; its limits were not checked"
         sequence = max(holders, key=lambda entry: entry.key)
@@ -380,7 +380,7 @@ class Scheduler:
     def _end_request(
         self, state: RequestState, reason: FinishReason, sample: int | None = None
     ) -> list[FinishedSequence]:
-        """One sample is ended only once it has a token: before, others may wait for the prompt that it runs."""
+        """One sample is ended only once it has a token: before, others may wait for its prompt."""
         unfinished = [entry for entry in state.sequences if entry.phase is not Phase.ENDED]
         named = [entry for entry in unfinished if sample is None or (entry.sample == sample and self._has_token(entry))]
         return [self._end(sequence, reason) for sequence in named]
@@ -392,7 +392,7 @@ class Scheduler:
     def _end(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None, error: str | None = None
     ) -> FinishedSequence:
-        """Free the sequence's row and blocks. The queue drops a waiting request when its turn comes."""
+        """Free the sequence's row and blocks. The queue drops a waiting request at its turn."""
         if sequence.phase is Phase.PREEMPTED:
             self._waiting.remove_preempted(sequence)
         if sequence.row >= 0:
@@ -441,7 +441,7 @@ class Scheduler:
         return BlockReport(shared=num_shared, private=len(blocks) - num_shared, copied=state.num_copied)
 
     def check(self) -> None:
-        """Assert the pool's invariants against the block tables of all sequences."""
+        """Assert the pool's invariants against all block tables."""
         tables = [self.table.block_table(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         self.pool.check(tables)
 

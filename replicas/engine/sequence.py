@@ -19,8 +19,8 @@ Example: a prompt of 5 tokens, two steps in flight. `t5` is the token at positio
     plan 2: decode [6, 7) -> t7         6       8         7          2
     result 1: t6                        7       8         7          1
 
-Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. A slice with draft tokens computes them as if all
-were accepted; its result moves `length` and `computed` back to the accepted ones (drafts.py).
+Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. The result of a slice with drafts moves `length` and
+`computed` back to the accepted ones (drafts.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SchedulingKey = tuple[int, int, int]  # (priority, arrival, sample): the lower r
 
 
 class Phase(Enum):
-    """Phase of a sequence. Samples but the leader are WAITING until the leader has run the prompt."""
+    """Phase of a sequence. Samples but the leader wait until the leader has run the prompt."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -59,7 +59,7 @@ class RequestState:
     arrival: int
     context: Ints  # [prompt + emitted] token ids
     sequences: list[Sequence] = field(default_factory=list)
-    num_open: int = 0  # unfinished sequences
+    num_open: int = 0
     max_steps_in_flight: int | None = None  # of each of its sequences; None: no limit of its own
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_copied: int = 0
@@ -114,12 +114,12 @@ class FinishedSequence(NamedTuple):
 
 
 def true_rows(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Indices where a vector is true: np.flatnonzero without its 0.7 us of Python, six times a step."""
+    """np.flatnonzero without its 0.7 us of Python, six times a step."""
     return mask.nonzero()[0]
 
 
 class SequenceTable:
-    """State that each step reads and writes: one row per admitted sequence, one array per field.
+    """State of each step: a row per admitted sequence, an array per field.
 
     The module's docstring draws the lengths, which count tokens.
     """
@@ -180,7 +180,7 @@ class SequenceTable:
         self._set_stop_ids(row, sampling.stop_token_ids)
 
     def free(self, row: int) -> None:
-        """Free the row. The new epoch makes results of its steps in flight void."""
+        """Free the row. The new epoch voids results of its steps in flight."""
         self.epoch[row] += 1
         self.sequences[row] = None
         self.decoding[row] = False

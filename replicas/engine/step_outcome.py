@@ -14,7 +14,7 @@ from .sequence import FinishedSequence, Sequence
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """The sequences of a plan whose result has not come, by row and epoch."""
+    """A plan's sequences, by row and epoch, until its result comes."""
 
     step: int
     sample_rows: Rows
@@ -34,11 +34,12 @@ class StepInFlight:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The new tokens of a result: sequence `sequences[i]` got `token_ids[i]`, at index `samples[i]` of the result.
+    """The new tokens of a result: `sequences[i]` got `token_ids[i]`, at index `samples[i]` of
+    the result.
 
-    The sequence is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands several
-    times, in order. `firsts` holds the i of first tokens. `finished` maps the i of last tokens. `failures` ended
-    without a token.
+    It is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands
+    several times, in order. `firsts` holds the i of first tokens, `finished` maps the i of last
+    ones. `failures` ended without a token.
     """
 
     samples: Rows
@@ -49,4 +50,4 @@ class StepOutcome:
     firsts: Rows
     finished: dict[int, FinishedSequence]
     failures: list[FinishedSequence]
-    scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice, None when it has ended
+    scored: list[tuple[Sequence, int] | None]  # (sequence, start) of each scored slice; None: it has ended

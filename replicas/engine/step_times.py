@@ -8,7 +8,7 @@ from ..protocol import STEP_SECONDS, StepTimes
 
 
 class StepTimesCounter:
-    """Counts since the engine's start. One thread adds, others read; a reader may miss the step that just ended."""
+    """Counts since the start. One thread adds, others read; a reader may miss the last step."""
 
     def __init__(self) -> None:
         self._counts = list(StepTimes().counts)

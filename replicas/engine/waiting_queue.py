@@ -1,4 +1,4 @@
-"""The queue of sequences that wait for blocks: new and preempted ones, by scheduling key."""
+"""The queue of new and preempted sequences that wait for blocks, by scheduling key."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from .sequence import RequestState, SchedulingKey, Sequence
 
 
 class WaitingQueue:
-    """New requests, and preempted sequences, which keep their rows; both ordered by scheduling key."""
+    """New requests, and preempted sequences, which keep their rows; both by scheduling key."""
 
     def __init__(self) -> None:
-        self._new: list[
-            tuple[SchedulingKey, RequestState]
-        ] = []  # a heap; ended requests are dropped when they come first
+        self._new: list[tuple[SchedulingKey, RequestState]] = []  # ended requests are dropped when they come first
         self._preempted: list[tuple[SchedulingKey, Sequence]] = []  # sorted
 
     def __bool__(self) -> bool:
@@ -24,7 +22,8 @@ class WaitingQueue:
     def first(self, num_free_rows: int) -> Sequence | None:
         """The sequence with the lowest key that has rows or can have them.
 
-        A request that waits for rows does not block those that have theirs, because they may free the rows.
+        A request that waits for rows does not block those that have theirs and may free
+        them.
         """
         while self._new and not self._new[0][1].num_open:
             heapq.heappop(self._new)
@@ -36,7 +35,7 @@ class WaitingQueue:
         return state.leader if state is not None else None
 
     def admissible(self, num_free_rows: int) -> Iterator[Sequence]:
-        """Sequences with rows, then leaders of new requests as long as rows are left, in about this order."""
+        """Sequences with rows, then leaders of new requests while rows are left, in about this order."""
         for _, sequence in self._preempted:
             yield sequence
         for _, state in self._new:
@@ -59,5 +58,5 @@ class WaitingQueue:
         insort(self._preempted, (sequence.key, sequence))
 
     def remove_preempted(self, sequence: Sequence) -> None:
-        """Remove a preempted sequence, which is resumed or has ended."""
+        """Remove a preempted sequence that resumes or has ended."""
         self._preempted.remove((sequence.key, sequence))

@@ -1,7 +1,8 @@
-"""Step inputs on a CUDA device: the host copies one packed plan a step, and kernels expand it into fixed buffers.
+"""Step inputs on a CUDA device: the host copies one packed plan a step, and kernels expand it into fixed
+buffers.
 
-Every address is fixed, so that a CUDA graph captured over these tensors runs any later plan. A step's last kernel
-writes the sampled tokens to pinned host memory: a copy on a stream of its own costs the host of an H200 70 us a step.
+A CUDA graph captured over these buffers runs any later plan. A step's last kernel writes the sampled tokens
+to pinned host memory: a copy on its own stream costs the host of an H200 70 us a step.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _COPIED = 512  # a copy is a multiple of so many integers
 
 _CU_SEQLENS = list(PACKED_ARRAYS).index("cu_seqlens")
 _ROW_STARTS = list(PACKED_ARRAYS).index("row_starts")
-# The plan's arrays in this order. Two are derived: cu_seqlens from num_tokens, row_starts by `_pack_start`.
+# Two are derived: cu_seqlens from num_tokens, row_starts by `_pack_start`.
 _arrays_of = attrgetter(*("num_tokens" if name == "cu_seqlens" else name for name in PACKED_ARRAYS))
 
 
 def packed_size(num_rows: int, num_columns: int, max_tokens: int) -> int:
-    """Integers of the largest packed plan: every row runs, starts, forks and has its whole table written."""
+    """Integers of the largest packed plan: every row runs, starts, forks and writes its whole table."""
     lengths = {"T'": max_tokens, "U": num_rows * num_columns, "N": ROW_START * num_rows, "S + 1": num_rows + 1}
     return HEADER + sum(lengths.get(length, num_rows) for length in PACKED_ARRAYS.values())
 
@@ -40,7 +41,6 @@ def pack_plan(plan: StepPlan, turn: int, array: Ints) -> int:
     np.add.accumulate(plan.num_tokens, out=cu_seqlens[1:])  # 1 us less than num_tokens.cumsum
     arrays[_ROW_STARTS] = np.concatenate(list(map(_pack_start, plan.row_starts))) if plan.row_starts else NO_INTS
     *begins, end = accumulate(map(len, arrays), initial=HEADER)
-    # In the order of PACKED_COUNTS, then of PACKED_ARRAYS.
     array[:HEADER] = (
         turn, num_slices, count_decodes(plan), len(plan.token_ids), len(plan.sample_rows), len(plan.table_rows),
         len(plan.row_starts), *begins,
@@ -58,7 +58,7 @@ def _pack_start(start: RowStart) -> np.ndarray:
 
 
 class DeviceInputs:
-    """`StepInputs` on a CUDA device. Up to `turns` plans are in flight at once, each in its own host buffer."""
+    """`StepInputs` on a CUDA device, with a host buffer for each of `turns` plans in flight."""
 
     def __init__(self, state: RowState, block_size: int, max_tokens: int, turns: int) -> None:
         num_rows, num_columns = state.block_tables.shape

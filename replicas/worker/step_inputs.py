@@ -1,8 +1,4 @@
-"""From a plan to a step's tensors: the interface, and its implementation on a CPU.
-
-On a CPU NumPy makes the tensors, exactly as large as the step. On a CUDA device kernels make them from the packed plan
-(device_inputs.py).
-"""
+"""From a plan to a step's tensors: the interface, and its implementation on a CPU, in NumPy. CUDA: device_inputs.py."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from ..plan import DEVICE_TOKEN, StepPlan
 
 
 def make_row_state(num_rows: int, num_columns: int, device: torch.device) -> RowState:
-    """State of `num_rows` rows whose block tables have `num_columns` entries: all zero, greedy."""
+    """All-zero, greedy state of `num_rows` rows with block tables of `num_columns` entries."""
     return RowState(
         block_tables=torch.zeros(num_rows, num_columns, dtype=torch.int32, device=device),
         last_tokens=torch.zeros(num_rows, dtype=torch.int64, device=device),
@@ -48,7 +44,7 @@ def shape_of(plan: StepPlan) -> GraphShape:
 
 
 def refuse_drafts(plan: StepPlan) -> None:
-    """Raise where a plan has draft tokens: the runner samples one token a row, at the end of its slice."""
+    """Raise where a plan has drafts: the runner samples one token a row, at the end of its slice."""
     assert not len(plan.num_drafts), f"step {plan.step} has draft tokens, which this runner cannot verify"
 
 
@@ -68,15 +64,14 @@ class StepInputs(Protocol):
         ...
 
     def fetch_sampled_tokens(self, count: int) -> HostCopy:
-        """The tokens of the plan sent last: one array int64 [count], valid while the step is in flight.
-
-        To be asked once all of the step has been queued.
+        """The tokens of the plan sent last: int64 [count], valid while the step is in flight. Call it
+        after the step is queued.
         """
         ...
 
 
 class HostInputs:
-    """`StepInputs` on a CPU: NumPy operations, which take a fifth of torch's time for so few integers."""
+    """`StepInputs` on a CPU: NumPy takes a fifth of torch's time for so few integers."""
 
     def __init__(self, state: RowState, block_size: int) -> None:
         self._state, self._block_size = state, block_size

@@ -1,8 +1,8 @@
 """A request's tokens are its own: alone, in any batch, in chunks, preempted, from the cache or replayed.
 
-The shipped model in fp32 on the CPU, with seeded sampling. Tokens are compared for equality. Log-probabilities agree
-to rounding: a row of a product does not depend on the batch, but attention sums over the longest context of a batch,
-and over a chunk in another order than over one token.
+The shipped model in fp32 on the CPU, with seeded sampling. Tokens are compared for equality.
+Log-probabilities agree to rounding: a GEMM's row does not depend on the batch. Attention does: it sums over
+the longest context of a batch, and over a chunk in another order than over one token.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TOLERANCE = 1e-4
 def request(index: int) -> Request:
     draw = random.Random(index)
     prompt = tuple(draw.randrange(10, 3000) for _ in range(PROMPT_LENS[index]))
-    wishes = [{}, {"top_p": 0.9}, {"top_k": 20}, {"repetition_penalty": 1.2}, {"min_p": 0.02}, {"min_tokens": 9}, {}]
+    options = [{}, {"top_p": 0.9}, {"top_k": 20}, {"repetition_penalty": 1.2}, {"min_p": 0.02}, {"min_tokens": 9}, {}]
     sampling = SamplingParams(
-        max_tokens=14, seed=index, logprobs=1, prompt_logprobs=1, ignore_eos=index % 2 == 0, **wishes[index]
+        max_tokens=14, seed=index, logprobs=1, prompt_logprobs=1, ignore_eos=index % 2 == 0, **options[index]
     )
     return Request(str(index), prompt, sampling)
 

@@ -115,7 +115,7 @@ def test_a_stopped_rank_is_ended_with_the_group(serving):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_that_waits_for_a_stopped_rank_ends_the_engine(serving, rank):
-    """It is told of as stopped, and long before the collective that waits for it gives up."""
+    """The rank is reported as stopped, long before the collective that waits for it times out."""
     engine, pids = serving
     os.kill(pids[rank], signal.SIGSTOP)
     run_until_it_fails(engine)

@@ -1,4 +1,4 @@
-"""When a step counts as stuck, and who is told."""
+"""When a step counts as stuck, and what is reported."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ WISHES: tuple[dict[str, Any], ...] = (
 
 
 def drawn(engine: Engine) -> list[Completion]:
-    """One request of each kind of wish, all at once; those that are drawn have two samples."""
+    """One request of each kind of sampling option, all at once; those with random sampling have two samples."""
     requests = [
         Request(str(i), prompt, SamplingParams(max_tokens=14, ignore_eos=True, **wishes), num_samples=1 + (i % 2))
         for i, (prompt, wishes) in enumerate(zip(PROMPTS, WISHES, strict=True))
@@ -40,7 +40,7 @@ def drawn(engine: Engine) -> list[Completion]:
 
 
 def assert_same(got: list[Completion], want: list[Completion]) -> None:
-    """Tokens are equal, and log-probabilities as close as sums in another order are."""
+    """Tokens are equal, and log-probabilities as close as another order of summation allows."""
     assert [completion.token_ids for completion in got] == [completion.token_ids for completion in want]
     for one, other in zip(got, want, strict=True):
         for mine, theirs in zip(_logprobs(one), _logprobs(other), strict=True):
@@ -53,7 +53,9 @@ def _logprobs(completion: Completion) -> list[list[float]]:
 
 
 def check_split(folder: Path, tp: int, pp: int) -> None:
-    """Chunks, preemptions, forks, cached prefixes and wishes change no token of a model over tp x pp ranks."""
+    """Chunks, preemptions, forks, cached prefixes and sampling options change no token of a model over tp
+    x pp ranks.
+    """
     expected, alone = greedy_of_one_process(folder), build_engine(engine_config(folder))
     try:
         want = drawn(alone)

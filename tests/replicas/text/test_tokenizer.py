@@ -69,7 +69,7 @@ def test_any_text_survives_token_by_token(tokenizer: Tokenizer, text: str) -> No
 
 @given(data=st.data())
 def test_windows_in_pieces_are_the_whole(byte_fallback: Tokenizer, data: st.DataObject) -> None:
-    """Words, and characters spelled in bytes; wrong bytes apart, of which a window may show one more or less."""
+    """Words, and characters spelled in bytes. A window may show one wrong byte more or less."""
     byte = 1
     spelled = [[byte + b for b in character.encode()] for character in "é🐟ñ"]
     [special] = byte_fallback._special_ids

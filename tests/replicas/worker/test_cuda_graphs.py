@@ -25,7 +25,9 @@ CONFIG = EngineConfig(
 
 
 def requests() -> list[Request]:
-    """Chunked prefill beside decode, forks, more sequences than blocks (preemption), wishes and log-probabilities."""
+    """Chunked prefill beside decode, forks, more sequences than blocks (preemption), sampling options and
+    log-probabilities.
+    """
     greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     kinds = [
         greedy,

@@ -88,7 +88,7 @@ def test_the_first_stage_takes_just_the_tokens_that_the_step_reads():
     stage = FirstStage(num_stages=4)
     assert stage.run(0, [0, 1], [5, 6], [0, 1]) == -1
     assert stage.run(1, [2], [5], [2]) == -1
-    assert stage.run(2, [3], [7], []) == -1  # a chunk that ends no context: nobody will have tokens of it
+    assert stage.run(2, [3], [7], []) == -1  # a chunk that ends no context: no tokens of it will come
     assert stage.run(3, [0], [DEVICE_TOKEN], [0]) == 0
     assert stage.run(4, [0, 2], [11, DEVICE_TOKEN], [0, 2]) == 1
     assert stage.run(5, [0], [DEVICE_TOKEN], [0]) == 4
