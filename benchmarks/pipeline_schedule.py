@@ -5,7 +5,7 @@ replicas/parallel/pipeline.py: for the stage before, for the stage after to rece
 the plan reads. `ratio` is output tokens/s relative to one GPU with as many sequences a stage; `busy` is the
 share of time that the busiest stage works. One core, no GPU.
 
-     python -m benchmarks.pipeline_schedule [--json PATH]
+    python -m benchmarks.pipeline_schedule [--json PATH]
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ deltas, one Python object per token. Goals: 100 us at 256 sequences, 1 ms at 10,
 a pipeline decodes one micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of
 1,024 tokens against the prefix cache, with and without hashing.
 
-     taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
+    taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]
 """
 
 from __future__ import annotations

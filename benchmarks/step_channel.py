@@ -8,7 +8,7 @@ engine has rank 0's answer. The ranks synchronize before that answer, as collect
 other at once, or after a pause as long as a GPU step, in which cores sleep. There is one process more than
 the two cores. Goal: 30 us one way, at once.
 
-     python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
+    python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each r
     updates, P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow
     from that table.
 
-    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples before the
-    drafts and after each, accepts drafts as long as they equal the samples, and returns the 1 to
-    num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
+    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples after the
+    token before the drafts and after each draft. It accepts drafts as long as they equal the samples, and returns
+    the 1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
     """
 
     step: int

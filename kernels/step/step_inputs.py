@@ -31,8 +31,8 @@ from ..sampling.params import SamplingRows
 # A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
 ROW_START = 7
 
-# The arrays of a packed plan, in order, and their lengths. Names are StepPlan's, but for two:
-# cu_seqlens are the running sums of num_tokens, row_starts are ROW_START integers each.
+# The arrays of a packed plan, in order, and their lengths. Names are StepPlan's, but for two: cu_seqlens are
+# the running sums of num_tokens, row_starts are ROW_START integers each.
 PACKED_ARRAYS = {
     "rows": "S",
     "starts": "S",

@@ -6,8 +6,8 @@ Every block is in exactly one of three states:
 - *cached*: no sequence holds it, but it has a hash and may be reused; kept in the order of eviction;
 - *used*: one or more sequences hold it. It may have a hash too.
 
-Eviction takes the block released longest ago. A sequence releases the tail of its table first, so a block is evicted
-before the one it continues, and the rest of a prefix stays reachable.
+Eviction takes the block released longest ago. A sequence releases the tail of its table first, so the head of a prefix
+stays reachable.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class BlockPool:
         return len(self._cached)
 
     def allocate(self, count: int) -> Ints:
-        """Take `count` blocks with one holder each; cached ones are evicted when no block
-        is free. The caller checks `num_free`.
-        """
+        """Take `count` blocks with one holder each, evicting cached ones if needed. The caller checks `num_free`."""
         assert count <= self.num_free, f"{count} blocks wanted of {self.num_free}"
         if count > self._stack_size:
             self._evict(count - self._stack_size)
@@ -107,14 +105,12 @@ class BlockPool:
         return np.array(blocks, np.int32)
 
     def num_copies(self, blocks: Ints) -> int:
-        """Copies that the holders of `blocks`, which may repeat, need to write them. The
-        last holder writes in place.
-        """
+        """Copies needed to write `blocks`, which may repeat; the last holder of each writes in place."""
         distinct, num_writers = np.unique(blocks, return_counts=True)
         return len(blocks) - int(np.count_nonzero(self.ref_counts[distinct] == num_writers))
 
     def num_idle(self, blocks: Ints) -> int:
-        """How many of `blocks` have no holder: acquiring them takes as many from `num_free`."""
+        """How many of `blocks` have no holder."""
         return int(np.count_nonzero(self.ref_counts[blocks] == 0))
 
     def acquire(self, blocks: Ints) -> None:
@@ -159,9 +155,7 @@ class BlockPool:
         )
 
     def check(self, tables: Iterable[Ints]) -> None:
-        """Assert that every block is free, cached or used, and that `tables`, one per
-        sequence, list exactly the holders.
-        """
+        """Assert that free + cached + used = all, and that the holders are exactly `tables`."""
         holders = np.zeros(self.num_blocks, np.int32)
         for table in tables:
             assert len(np.unique(table)) == len(table), f"a block stands twice in one table: {table}"

@@ -57,20 +57,14 @@ class Engine:
         return self._num_in_flight > 0
 
     def add_request(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
-        """Accept a request. Raises RequestError before anything is allocated, EngineError
-        after a failure.
-
-        max_steps_in_flight: see Scheduler.add.
-        """
+        """Accept a request; see Scheduler.add. Raises RequestError, EngineError after a failure."""
         self.limits.check(request)
         self.add_checked(request, max_steps_in_flight=max_steps_in_flight)
 
     def add_checked(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
-        """Accept a request that `limits` has checked, in any thread. Raises as
-        `add_request`.
+        """As `add_request`, of a request that `limits` has checked.
 
-        A logits processor that needs the last token limits the request to one step in
-        flight.
+        A logits processor that needs the last token limits the request to one step in flight.
         """
         if self.failure is not None:
             raise EngineError(f"the engine has failed and takes no requests: {self.failure}")
@@ -81,11 +75,7 @@ class Engine:
         self.scheduler.add(request, max_steps_in_flight=max_steps_in_flight)
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
-        """Free the blocks of the request, or of one sample that has a token; the others
-        continue.
-
-        The terminal deltas come with the next step. Idempotent.
-        """
+        """End the request, or one sample that has a token; terminal deltas come with the next step. Idempotent."""
         self._undelivered += map(_terminal, self.scheduler.abort(request_id, sample))
 
     def step(self) -> list[TokenDelta]:

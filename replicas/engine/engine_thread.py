@@ -17,9 +17,8 @@ from .step_times import StepTimesCounter
 
 T = TypeVar("T")
 
-# Commands between two steps. Accepting a prompt of 512 tokens takes 10 us. Of a thousand that
-# arrive together the device
-# runs the first ones early, and running streams do not stall.
+# Commands between two steps. Accepting a prompt of 512 tokens takes 10 us. Of a thousand that arrive together
+# the device runs the first ones early, and running streams do not stall.
 _COMMANDS_PER_STEP = 128
 
 
@@ -102,10 +101,7 @@ class EngineThread:
         return replace(self._engine.load(), step_times=self._step_times.snapshot())
 
     def stop(self, timeout: float | None = None) -> None:
-        """Abort everything, deliver the terminal deltas and end the thread. Idempotent.
-
-        Waits at most `timeout` seconds for the running step.
-        """
+        """Abort everything, deliver the terminal deltas and end the thread, after `timeout` s at most. Idempotent."""
         with self._wake:
             self._accepting = False
             self._stopping = True

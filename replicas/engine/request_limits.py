@@ -43,9 +43,7 @@ class ModelLimits:
         self.check_context(len(request.prompt_token_ids), sampling.max_tokens)
 
     def check_context(self, prompt_len: int, max_tokens: int | None) -> int:
-        """The tokens that the context leaves for an answer. Raise PromptTooLong if fewer
-        than `max_tokens` (None: one).
-        """
+        """The tokens that the context leaves. Raise PromptTooLong if fewer than `max_tokens` (None: one)."""
         remaining = self.max_model_len - prompt_len
         if remaining < 1:
             raise PromptTooLong(

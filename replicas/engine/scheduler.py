@@ -11,8 +11,8 @@ key loses its blocks, keeps its row and its tokens, and is prefilled again later
 preempted for another, so there is always progress. With pipeline stages a step decodes one micro-batch
 (micro_batches.py). sequence.py draws the token ranges of a row.
 
-Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and the blocks of a
-prefilled prompt before any rank has run it.
+Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and a prompt's
+blocks before any rank has run it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class Scheduler:
         block_size, max_model_len = config.cache.block_size, config.model.max_model_len
         num_stages, in_flight = config.parallel.pipeline_parallel_size, config.scheduler.max_steps_in_flight
         self.pool = BlockPool(num_blocks, block_size)
-        # More steps in flight would only delay new requests: a micro-batch's plans run one after
-        # the other.
+        # More steps in flight would only delay new requests: a micro-batch's plans run one after the other.
         row_limit = in_flight // num_stages if num_stages > 1 else None
         self.table = SequenceTable(config.scheduler.max_num_seqs, max_model_len, block_size, facts, row_limit)
         self.counters = Counters()
@@ -67,8 +66,7 @@ class Scheduler:
     def add(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
         """Accept a request that RequestLimits has checked and whose id is not in use.
 
-        max_steps_in_flight: of each of its sequences. With 1, a decode waits for the last
-        token on the host.
+        max_steps_in_flight: of each sequence. With 1, a decode waits for the last token on the host.
         """
         context = np.array(request.prompt_token_ids + request.emitted_token_ids, np.int32)
         state = RequestState(request, self._arrivals, context, num_open=request.num_samples)
