@@ -93,7 +93,7 @@ def test_the_end_of_a_rank_is_told_in_one_line(actor: FakeActor) -> None:
     assert error.message == "its process has ended (The actor is dead because its worker process has died.)"
 
 
-def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor) -> None:
+def test_the_title_of_a_process_names_its_rank_and_replica(actor: FakeActor) -> None:
     handle = a_handle()
     handle.call("placement")
     handle.assigned(3, 4, ActorPlacement("elsewhere", "10.0.0.1", 1, ()))
@@ -103,7 +103,7 @@ def test_a_rank_can_be_told_from_others_in_a_list_of_processes(actor: FakeActor)
 
 
 def test_a_stopped_rank_of_this_node_is_seen_and_ended(actor: FakeActor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_actor, "_ASKED_MS", 1)
+    monkeypatch.setattr(shard_actor, "_KILL_GRACE_MS", 1)
     with subprocess.Popen(["sleep", "1000"]) as process:
         handle = a_handle()
         handle.assigned(0, 1, ActorPlacement("here", "127.0.0.1", process.pid, ()))

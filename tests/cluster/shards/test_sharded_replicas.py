@@ -181,7 +181,7 @@ def test_what_a_rank_cannot_load_is_told_with_its_name_and_leaves_nothing(tmp_pa
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if "q_proj" in name)
     save_file({**tensors, name: tensors[name][:-2].clone()}, folder / "model.safetensors")
-    told = rf"rank \d of 2 \(node .*, process \d+\): .*{re.escape(name)}"
-    with pytest.raises(RuntimeError, match=told), deployed(tiny_config(TP2, folder)):
+    message = rf"rank \d of 2 \(node .*, process \d+\): .*{re.escape(name)}"
+    with pytest.raises(RuntimeError, match=message), deployed(tiny_config(TP2, folder)):
         pass
     asyncio.run(until(nothing_is_left))
