@@ -1,1 +1,1 @@
-"""How plans reach ranks: in the caller's thread, or in one process a rank."""
+"""Executors: run plans in the caller's thread, or in one process per rank."""

@@ -1,4 +1,4 @@
-"""An executor whose shards are ranks in other processes, behind a step channel."""
+"""An executor whose ranks are other processes, behind a step channel."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from ..plan import StepPlan, StepResult
 from .group_start import Loaded, RankHandle, ended
 from .step_watchdog import StepWatchdog
 
-_REASON_SECONDS = 1.0  # after the channel lost a rank, until its process's end is known
+_REASON_SECONDS = 1.0  # to wait for a lost rank's process to report its end
 
 
 class GroupExecutor:
-    """Runs plans on ranks that have loaded their model and are connected; implements `Executor`.
+    """Runs plans on connected ranks that have loaded their model; implements `Executor`.
 
-    If a rank fails or ends, `submit` or `result` raises EngineError and the group is unusable; while no step runs,
-    `watch` reports it. Subclasses start the processes and end them in `shutdown`.
-    runs: futures, each done when its rank has stopped running plans.
-    watchdog: ends the wait for a stuck step; None if another thread does that.
+    If a rank fails or ends, `submit` or `result` raises EngineError and the group is unusable.
+    `watch` reports it while no step runs. Subclasses start the processes, and end them in
+    `shutdown`.
+
+    runs: a future per rank, done when it stops running plans. watchdog: None if another thread
+    checks for stuck steps.
     """
 
     def __init__(
@@ -36,15 +38,15 @@ class GroupExecutor:
     ) -> None:
         self.num_blocks, self.startup_seconds = loaded
         self.runs = tuple(runs)
-        self.failed = False  # the remaining ranks may then wait forever for a lost one
+        self.failed = False  # remaining ranks may then wait forever for a lost one
         self._server = server
         self._ranks = tuple(ranks)
         self._leaving = threading.Event()
         self._watchdog = watchdog
-        self._waits_since = 0.0  # time.monotonic()
+        self._waits_since = 0.0
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every rank; returns at once. Raises EngineError if a rank is gone."""
+        """Send a plan to every rank without blocking. Raises EngineError if a rank is gone."""
         self._waits_since = time.monotonic()
         try:
             self._server.submit(plan, self._check_step)
@@ -52,10 +54,7 @@ class GroupExecutor:
             raise self._with_reason(error) from error
 
     def result(self) -> StepResult:
-        """The result of the oldest plan not yet answered.
-
-        Raises EngineError if the step fails or is stuck, or a rank is gone.
-        """
+        """The oldest pending result. Raises EngineError if the step fails or is stuck, or a rank is gone."""
         self._waits_since = begin = time.monotonic()
         try:
             result = self._server.result(self._check_step)
@@ -66,7 +65,7 @@ class GroupExecutor:
         return result
 
     def stopped(self) -> list[str]:
-        """The ranks whose processes are visibly stopped."""
+        """Ranks whose processes are stopped."""
         return [str(rank) for rank in self._ranks if rank.is_stopped()]
 
     def watch(self, on_lost: Callable[[ServingError], None]) -> None:
@@ -80,17 +79,16 @@ class GroupExecutor:
         threading.Thread(target=wait_for_one, name="shoal-ranks", daemon=True).start()
 
     def shutdown(self) -> None:
-        """Close the step channel, so that the ranks exit. Idempotent; from any thread."""
+        """Close the step channel, so that ranks exit. Idempotent and thread-safe."""
         self._leaving.set()
         self._server.close()
 
     def _check_step(self) -> None:
-        """Raise EngineError if the awaited step is stuck."""
         if self._watchdog is not None:
             self._watchdog.check(time.monotonic() - self._waits_since, self.stopped)
 
     def _with_reason(self, error: EngineError) -> EngineError:
-        """The error, with the ranks whose processes ended: the channel only knows that a rank hung up."""
+        """Add to the error the ranks whose processes ended."""
         self.failed = True
         if not self._leaving.is_set():
             wait(self.runs, _REASON_SECONDS, return_when=FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Start of a group of ranks: all of them or none. The caller has started their processes."""
+"""Starts a group of ranks, all or none, whose processes already run."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ..channel.step_sockets import Address, ChannelClosed
 from ..config import ResolvedConfig
 from ..errors import ConfigError, EngineError, ModelError, ServingError, ShardGroupError
 
-_ROOT_CAUSE_SECONDS = 2.0  # grace period after a failed rank, so that the root cause is reported
-_POLL_SECONDS = 1.0  # between two checks for stopped ranks
-_STOPPED_POLLS = 5  # a rank seen stopped this many times in a row fails the start
+_ROOT_CAUSE_SECONDS = 2.0  # grace period, so that the root cause is reported
+_POLL_SECONDS = 1.0  # between checks for stopped ranks
+_STOPPED_POLLS = 5  # checks in a row before a stopped rank fails the start
 _TOKEN_BYTES = 32
 
 
 class RankHandle(Protocol):
-    """Control of a rank's process; `str` names the rank, its node and its process."""
+    """Control of a rank's process; `str` names the rank, node and process."""
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
-        """Calls a method of ShardRank. The future fails with what it raises, or when the process ends."""
+        """Call a method of ShardRank. The future fails with its exception, or if the process ends."""
         ...
 
     def is_stopped(self) -> bool:
-        """Whether its process is on this node and stopped (as by SIGSTOP); does not block."""
+        """Whether its process is on this node and stopped (SIGSTOP); does not block."""
         ...
 
 
 class Loaded(NamedTuple):
-    """A rank's report after loading its part of the model."""
+    """A rank's report after loading."""
 
-    num_blocks: int  # KV blocks of every rank
-    startup_seconds: dict[str, float]  # by stage of the start
+    num_blocks: int  # per rank
+    startup_seconds: dict[str, float]  # by stage
 
 
 class GroupStart:
-    """The steps before the first plan; a step that fails on one rank fails the start.
+    """Steps before the first plan; one rank's failure fails the start.
 
-    timeout_s: for all steps together. Every method raises ConfigError or ModelError if a rank did, else
-    ShardGroupError, and names the rank. The caller then ends the processes.
+    timeout_s: total. Methods raise ConfigError or ModelError if a rank did, else
+    ShardGroupError, naming the rank. The caller then ends the processes.
     """
 
     def __init__(self, config: ResolvedConfig, timeout_s: float) -> None:
@@ -53,7 +53,7 @@ class GroupStart:
         """Form the process group and load the model; returns rank 0's report. meeting_host: rank 0's address."""
         store = self.call_all("open the store", ranks[:1], "open_store", meeting_host)[0]
         left = self._left()
-        # A rank times out before the group does, and names the ranks that it waited for.
+        # Ranks time out before the group, and name the ranks they waited for.
         self.call_all("form the process group", ranks, "join", store, max(left - _ROOT_CAUSE_SECONDS, left / 2))
         loaded: list[Loaded] = self.call_all("load the model", ranks, "load")
         blocks = [one.num_blocks for one in loaded]
@@ -64,9 +64,10 @@ class GroupStart:
     def connect(
         self, ranks: Sequence[RankHandle], elsewhere: Sequence[bool], host: str
     ) -> tuple[StepChannelServer, list[Future[Any]]]:
-        """Connect the ranks to a step channel; returns it, and a future for each rank, done when the rank is gone.
+        """Connect the ranks to a step channel; returns it and a future per rank, done when
+        the rank is gone.
 
-        elsewhere: which ranks are on other nodes; they connect by TCP to this node's address `host`.
+        elsewhere: ranks on other nodes, which connect by TCP to this node's address `host`.
         """
         parallel, token = self._config.parallel, secrets.token_bytes(_TOKEN_BYTES)
         server = StepChannelServer(
@@ -92,24 +93,24 @@ class GroupStart:
             if wait([accepting, *runs], seconds, return_when=FIRST_COMPLETED).done:
                 break
         if lost := any(run.done() for run in runs):
-            server.close()  # do not wait for the others
+            server.close()
         try:
             accepting.result()
         except ChannelClosed:
-            pass  # by the line above
+            pass  # raised above
         except EngineError as error:
             raise ShardGroupError(f"the ranks could not connect: {error}") from error
-        if lost:  # perhaps the last one, after it was accepted
+        if lost:  # possibly the last rank, after it was accepted
             raise ShardGroupError(f"the ranks could not connect: {ended(ranks, runs)}")
 
     def call_all(self, what: str, ranks: Sequence[RankHandle], method: str, *arguments: object) -> list[Any]:
-        """Every rank's answer to the same call. what: names the step in errors."""
+        """Every rank's answer to one call. what: names the step in errors."""
         return self.call_each(what, ranks, method, [arguments] * len(ranks))
 
     def call_each(
         self, what: str, ranks: Sequence[RankHandle], method: str, arguments: Sequence[tuple[object, ...]]
     ) -> list[Any]:
-        """Every rank's answer to a call, each with its own arguments."""
+        """Every rank's answer to a call with its own arguments."""
         calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
         silent = set(calls)
         for seconds in self._poll(what, ranks):
@@ -126,10 +127,7 @@ class GroupStart:
         )
 
     def _poll(self, what: str, ranks: Sequence[RankHandle]) -> Iterator[float]:
-        """Yield seconds to wait before the next check, until the start's time is over.
-
-        Raises ShardGroupError if a rank is stopped at several checks in a row; it would use up that time.
-        """
+        """Yield seconds until the next check. Raises ShardGroupError at the timeout, or if a rank stays stopped."""
         num_stopped = [0] * len(ranks)
         left = self._left()
         while True:
@@ -150,15 +148,16 @@ class GroupStart:
 
 
 def ended(ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> str:
-    """The ranks whose runs are done, and why."""
+    """Ranks whose runs are done, with the reason."""
     failed = [(rank, run.exception()) for rank, run in zip(ranks, runs, strict=True) if run.done()]
-    # Errors that a rank raised itself stand before lost connections, which mostly follow from another rank's end.
+    # List errors that a rank raised before lost connections, which usually follow from another's
+    # end.
     failed.sort(key=lambda one: not isinstance(one[1], ServingError))
     return "; ".join(f"{rank}: {'it exited' if error is None else _one_line(error)}" for rank, error in failed)
 
 
 def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]]) -> ServingError:
-    """One error for failed calls: ConfigError or ModelError if one is among them, with all messages."""
+    """Merge failed calls into one error: ConfigError or ModelError if one is among them."""
     failed = {rank: call for rank, call in zip(ranks, calls, strict=True) if call.done() and call.exception()}
     errors = [call.exception() for call in failed.values()]
     kind = next((type(error) for error in errors if isinstance(error, ConfigError | ModelError)), ShardGroupError)
@@ -168,7 +167,6 @@ def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]
 
 
 def _one_line(error: BaseException) -> str:
-    """An error in one line."""
     if isinstance(error, ServingError):
         return error.message
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

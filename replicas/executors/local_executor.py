@@ -1,4 +1,4 @@
-"""The executor of a model copy that is one shard in this process."""
+"""Executor of a model copy that is one shard in this process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from ..worker.shard import Shard
 class LocalExecutor:
     """Runs plans on one local shard; implements `Executor`.
 
-    On a CUDA device `submit` launches the plan, so that the device has the next step before the host reads this one.
-    On a CPU `result` runs it, in the caller's thread. A separate thread would compete with the scheduler for the GIL
-    between two operators: 4.0 ms a step of the shipped model, 3.4 ms without, on a 2-core EPYC.
-    The constructor loads the model and raises what Shard raises.
+    On a CUDA device `submit` launches the plan, so the device has the next step before the host
+    reads this one. On a CPU `result` runs it in the caller's thread: a separate thread competes
+    with the scheduler for the GIL (4.0 ms a step of the shipped model, 3.4 ms without, on a
+    2-core EPYC).
+
+    Loads the model and raises what Shard raises.
     """
 
     def __init__(self, config: ResolvedConfig) -> None:
@@ -27,11 +29,11 @@ class LocalExecutor:
         self._steps: deque[StepPlan | PendingStep] = deque()
 
     def submit(self, plan: StepPlan) -> None:
-        """Launch or queue a plan; returns at once. Raises EngineError if it cannot be launched."""
+        """Launch or queue a plan without blocking. Raises EngineError if the launch fails."""
         self._steps.append(self._launch(plan) if self._launches_ahead else plan)
 
     def result(self) -> StepResult:
-        """The result of the oldest plan not yet answered. Raises EngineError if the step fails."""
+        """The oldest pending result. Raises EngineError if the step fails."""
         step = self._steps.popleft()
         if isinstance(step, StepPlan):
             step = self._launch(step)
@@ -41,7 +43,7 @@ class LocalExecutor:
             raise _failed(step.plan, error) from error
 
     def shutdown(self) -> None:
-        """Drop the plans in flight."""
+        """Drop plans in flight."""
         self._steps.clear()
 
     def _launch(self, plan: StepPlan) -> PendingStep:

@@ -1,7 +1,4 @@
-"""A rank's loop: plans in, results out.
-
-A plan is launched as soon as it is received. Another thread waits for the results of earlier plans and sends them.
-"""
+"""A rank's loop. Plans are launched on receipt; another thread waits for results and sends them."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from ..worker.shard import Shard
 def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None], *, answers: bool) -> None:
     """Run plans until the engine closes the channel.
 
-    answers: whether this rank sends results; the others send failures only. check: raises if results may be invalid.
-    Raises PeerLost if the engine is gone, and a step's error after sending it to the engine.
+    answers: whether this rank sends results, not only failures. check: raises if results may be
+    invalid. Raises PeerLost if the engine is gone, and a step's error after sending it.
     """
     launched: SimpleQueue[PendingStep | None] = SimpleQueue()
     sender = threading.Thread(target=_send_results, args=(client, launched, check), name="shoal-results", daemon=True)
@@ -43,7 +40,7 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
 def _send_results(
     client: StepChannelClient, launched: SimpleQueue[PendingStep | None], check: Callable[[], None]
 ) -> None:
-    """Send results until the last one, or the first failure, after which the engine ends all ranks."""
+    """Send results until the last one or the first failure."""
     try:
         while (step := launched.get()) is not None:
             try:

@@ -1,4 +1,4 @@
-"""Facts that the ranks of a model copy must share, or must not share, checked at their start."""
+"""Start-up checks of facts that ranks of a model copy must share, or must not share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..device import this_machine
 from ..errors import ShardGroupError
 from ..models.checkpoint import list_tensors
 
-_SAMPLED_BYTES = 4096  # of a file's data: two trainings of one architecture differ there
+_SAMPLED_BYTES = 4096  # data bytes read per file: trainings of one architecture differ there
 _EQUAL = {
     "world_size": "the size of the group",
     "config": "the configuration",
@@ -32,22 +32,22 @@ _EQUAL = {
 
 @dataclass(frozen=True, slots=True)
 class RankFacts:
-    """One rank's facts, sent to the others as JSON."""
+    """One rank's facts, exchanged as JSON."""
 
     world_size: int
-    config: str  # a hash of it
+    config: str  # hash
     shoal: str
     torch: str
     nccl: str
     python: str
     node: str
-    host: str  # of that node, for people
+    host: str  # for messages
     device: str  # a GPU's UUID, or "cpu", which may be shared
-    weights: dict[str, str]  # path -> description of each file; {} for random weights
+    weights: dict[str, str]  # path -> description; {} for random weights
 
     @classmethod
     def of(cls, config: ResolvedConfig, device: torch.device) -> RankFacts:
-        """Raises ModelError if the weight files are missing or damaged."""
+        """Collect the facts. Raises ModelError if weight files are missing or damaged."""
         on_gpu = device.type == "cuda"
         host, boot = this_machine()
         return cls(
@@ -70,7 +70,7 @@ class RankFacts:
     def from_json(cls, text: str | bytes) -> RankFacts:
         try:
             return cls(**json.loads(text))
-        except TypeError as error:  # of another version, with other fields
+        except TypeError as error:  # another version with other fields
             raise ShardGroupError(f"a rank of another version of Shoal is in the group ({error}); run one") from None
 
 
@@ -82,7 +82,7 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
             said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
             raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them in the same way")
     _check_weights(facts)
-    owners: dict[str, int] = {}  # by device alone: containers, which have names of their own, may share a GPU
+    owners: dict[str, int] = {}  # by device alone: containers with different host names may share a GPU
     for rank, own in enumerate(facts):
         first = owners.setdefault(own.device, rank)
         if first != rank and own.device != "cpu":
@@ -93,7 +93,7 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
 
 
 def _weights(model: ResolvedModelConfig) -> dict[str, str]:
-    """Describe files by headers and first bytes: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
+    """Describe files by header and first bytes: 4 ms for 70B parameters, 0.2 s for 36,000 tensors."""
     if model.load_format != "safetensors":
         return {}
     tensors: dict[Path, list[str]] = {}
@@ -105,13 +105,13 @@ def _weights(model: ResolvedModelConfig) -> dict[str, str]:
 def _described(file: Path, tensors: list[str]) -> str:
     digest = hashlib.sha256("\n".join(tensors).encode())
     with file.open("rb") as stream:
-        stream.seek(int.from_bytes(stream.read(8), "little"), os.SEEK_CUR)  # the header's length, then the header
+        stream.seek(int.from_bytes(stream.read(8), "little"), os.SEEK_CUR)  # header length, then header
         digest.update(stream.read(_SAMPLED_BYTES))
     return f"{file.stat().st_size} bytes and tensors {digest.hexdigest()[:16]}"
 
 
 def _check_weights(facts: Sequence[RankFacts]) -> None:
-    """Nodes may have different models, or an incomplete one, at one path."""
+    """Nodes may have different or incomplete models at one path."""
     files = sorted({file for own in facts for file in own.weights})
     differ = [file for file in files if len({own.weights.get(file) for own in facts}) > 1]
     if not differ:

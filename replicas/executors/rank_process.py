@@ -1,7 +1,7 @@
 """Main of a rank's process, which `shard_processes.py` starts.
 
-Calls arrive over a socket pair: a method of ShardRank and its arguments, answered one by one. The process exits when
-the socket closes, so it never outlives its parent.
+A socket pair carries calls of ShardRank's methods, answered in order. The process exits when the
+socket closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _EXIT_PARENT_GONE = 72
 
 
 def main(descriptor: int) -> None:
-    """Answer calls on that socket until `serve` has returned."""
+    """Answer calls on the socket until `serve` returns."""
     # Ctrl-C reaches the whole foreground group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = Connection(descriptor)
     calls: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
     threading.Thread(target=_receive, args=(control, calls), name="shoal-parent", daemon=True).start()
-    from .shard_rank import ShardRank  # loading torch takes seconds: the thread above watches the parent
+    from .shard_rank import ShardRank  # importing torch takes seconds; the thread above already watches the parent
 
     config, rank, local_rank, level = calls.get()[1]
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
@@ -64,7 +64,7 @@ def _answer(control: Connection, answer: tuple[Any, Exception | None]) -> None:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error, or its message if it cannot be unpickled."""
+    """Return the error, or its message if it cannot be unpickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

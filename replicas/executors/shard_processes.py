@@ -1,6 +1,6 @@
-"""The ranks of a model copy as child processes on this machine: for use without a cluster, and for tests.
+"""Ranks as child processes on this machine, for use without a cluster and for tests.
 
-None outlives the engine's process: each watches a socket that closes with the parent, even if that is killed.
+Each watches a socket that closes with the parent, so none outlives a killed engine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from .step_watchdog import StepWatchdog, is_stopped
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0  # for ranks to exit after the last plan
-# Not `python -m`: nothing is imported from the working directory, and the parent's main module is not run again.
+# Not `python -m`: import nothing from the working directory, and do not rerun the parent's main
+# module.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from {package}.rank_process import main; main(int(sys.argv[1]))"
 
 
 class RankProcess:
-    """A rank's child process, and the calls to it: one at a time."""
+    """A rank's child process; calls run one at a time."""
 
     def __init__(self, config: ResolvedConfig, rank: int, local_rank: int) -> None:
         self.rank = rank
@@ -45,7 +46,7 @@ class RankProcess:
             )
         self._control = Connection(ours.detach())
         self._lock = threading.Lock()
-        self._call: Future[Any] | None = None  # the last one
+        self._call: Future[Any] | None = None
         self._end: ShardGroupError | None = None  # set once the process has ended
         self._listener = threading.Thread(target=self._listen, name=f"shoal-rank-{rank}", daemon=True)
         self._listener.start()
@@ -61,7 +62,7 @@ class RankProcess:
         return self._process.pid
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
-        """Call a method of ShardRank. The future fails with its error, or with ShardGroupError if the process ends."""
+        """Call a method of ShardRank. The future fails with its error, or ShardGroupError if the process ends."""
         call: Future[Any] = Future()
         with self._lock:
             self._call = call
@@ -76,7 +77,7 @@ class RankProcess:
         return is_stopped(self.pid)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait; whether the process has ended."""
+        """Wait; return whether the process has ended."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -84,13 +85,12 @@ class RankProcess:
         return True
 
     def kill(self) -> None:
-        """Kill the process, even a stopped one, and wait for its end. Idempotent."""
+        """Kill the process, even if stopped, and wait for it. Idempotent."""
         self._process.kill()
         self._process.wait()
         self._listener.join()
 
     def _listen(self) -> None:
-        """Deliver answers until the process ends."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 value, error = self._control.recv()
@@ -107,7 +107,7 @@ class RankProcess:
 
 
 class ShardProcesses(GroupExecutor):
-    """The ranks of one model copy on this machine; implements `Executor`."""
+    """Ranks of one model copy on this machine; implements `Executor`."""
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class ShardProcesses(GroupExecutor):
 
 
 def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = GROUP_START_TIMEOUT_S) -> ShardProcesses:
-    """Start one process for each rank and load the model in them.
+    """Start a process per rank and load the model.
 
-    config: resolved. timeout_s: for all of it. Raises what a rank says of the configuration or the model (ConfigError,
-    ModelError), else ShardGroupError. No process is left then.
+    config: resolved. timeout_s: total. Raises a rank's ConfigError or ModelError, else
+    ShardGroupError; no process is left then.
     """
     _check_gpus(config)
     start = GroupStart(config, timeout_s)
@@ -147,7 +147,6 @@ def start_shard_processes(config: ResolvedConfig, *, timeout_s: float = GROUP_ST
 
 
 def _check_gpus(config: ResolvedConfig) -> None:
-    """Raise ConfigError if this machine has fewer GPUs than ranks."""
     if config.device != "cuda":
         return
     from torch.cuda import device_count

@@ -1,13 +1,13 @@
-"""A rank of a shard group, in its own process: joins the process group, loads its part, runs plans.
+"""A rank of a shard group, in its own process.
 
-    rank = ShardRank(config, rank, local_rank)       config: resolved, the same for every rank
-    rank.open_store(host)                            rank 0 only; its result goes to every rank
-    rank.join(store, timeout_s)
-    rank.load()
-    rank.serve(address, token)                       until there are no more plans
+rank = ShardRank(config, rank, local_rank)       config: resolved, the same for every rank
+rank.open_store(host)                            rank 0 only; its result goes to every rank
+rank.join(store, timeout_s)
+rank.load()
+rank.serve(address, token)                       until the last plan
 
-Local processes (shard_processes.py) and Ray actors call these in this order. A rank that loses its engine or another
-rank exits: a collective with a lost peer may wait forever.
+Local processes (shard_processes.py) and Ray actors call these in order. A rank that loses its engine
+or another rank exits: a collective with a lost peer may wait forever.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .rank_facts import RankFacts, check_facts
 logger = logging.getLogger(__name__)
 
 EXIT_GROUP_LOST = 71
-_LEAVE_SECONDS = 3.0  # to finish plans received before the engine hung up
+_LEAVE_SECONDS = 3.0  # to finish received plans after the engine hung up
 _ABORT_SECONDS = 2.0  # NCCL's abort may hang too
 _LOAD_TIMEOUT = timedelta(hours=2)  # GroupStart has a shorter limit
 
 
 class ShardRank:
-    """Rank `rank` = pp_rank * tp_size + tp_rank of a model copy, on the CPU or on cuda:{local_rank}."""
+    """Rank `rank` = pp_rank * tp_size + tp_rank of a model copy, on the CPU or cuda:{local_rank}."""
 
     def __init__(self, config: ResolvedConfig, rank: int, local_rank: int) -> None:
         self._config, self._rank = config, rank
@@ -56,20 +56,21 @@ class ShardRank:
         self._store: Store | None = None
         self._groups: ProcessGroups | None = None
         self._context = ParallelContext()
-        self._num_neighbours = 1  # ranks on this node, itself included
+        self._num_neighbours = 1  # on this node, including itself
         self._shard: Shard | None = None
         self._agreements = count()
         self._left = threading.Event()
 
     def open_store(self, host: str) -> tuple[str, int]:
-        """Open the store of the group on an address of this machine; returns its address."""
+        """Open the group's store on this machine; returns its address."""
         self._store, port = open_store(host)
         return host, port
 
     def join(self, store: tuple[str, int], timeout_s: float) -> None:
         """Join the process group.
 
-        Raises ShardGroupError if a rank does not join within `timeout_s`, or differs from the others.
+        Raises ShardGroupError if a rank does not join within `timeout_s`, or its facts
+        differ.
         """
         begin = time.monotonic()
         deadline = begin + timeout_s
@@ -123,7 +124,7 @@ class ShardRank:
         pp, max_in_flight = None, self._config.scheduler.max_steps_in_flight
         if pp_size > 1:
             pp = PipelineLinks.connect(
-                partial(groups.open, connect=False),  # by their first transfer, as NCCL wants it of pairs
+                partial(groups.open, connect=False),  # connects at the first transfer, as NCCL requires of pairs
                 self._device,
                 rank=self._rank,
                 tp_size=tp_size,
@@ -133,9 +134,8 @@ class ShardRank:
         return ParallelContext(self._tp_rank, tp_size, self._pp_rank, pp_size, tp, pp)
 
     def load(self) -> Loaded:
-        """Load this rank's part of the model, and agree with the other ranks on the number of KV blocks.
-
-        Raises ModelError and ConfigError as Shard does.
+        """Load this rank's part, and agree on the number of KV blocks. Raises ModelError
+        and ConfigError as Shard does.
         """
         self._shard = Shard(
             self._config, self._context, self._device, agree=self._agree_on_least, num_neighbours=self._num_neighbours
@@ -143,7 +143,7 @@ class ShardRank:
         return Loaded(self._shard.num_blocks, self._shard.startup_seconds)
 
     def serve(self, address: Address, token: bytes) -> None:
-        """Run the engine's plans until it closes its step channel at `address`.
+        """Run plans until the engine closes its step channel at `address`.
 
         Raises EngineError if the engine is unreachable. A later loss ends the process.
         """
@@ -160,7 +160,7 @@ class ShardRank:
         client.close()
 
     def abort(self) -> None:
-        """Abort the process groups, even under a waiting collective. They are never destroyed: that may block."""
+        """Abort the process groups, even in a collective. Destroying them may block."""
         if self._groups is not None:
             self._groups.abort()
 
@@ -178,12 +178,12 @@ class ShardRank:
         os._exit(EXIT_GROUP_LOST)
 
     def _agree_on_least(self, value: int) -> int:
-        """The least of all ranks' values; every rank calls it equally often."""
+        """Return the minimum over ranks; every rank calls it equally often."""
         answers = self._exchange(f"agreement {next(self._agreements)}", str(value), _LOAD_TIMEOUT)
         return min(int(answer) for answer in answers)
 
     def _exchange(self, what: str, value: str, timeout: timedelta) -> list[bytes]:
-        """Every rank's value. Raises ShardGroupError with the ranks missing after `timeout`."""
+        """Every rank's value. Raises ShardGroupError with the missing ranks after `timeout`."""
         assert self._store is not None
         keys = [f"{what} of {rank}" for rank in range(self._world_size)]
         begin = time.monotonic()

@@ -10,7 +10,7 @@ from threading import Lock
 from ..config import ResolvedConfig
 from ..errors import EngineError
 
-_STOPPED = 5.0  # seconds for a step that waits for a visibly stopped process
+_STOPPED = 5.0  # seconds, for a step that waits for a stopped process
 _TIMES_P99 = 20.0
 _MEMORY = 1000  # steps
 _WARM_UP_STEPS = 20
@@ -18,9 +18,9 @@ _WARM_UP_FLOOR = 120.0  # seconds: first steps load kernels and fill caches
 
 
 class StepWatchdog:
-    """A step is stuck if it exceeds `floor` seconds and 20 times the 99th percentile of earlier steps.
+    """A step is stuck after `floor` seconds or 20 times earlier steps' 99th percentile, whichever is longer.
 
-    The first steps get more time, steps that wait for a stopped process less.
+    First steps get more time; steps that wait for a stopped process get less.
     """
 
     def __init__(self, floor: float) -> None:
@@ -47,7 +47,7 @@ class StepWatchdog:
         return max(self._floor, _TIMES_P99 * durations[int(0.99 * (len(durations) - 1))])
 
     def check(self, seconds: float, stopped: Callable[[], list[str]]) -> None:
-        """Raise EngineError if a step of that duration is stuck. stopped: returns the stopped ranks."""
+        """Raise EngineError if a step of that duration is stuck. stopped: returns stopped ranks."""
         limit = self.limit
         if seconds > limit:
             raise EngineError(f"a step has taken {seconds:.1f} s, above the limit of {limit:.1f} s (step_limit_s)")
@@ -56,7 +56,7 @@ class StepWatchdog:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process of this machine is stopped (as by SIGSTOP); does not block."""
+    """Whether a local process is stopped (SIGSTOP); does not block."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # it has ended

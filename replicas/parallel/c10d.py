@@ -1,4 +1,4 @@
-"""Private interfaces of torch.distributed, all in this file: another version of torch may change any of them."""
+"""Private interfaces of torch.distributed, which another torch version may change."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def gloo_group(store: Store, name: str, rank: int, size: int, host: str, timeout
 def nccl_group(
     store: Store, name: str, ranks: Sequence[int], rank: int, device: torch.device, timeout: timedelta, *, connect: bool
 ) -> ProcessGroup:
-    """A group of the world ranks `ranks`, each with a GPU. rank: this one's in the group. connect: now, not at the
-    first collective, which may be inside a CUDA graph."""
-    from torch.distributed import ProcessGroupNCCL  # not in a torch built without CUDA
+    """A group of the world ranks `ranks`, each with a GPU. rank: index in the group.
+
+    connect: now, because the first collective may be inside a CUDA graph.
+    """
+    from torch.distributed import ProcessGroupNCCL  # absent without CUDA
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
@@ -64,17 +66,14 @@ def _group(
 
 
 def named_group(store: Store, name: str, rank: int, size: int) -> ProcessGroup:
-    """A group without a backend, which torch's symmetric memory finds by its name: rank, size and store."""
+    """A group without backend, which torch's symmetric memory finds by name: rank, size and store."""
     group = ProcessGroup(PrefixStore(name, store), rank, size)
     _register_process_group(name, group)  # pyright: ignore[reportArgumentType]
     return group
 
 
 def all_gather_into(group: ProcessGroup, out: torch.Tensor, x: torch.Tensor) -> None:
-    """Gather contiguous x of every rank into contiguous `out`.
-
-    torch's public function has one name up to 2.12 and another from 2.13 on; both call this.
-    """
+    """Gather contiguous x of every rank into contiguous `out`; torch's public name changed in 2.13."""
     options = AllgatherOptions()
     options.asyncOp = False
     work = group._allgather_base(out.view(-1), x.view(-1), options)
@@ -85,9 +84,10 @@ def all_gather_into(group: ProcessGroup, out: torch.Tensor, x: torch.Tensor) -> 
 def empty_symmetric(num_bytes: int, device: torch.device) -> torch.Tensor:
     """uint8 [num_bytes] that `rendezvous` can map into other processes.
 
-    Not symm_mem.empty(): from torch 2.12 on that is a slice of a pool, and the operators need the whole allocation.
+    Not symm_mem.empty(): since torch 2.12 it returns a slice of a pool, and the operators need
+    a whole allocation.
     """
-    from torch._C._distributed_c10d import _SymmetricMemory  # not in a torch built without CUDA
+    from torch._C._distributed_c10d import _SymmetricMemory  # absent without CUDA
 
     return _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
 

@@ -1,4 +1,4 @@
-"""Collectives of a tensor-parallel group, and their implementation by torch.distributed."""
+"""Collectives of a tensor-parallel group, and their torch.distributed implementation."""
 
 from __future__ import annotations
 
@@ -12,42 +12,47 @@ from .c10d import all_gather_into
 
 
 class Collectives(Protocol):
-    """Collective operations; every rank calls them in the same order, and every rank gets the same bits.
+    """Collective operations, called by every rank in the same order; every rank gets the same
+    bits.
 
-    On a GPU they run on the current stream, never block the host, and can be captured in a CUDA graph.
+    On a GPU they run on the current stream, never block the host, and can be captured in CUDA
+    graphs.
     """
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x over the ranks, in place."""
+        """Sum x over the ranks, in place."""
         ...
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's x [..., n], joined along the last axis in order of rank: [..., ranks * n]."""
+        """Join every rank's x [..., n] along the last axis: [..., ranks * n]."""
         ...
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [ranks, ...], one block for each rank -> [ranks, ...], the block of each rank for this one."""
+        """x [ranks, ...], a block for each rank -> [ranks, ...], each rank's block for this one."""
         ...
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Add the sum of x [T, N] over the ranks to `residual` [T, N] in place; return its RMSNorm with weight [N].
+        """Add the sum of x [T, N] over the ranks to `residual` [T, N] in place; return its
+        RMSNorm with weight [N].
 
         As kernels.linear.rms_norm.add_rms_norm. x is overwritten.
         """
         ...
 
     def check(self) -> None:
-        """Raise ShardGroupError if an operation gave up waiting for another rank; its result is NaN.
+        """Raise ShardGroupError if an operation timed out waiting for a rank; its result is
+        NaN.
 
-        Called on the host before each step and before its tokens are used; costs a read of memory.
+        The host calls it before each step and before using its tokens; it costs a memory
+        read.
         """
         ...
 
 
 class TorchCollectives:
-    """A process group's collectives: gloo on a CPU, NCCL on a GPU."""
+    """Collectives of a process group: gloo on a CPU, NCCL on a GPU."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -61,8 +66,8 @@ class TorchCollectives:
     def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
         """Sum in place, in order of rank.
 
-        gloo sums each part of a message in another order, so a token's bits would depend on the tokens beside it. As
-        fast for few tokens; 190 ms against 30 for 8 MB and four ranks (two cores).
+        gloo's order depends on a token's neighbours. As fast for few tokens; 190 ms against
+        30 for 8 MB and four ranks (two cores).
         """
         parts = self._gather(x)
         torch.add(parts[0], parts[1], out=x)
@@ -91,4 +96,4 @@ class TorchCollectives:
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
     def check(self) -> None:
-        """Do nothing: a failed collective of a process group raises or never ends."""
+        """Do nothing: a failed process-group collective raises or never ends."""

@@ -1,4 +1,4 @@
-"""A rank's parallel coordinates, and the collectives that its layers call; with one rank they are the identity."""
+"""A rank's parallel coordinates, and the collectives of its layers, which are identities with one rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class ParallelContext:
     """Tensor- and pipeline-parallel coordinates; world rank = pp_rank * tp_size + tp_rank.
 
-    tp: collectives of this stage's ranks; None with one rank. pp: links to other stages; None with one stage.
+    tp: collectives of this stage; None with one rank. pp: links to other stages; None with one
+    stage.
     """
 
     tp_rank: int = 0
@@ -37,15 +38,15 @@ class ParallelContext:
         return self.pp_rank == self.pp_size - 1
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the tensor-parallel ranks, in place."""
+        """Sum over the tensor-parallel ranks, in place."""
         return x if self.tp is None else self.tp.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's x [..., n], joined along the last axis: [..., tp_size * n]."""
+        """Join every rank's x [..., n] along the last axis: [..., tp_size * n]."""
         return x if self.tp is None else self.tp.all_gather(x)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tp_size, ...], one block for each rank -> each rank's block for this one."""
+        """x [tp_size, ...], a block for each rank -> each rank's block for this one."""
         return x if self.tp is None else self.tp.all_to_all(x)
 
     def all_reduce_add_rms_norm(
@@ -57,6 +58,6 @@ class ParallelContext:
         return self.tp.all_reduce_add_rms_norm(x, residual, weight, eps)
 
     def check(self) -> None:
-        """Raise ShardGroupError if an operation gave up waiting for another rank; see Collectives."""
+        """Raise ShardGroupError if an operation timed out; see Collectives."""
         if self.tp is not None:
             self.tp.check()

@@ -1,15 +1,15 @@
 """Transfers between pipeline stages: hidden states forward, sampled tokens back to the first stage.
 
-On a GPU transfers are queued and streams wait for them; the host never blocks. Three rules prevent a deadlock, for any
-number of stages and of plans in flight:
+On a GPU transfers are queued and streams wait; the host never blocks. Three rules prevent a deadlock,
+for any number of stages and of plans in flight:
 
-- Every stage runs all plans in the order of their steps. Stage s of step n waits for stage s - 1 of step n and for its
+- Every stage runs all plans in step order. Stage s of step n waits for stage s - 1 of step n and its
   own step n - 1. If the next stage receives slowly, it also waits for stage s + 1 of step n - 1.
 - The first stage waits for tokens only right before the step that reads them.
-- The last stage never waits for a receiver of its tokens: it sends a copy on its own stream and communicator. So it can
-  receive the next hidden states, which the first stage sends before it waits for tokens.
+- The last stage never waits for a token receive: it sends a copy on its own stream and communicator.
+  So it can receive the hidden states that the first stage sends before waiting for tokens.
 
-So each wait is for an earlier (step, stage), and the earliest unfinished one can always proceed.
+Each wait is for an earlier (step, stage), so the earliest unfinished one can always proceed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _TAG = 0
 
 
 class PipelineLink(NamedTuple):
-    """One rank's end of a connection to another. Its own process group keeps transfers from queueing behind others."""
+    """A connection to another rank, with its own process group so that transfers do not queue behind others."""
 
     group: dist.ProcessGroup
-    peer: int  # the other rank, in the group
+    peer: int  # in the group
 
 
 class PipelineLinks:
-    """A rank's links to the neighbouring stages, and between the last stage and the first; all of one tp_rank.
+    """Links to the neighbouring stages, and from the last stage to the first, within one
+    tp_rank.
 
     gloo on a CPU, NCCL on the current stream on a GPU.
     """
@@ -51,7 +52,7 @@ class PipelineLinks:
         self._previous, self._following, self._first, self._last = previous, following, first, last
         self._on_cpu = device.type == "cpu"
         self._max_in_flight = max_in_flight
-        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # on a CPU: sends that may be unfinished
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # CPU sends that may be unfinished
         self._side = None if self._on_cpu or first is None else torch.cuda.Stream(device)
 
     @classmethod
@@ -65,11 +66,11 @@ class PipelineLinks:
         pp_size: int,
         max_in_flight: int,
     ) -> PipelineLinks:
-        """Make the links of world rank `rank`; all ranks call it at the same time.
+        """Open the links of world rank `rank`; all ranks call it at the same time.
 
-        open_group(name, ranks): waits for those ranks and returns their group. max_in_flight: plans in flight at once.
-        Each link is used once here, the first stage's first: NCCL connects two ranks at their first transfer, and that
-        blocks both hosts.
+        open_group(name, ranks): waits for those ranks and returns their group.
+        max_in_flight: plans in flight. Each link is used once here, the first stage's
+        first: NCCL blocks both hosts at a first transfer.
         """
         stage, tp_rank = divmod(rank, tp_size)
         is_first, is_last = stage == 0, stage == pp_size - 1
@@ -108,7 +109,7 @@ class PipelineLinks:
         self._send(x, self._following)
 
     def receive_hidden(self, out: Tensor) -> None:
-        """Receive the previous stage's next hidden states into contiguous `out`, of their size."""
+        """Receive the next hidden states into contiguous `out` of their size."""
         assert self._previous is not None, "the first stage has no stage before it"
         _receive(out, self._previous)
 
@@ -140,7 +141,7 @@ class PipelineLinks:
             return
         copy = x.clone()
         self._sent.append((link.group.send([copy], link.peer, _TAG), copy))
-        # A stage sends once a plan, so at most max_in_flight sends are unreceived.
+        # One send per plan: at most max_in_flight sends are unreceived.
         while len(self._sent) > self._max_in_flight:
             self._sent.popleft()[0].wait()
 

@@ -1,7 +1,7 @@
-"""Process groups of a rank, made over the store of a model copy.
+"""Process groups of a rank, over the store of a model copy.
 
-torch's default group is not used: each group is an object with its own communicator and its own connections, and it can
-be aborted by itself.
+Each has its own communicator and connections, and can be aborted alone, unlike torch's default
+group.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ import torch
 
 from .c10d import PrefixStore, ProcessGroup, Store, TCPStore, gloo_group, nccl_group
 
-# A collective waits for the slowest rank of its group. The ranks start a step within milliseconds of each other; one
-# that still compiles a kernel at its first launch may take a minute longer. The engine's watchdog is quicker.
+# A collective waits for the slowest rank. Ranks start a step within milliseconds, but compiling a
+# kernel at its first launch may take a minute. The engine's watchdog is quicker.
 _TIMEOUT = timedelta(minutes=5)
 
 
 class ProcessGroups:
-    """The groups of rank `rank`, in order of their opening: gloo on a CPU, NCCL on a GPU.
-
-    host: the address of this machine that other ranks connect to.
-    """
+    """Groups of rank `rank`, in opening order: gloo on a CPU, NCCL on a GPU. host: the address others connect to."""
 
     def __init__(self, store: Store, rank: int, device: torch.device, host: str) -> None:
         self._store, self._rank, self._device, self._host = store, rank, device, host
         self._groups: list[ProcessGroup] = []
 
     def open(self, name: str, ranks: Sequence[int], *, connect: bool = True) -> ProcessGroup:
-        """Open the group of these world ranks, in their order, and wait for all of them.
+        """Open the group of these world ranks, in their order, and wait for them.
 
-        `name` is unique to the group. Ranks that share several groups open them in the same order. Without `connect`,
-        ranks with GPUs connect at their first transfer. Raises RuntimeError (torch's) if a rank does not come or is not
-        reachable.
+        `name` is unique. Ranks that share several groups open them in one order. Without
+        `connect`, GPU ranks connect at their first transfer. Raises torch's RuntimeError if
+        a rank is missing or unreachable.
         """
         store, rank = PrefixStore(name, self._store), list(ranks).index(self._rank)
         if self._device.type == "cuda":
@@ -53,10 +50,7 @@ class ProcessGroups:
 
 
 def open_store(host: str) -> tuple[TCPStore, int]:
-    """A store that listens on `host` only, and its port, chosen by the system.
-
-    Raises OSError if `host` is not an address of this machine.
-    """
+    """A store that listens on `host` only, and its port. Raises OSError if `host` is not this machine's."""
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host, 0), family=family)
     port = listener.getsockname()[1]
@@ -64,6 +58,6 @@ def open_store(host: str) -> tuple[TCPStore, int]:
 
 
 def local_host(address: tuple[str, int]) -> str:
-    """This machine's address on the route to `address`, where a process listens. Raises OSError."""
+    """This machine's address on the route to `address`. Raises OSError."""
     with socket.create_connection(address, timeout=10.0) as sock:
         return sock.getsockname()[0]

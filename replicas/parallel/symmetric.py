@@ -1,7 +1,7 @@
-"""All-reduce over symmetric memory, for sizes where it is faster than NCCL.
+"""All-reduce over symmetric memory, for sizes where it beats NCCL.
 
-`open_collectives` picks the backend that the configuration asks for and the machine supports. The table of sizes is in
-kernels/comm/all_reduce.py. Larger messages and all other collectives use the plain backend.
+`open_collectives` picks the backend by configuration and machine. kernels/comm/all_reduce.py has
+the table of sizes; larger messages and other collectives use the plain backend.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .symmetric_memory import NoSymmetricMemory, SymmetricMemory, open_symmetric
 
 logger = logging.getLogger(__name__)
 
-# Iterations of a spin-wait before it gives up, about 0.5 us each on an H200: 260 s, about NCCL's timeout, since ranks
-# start at different speeds. Once they serve, the engine's watchdog is far quicker.
+# Spin-wait iterations before the timeout, about 0.5 us each on an H200: 260 s, near NCCL's, since
+# ranks start at different speeds. While serving, the engine's watchdog is far quicker.
 _SPIN_LIMIT = 1 << 29
 _LONGEST_ROW = 1 << 16  # bytes
 _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +39,7 @@ _SYMM_MEM_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One rank's view of a tensor-parallel group. `name` is unique in `store` and in the process."""
+    """One rank's tensor-parallel group. `name` is unique in `store` and the process."""
 
     store: Store
     name: str
@@ -51,11 +51,12 @@ class Group:
 def open_collectives(
     plain: Collectives, group: Group, kind: str = "auto", *, quantized: bool = False, batch_invariant: bool = False
 ) -> Collectives:
-    """The collectives of a group. kind, quantized: `all_reduce` and `quantized_all_reduce` of ParallelConfig.
+    """The collectives of a group. kind, quantized: `all_reduce` and `quantized_all_reduce` of
+    ParallelConfig.
 
-    Every rank calls it with the same arguments. batch_invariant: messages of all sizes are summed in one order. Returns
-    `plain` for kind "nccl" and on a CPU. Without symmetric memory it logs a warning and returns `plain`, or raises
-    ShardGroupError if the arguments require it.
+    Every rank passes the same arguments. batch_invariant: one summation order for all sizes.
+    Returns `plain` for kind "nccl" and on a CPU. Without symmetric memory it logs a warning and
+    returns `plain`, or raises ShardGroupError if the arguments require it.
     """
     if kind == "nccl" or group.device.type != "cuda":
         return plain
@@ -69,7 +70,7 @@ def open_collectives(
     except NoSymmetricMemory as none:
         if kind != "auto":
             raise ShardGroupError(f"all_reduce {kind!r} is not available: {none}; use auto or nccl") from none
-        if batch_invariant and group.world_size > 2:  # two numbers have one sum
+        if batch_invariant and group.world_size > 2:  # two terms have one summation order
             raise ShardGroupError(
                 f"batch_invariant is not available for {group.world_size} ranks over NCCL: {none}"
             ) from none
@@ -84,7 +85,7 @@ def open_collectives(
         memory=memory.own,
         peers=torch.tensor(memory.addresses, dtype=torch.int64, device=group.device),
         state=torch.zeros(STATE_SIZE, dtype=torch.int64, device=group.device),
-        # Kernels set it when a wait gave up. It is in host memory, where reading it needs no copy.
+        # Kernels set it at a timeout. In host memory, it is read without a copy.
         alarm=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         spin_limit=_SPIN_LIMIT,
         num_sms=torch.cuda.get_device_properties(group.device).multi_processor_count,
@@ -94,16 +95,17 @@ def open_collectives(
 
 
 def buffer_capacity(world_size: int) -> int:
-    """Bytes of a buffer for every message of the table; a slice may be one row longer than its share."""
+    """Buffer bytes for the table's messages; a slice may exceed its share by one row."""
     one_shot, two_shot = LIMITS_KIB[world_size]
     return (max(world_size * one_shot, 2 * two_shot) << 10) + 2 * world_size * _LONGEST_ROW
 
 
 class SymmetricCollectives:
-    """Kernels of kernels/comm/all_reduce.py for messages of their table, `plain` for all others.
+    """Kernels of kernels/comm/all_reduce.py for the table's messages, `plain` for others.
 
-    every_size: larger messages too, in parts. quantized: those above INT8_ABOVE_KIB in parts, with 8 bits an element.
-    fused: the kernel includes the following norm; otherwise one kernel norms messages of all sizes, to the same bits.
+    every_size: larger messages too, in parts. quantized: those above INT8_ABOVE_KIB in parts,
+    with 8 bits an element. fused: the kernel includes the following norm; otherwise one kernel
+    norms all sizes, to the same bits.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class SymmetricCollectives:
         return needed <= self._exchange.capacity
 
     def _part_size(self, x: torch.Tensor) -> int:
-        """Elements that fit into a buffer with the two-shot algorithm; a power of two, so that all slices are equal."""
+        """Elements per buffer in the two-shot algorithm; a power of two, so that slices are equal."""
         size = 1 << (self._exchange.capacity // (2 * x.itemsize)).bit_length() - 1
         return size if as_rows(size)[0] >= self._exchange.world_size else size // self._exchange.world_size
 

@@ -1,7 +1,7 @@
-"""GPU memory that the other ranks of a group can write: torch's symmetric memory.
+"""GPU memory that other ranks can write: torch's symmetric memory.
 
-The ranks first agree through a store: either all of them get it, or all of them get the same reason why not. NVLink
-multicast is not used; torch sets it up if it can, unless TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set.
+Ranks agree through a store: all get it, or all get the same reason. NVLink multicast is not used;
+torch sets it up if it can, unless TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from ..device import this_machine
 from .c10d import ProcessGroup, Store, empty_symmetric, named_group, rendezvous
 
-_TIMEOUT = timedelta(minutes=5)  # ranks get here at different times: they load at different speeds
+_TIMEOUT = timedelta(minutes=5)  # ranks load at different speeds
 
 
 class NoSymmetricMemory(Exception):
-    """A rank cannot write another one's memory; the message names both and the reason."""
+    """One rank cannot write another's memory; the message names both and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Place:
     """A rank's host and GPU."""
 
     host: str
-    boot: str  # of the host's kernel: two hosts may have one name
-    device: str  # the GPU's UUID
+    boot: str  # of the host's kernel: hosts may share a name
+    device: str  # GPU UUID
 
     @classmethod
     def of(cls, device: torch.device) -> Place:
@@ -43,7 +43,7 @@ class SymmetricMemory:
     own: torch.Tensor
     addresses: tuple[int, ...]
     group_name: str
-    group: ProcessGroup  # torch finds it by its name while it is referenced
+    group: ProcessGroup  # torch finds it by name while it is referenced
 
 
 def why_unreachable(places: Sequence[Place], rank: int, has_access: Callable[[str], bool | None]) -> str:
@@ -68,10 +68,10 @@ def why_unreachable(places: Sequence[Place], rank: int, has_access: Callable[[st
 def open_symmetric_memory(
     store: Store, name: str, rank: int, world_size: int, device: torch.device, num_bytes: int
 ) -> SymmetricMemory:
-    """Allocate `num_bytes` on each rank's device, all bits set; every rank of group `name` calls it.
+    """Allocate `num_bytes` per device, all bits set; every rank of group `name` calls it.
 
-    Raises NoSymmetricMemory, with the same reason on all ranks, and torch's RuntimeError if a rank does not come within
-    5 minutes.
+    Raises NoSymmetricMemory, with one reason on all ranks, and torch's RuntimeError if a rank
+    is missing for 5 minutes.
     """
 
     def exchange(what: str, value: str) -> list[str]:

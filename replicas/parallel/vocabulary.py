@@ -1,4 +1,4 @@
-"""A rank's slice of the vocabulary, and exchanges of logits between the ranks of a stage."""
+"""A rank's slice of the vocabulary, and exchanges of logits within a stage."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch.nn.functional as F
 
 from .comm import ParallelContext
 
-# Slices are multiples of 16 tokens: four share their sampling noise, and half-precision logits are read 16 bytes at a
-# time.
+# Multiples of 16 tokens: four share sampling noise, and half-precision logits are read 16 bytes at
+# a time.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularySlice:
-    """The tokens whose embedding and head rows a rank holds: equal shares, the last ones padded."""
+    """Tokens whose embedding and head rows a rank holds: equal shares, the last ones padded."""
 
     vocab_size: int
     comm: ParallelContext
 
     @property
     def width(self) -> int:
-        """Rows of every rank's share, padding included."""
+        """Rows of a share, padding included."""
         ranks = self.comm.tp_size
         return self.vocab_size if ranks == 1 else -(-self.vocab_size // (ranks * _ALIGNMENT)) * _ALIGNMENT
 
     @property
     def first(self) -> int:
-        """The first token."""
+        """First token."""
         return self.comm.tp_rank * self.width
 
     @property
@@ -38,29 +38,30 @@ class VocabularySlice:
         return min(max(self.vocab_size - self.first, 0), self.width)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
-        """Every rank's logits [K, size], joined: [K, vocab_size]."""
+        """Join every rank's logits [K, size]: [K, vocab_size]."""
         if self.comm.tp_size == 1:
             return logits
         return self.comm.all_gather(self._padded(logits, len(logits)))[:, : self.vocab_size]
 
     def deal(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [K, size] of every rank -> whole rows [ceil(K / ranks), vocab_size]: this rank's share of the rows.
+        """Logits [K, size] of every rank -> whole rows [ceil(K/ranks), vocab_size]: this
+        rank's share of the rows.
 
-        A rank receives and processes 1 / ranks of the logits that `whole` gathers.
+        A rank receives and processes 1/ranks of what `whole` gathers.
         """
         ranks, share = self.comm.tp_size, self._share(len(logits))
         blocks = self.comm.all_to_all(self._padded(logits, ranks * share).view(ranks, share, self.width))
         return blocks.transpose(0, 1).reshape(share, ranks * self.width)[:, : self.vocab_size]
 
     def dealt(self, values: torch.Tensor, padding: int) -> torch.Tensor:
-        """This rank's share of a replicated [K] tensor, padded to ceil(K / ranks)."""
+        """This rank's share of a replicated [K] tensor, padded to ceil(K/ranks)."""
         share = self._share(len(values))
         missing = share * self.comm.tp_size - len(values)
         padded = F.pad(values, (0, missing), value=padding) if missing else values
         return padded[self.comm.tp_rank * share :][:share]
 
     def collect(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """Each rank's [ceil(count / ranks)] values, for the rows from `deal` -> [count], for all rows."""
+        """Each rank's [ceil(count/ranks)] values, for the rows from `deal` -> [count], for all rows."""
         return self.comm.all_gather(values)[:count]
 
     def _share(self, num_rows: int) -> int:

@@ -1,1 +1,1 @@
-"""From logits to tokens: the sampler, penalties and sampling over a split vocabulary."""
+"""From logits to tokens: sampler, penalties and sampling over a split vocabulary."""

@@ -1,8 +1,8 @@
-"""Logits processors change a row's logits before its token is sampled.
+"""Logits processors change a row's logits before sampling.
 
-Most rows have none and are sampled in the CUDA graph. A row with at least one is sampled again outside of it. Its
-processors change a copy of its logits, in the order of `processor_table.LOGITS_PROCESSORS`. A new one is a class and
-an entry there.
+Rows without any are sampled in the CUDA graph. Others are resampled outside of it, from a copy that
+processors change in the order of `processor_table.LOGITS_PROCESSORS`. A new one is a class and an
+entry there.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ State = TypeVar("State")
 class LogitsProcessor(Protocol):
     """One feature, for all rows of a rank.
 
-    Logits are whole: of all V tokens, also where tensor-parallel ranks hold a slice each. Every rank runs the same
-    processors on the same bits, so a processor must be deterministic, and it must not communicate.
+    Logits cover all V tokens, even if tensor-parallel ranks hold slices. Every rank runs the
+    same processors on the same bits, so they must be deterministic and must not communicate.
 
-    A token is sampled before the host has read the one before it. A processor therefore keeps its state on the device,
-    or its entry of the table sets `needs_last_token` and it is a `LastTokenReader`.
+    A token is sampled before the host reads the previous one. Keep state on the device, or set
+    `needs_last_token` in the table's entry and implement `LastTokenReader`.
     """
 
     def start(self, start: RowStart) -> None:
-        """Process a row for a new sequence, which may be a fork. `stop` has been called if the row was processed.
+        """Process a row for a new sequence, perhaps a fork. `stop` has been called if the row was processed.
 
-        A sequence that resumes after preemption keeps its row. Token ids need `SamplingParams.uses_history`;
-        the emitted ones are those of another replica, whose request this one continues.
+        A sequence resumed after preemption keeps its row. Token ids require
+        `SamplingParams.uses_history`; emitted ones come from a replica whose request this
+        one continues.
         """
         ...
 
@@ -46,18 +47,15 @@ class LogitsProcessor(Protocol):
         ...
 
     def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Change float32 logits [K, V] in place, of those rows that are processed.
-
-        positions: where in their sequences the sampled tokens will stand.
-        """
+        """Change float32 logits [K, V] of processed rows in place. positions: of the sampled tokens."""
         ...
 
     def accept(self, rows: Sequence[int], tokens: torch.Tensor) -> None:
-        """Receive int64 [K] on the device: the tokens sampled after the last `apply`, -1 where none could be."""
+        """Receive int64 [K] on the device: tokens sampled after the last `apply`, -1 if none."""
         ...
 
 
-# Called with vocab_size, eos_token_ids, device.
+# Arguments: vocab_size, eos_token_ids, device.
 ProcessorClass: TypeAlias = Callable[[int, tuple[int, ...], torch.device], LogitsProcessor]
 
 
@@ -65,12 +63,12 @@ class LastTokenReader(LogitsProcessor, Protocol):
     """A processor whose entry of the table sets `needs_last_token`; its rows have one step in flight at most."""
 
     def observe(self, row: int, token_id: int) -> None:
-        """Receive the row's last token on the host, once, before the step that samples the next one."""
+        """Receive the row's last token on the host, once, before the next is sampled."""
         ...
 
 
 class RowProcessor(Generic[State]):
-    """Base of processors that change one row at a time, each by a state of its own."""
+    """Base of processors that change one row at a time, with a state per row."""
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
@@ -111,7 +109,7 @@ class RowProcessor(Generic[State]):
 
 
 class LogitBias(RowProcessor[tuple[torch.Tensor, torch.Tensor]]):
-    """`logit_bias`; the state is token ids and what is added to their logits."""
+    """`logit_bias`; state: token ids and the values added to their logits."""
 
     def make_state(self, start: RowStart) -> tuple[torch.Tensor, torch.Tensor]:
         ids, bias = zip(*start.sampling.logit_bias, strict=True)
@@ -122,7 +120,7 @@ class LogitBias(RowProcessor[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class AllowedTokens(RowProcessor[torch.Tensor]):
-    """`allowed_token_ids`; the state is a mask bool [V] of all other tokens."""
+    """`allowed_token_ids`; state: bool mask [V] of all other tokens."""
 
     def make_state(self, start: RowStart) -> torch.Tensor:
         forbidden = torch.ones(self.vocab_size, dtype=torch.bool, device=self.device)
@@ -134,11 +132,11 @@ class AllowedTokens(RowProcessor[torch.Tensor]):
 
 
 class BadWords(RowProcessor[tuple[list[tuple[torch.Tensor, int]], torch.Tensor]]):
-    """`bad_words`; forbids the last token of a word after the tokens before it.
+    """`bad_words`; forbids the last token of a word after its other tokens.
 
-    The state is each word as (tokens before the last one, last token), and the row's last tokens, as many as the
-    longest word needs; -1, which no token equals, where the sequence is shorter. Last tokens of words are on the host:
-    indexing with one on the device would wait for the device.
+    State: each word as (tokens before the last, last token), and as many recent tokens as the
+    longest word needs; -1, equal to no token, pads shorter sequences. Last tokens of words are
+    on the host: indexing with one on the device would wait for it.
     """
 
     def make_state(self, start: RowStart) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
@@ -163,9 +161,9 @@ class BadWords(RowProcessor[tuple[list[tuple[torch.Tensor, int]], torch.Tensor]]
 
 
 class MinTokens(RowProcessor[tuple[torch.Tensor, int]]):
-    """`min_tokens`; forbids end and stop tokens, the first of the state, before a position, the second.
+    """`min_tokens`; forbids end and stop tokens (first state) before a position (second).
 
-    With `ignore_eos`, too: that lets a sequence run on after an end token, and this keeps it from being sampled.
+    Also with `ignore_eos`, which otherwise allows sampling end tokens without ending.
     """
 
     def make_state(self, start: RowStart) -> tuple[torch.Tensor, int]:

@@ -14,8 +14,8 @@ from ..plan import RowStart
 class Penalties:
     """Implements `LogitsProcessor` with one kernel for all rows.
 
-    A row with penalties has a slot of `kernels.sampling.penalties` until the row starts again. The number of slots
-    doubles when they run out, so that a server without penalties spends no memory on them.
+    A row with penalties keeps a slot of `kernels.sampling.penalties` until it restarts. Slots
+    double when exhausted, so servers without penalties use no memory for them.
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Penalties:
         return row in self._slot_of_row
 
     def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
-        # -1: a row without penalties, which the kernels skip.
+        # -1: a row without penalties, which kernels skip.
         self._applied = send_ints([self._slot_of_row.get(row, -1) for row in rows], self._device)
         apply_penalties(logits, self._applied, self._slots)
 

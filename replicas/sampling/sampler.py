@@ -1,14 +1,14 @@
-"""Sampling of one rank: parameters by row, one pass over the logits of a step.
+"""One rank's sampling: parameters by row, one pass over a step's logits.
 
-The parameters of every row (temperature, top-k, ...) are tensors indexed by row. `sample` reads nothing on the host, so
-it runs in the CUDA graph. Rows with logits processors are sampled again by `resample`, outside of the graph.
-That needs no token on the host either: histories are on the device, where the next step may already wait for them.
+Parameters (temperature, top-k, ...) are tensors indexed by row. `sample` reads nothing on the host,
+so it runs in the CUDA graph. `resample` handles rows with logits processors outside it, with
+histories on the device; the next step may already be queued.
 
-Tensor-parallel ranks hold a slice of the logits each, and all of them sample the tokens that one rank with all logits
-would. In most steps no row filters (top-k, top-p, min-p), and the ranks exchange the best token of each slice
-(sample_slice.py). In a step with filters each rank samples its share of the rows from their whole logits. Few such
-rows, and rows with logits processors, are sampled on all ranks alike, from gathered logits. Log-probabilities are
-combined from each slice's sums (slice_scores.py).
+Tensor-parallel ranks hold slices of the logits and sample the tokens of one rank with all logits.
+Without filters (top-k, top-p, min-p) they exchange each slice's best token (sample_slice.py). With
+filters each rank samples its share of rows from whole logits. Few such rows, and rows with logits
+processors, are sampled on all ranks from gathered logits. slice_scores.py combines
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from ..protocol import SamplingParams
 from .logits_processors import LastTokenReader, LogitsProcessor
 from .slice_scores import score_slices
 
-# An all-to-all of the rows takes two exchanges, gathering them takes one. On two H200, top-k 50 and top-p 0.9 of
-# 128,256 tokens: one row 47 us by all-to-all and 34 gathered, 32 rows 87 and 119, 256 rows 333 and 647.
+# An all-to-all of rows takes two exchanges, gathering one. On two H200, top-k 50 and top-p 0.9 of
+# 128,256 tokens: one row 47 us by all-to-all and 34 gathered, 32 rows 87 and 119, 256 rows 333 and
+# 647.
 _FEW_ROWS = 4
-# Up to 8 rows and beyond, sampling has kernels of its own (kernels/sampling/sample_triton.py).
+# Sampling has separate kernels up to 8 rows and beyond (kernels/sampling/sample_triton.py).
 _WARM_UP_ROWS = 16
 NO_TOKEN = "the model gave no usable logits: they hold NaN or infinity, or the request forbids every token"
 
 
 class Sampler:
-    """Samples the tokens of sequences, each by the parameters of its row in `params`, which the caller fills.
+    """Samples each sequence by its row's parameters in `params`, which the caller fills.
 
-    Logits are [K, size], this rank's slice of the vocabulary; with one rank, all of it. processors: instead of
-    those of the table.
+    Logits are [K, size], this rank's slice of the vocabulary; with one rank, all of it. processors:
+    replace those of the table.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Sampler:
         self.device = device
         comm = comm or ParallelContext()
         self._slice = VocabularySlice(vocab_size, comm)
-        # Ranks have slices of the logits: steps with filters and steps without are two programs.
+        # Split logits: steps with and without filters are two programs.
         self.is_split = comm.tp_size > 1 and comm.is_last_stage
         self._params = params
         num_rows = len(params.temperature)
@@ -78,10 +79,10 @@ class Sampler:
             if spec.needs_last_token
         ]
         self.reads_tokens = bool(self._readers)
-        self._num_known = np.zeros(num_rows, np.int64)  # tokens of the row's sequence that readers know
+        self._num_known = np.zeros(num_rows, np.int64)  # tokens of the row's sequence that readers have received
 
     def start(self, start: RowStart) -> None:
-        """Begin a sequence in a row and drop all state of the sequence before."""
+        """Begin a sequence in a row and drop the previous state."""
         row, params = start.row, start.sampling
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._filters[row] = _filters(params, self.vocab_size)
@@ -96,7 +97,7 @@ class Sampler:
                 self._processed_rows.add(row)
 
     def read_tokens(self, plan: StepPlan) -> None:
-        """Pass the rows' last tokens, which `plan` names, to the processors that need them on the host."""
+        """Pass the rows' last tokens in `plan` to processors that need them."""
         for piece in plan.slices():
             offset = int(self._num_known[piece.row]) - piece.start
             readers = [reader for reader in self._readers if piece.row in reader]
@@ -110,16 +111,18 @@ class Sampler:
                 reader.observe(piece.row, token)
 
     def has_filters(self, rows: Ints) -> bool:
-        """Whether the step needs the program for filters: logits are split, and one of these rows has one."""
+        """Whether logits are split and one of these rows has a filter."""
         return self.is_split and bool(self._filters[rows].any())
 
     def sample(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, *, filtered: bool = False
     ) -> torch.Tensor:
-        """Tokens int64 [K] of rows int64 [K] for positions int64 [K] of their sequences, from logits [K, size].
+        """Sample int64 [K] tokens of rows int64 [K] at positions int64 [K], from logits [K,
+        size].
 
-        -1 where a row's logits are unusable. A row may occur several times, with different positions. Without logits
-        processors; reads nothing on the host. filtered: the result of `has_filters`.
+        -1 where a row's logits are unusable. Rows may repeat with different positions.
+        Ignores logits processors; reads nothing on the host. filtered: the result of
+        `has_filters`.
         """
         if not self.is_split:
             return sample_rows(logits, rows, self._params, positions)
@@ -137,12 +140,13 @@ class Sampler:
         return bool(self._processed_rows) and not self._processed_rows.isdisjoint(rows.tolist())
 
     def num_logprobs(self, rows: Ints) -> int | None:
-        """The most top log-probabilities that one of these rows asked for; None if no row asked for any."""
+        """The most top log-probabilities that these rows requested; None if no row did."""
         most = int(self._num_logprobs[rows].max(initial=-1))
         return None if most < 0 else most
 
     def resample(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Ints, positions: np.ndarray) -> None:
-        """Sample rows with logits processors again and overwrite their entries in `tokens` [>= K].
+        """Resample rows with logits processors and overwrite their entries in `tokens` [>=
+        K].
 
         logits [>= K, size] stay unchanged. positions [K] as in `sample`.
         """
@@ -161,7 +165,7 @@ class Sampler:
             processor.accept(own_rows, sampled)
 
     def warm_up(self, logits: torch.Tensor) -> None:
-        """Run the slow path once for one row and once for more. Leaves penalties in the rows that it used."""
+        """Run the slow path for one row and for more. Leaves penalties in the used rows."""
         most = min(_WARM_UP_ROWS, len(logits))
         tokens, positions = torch.zeros(most, dtype=torch.int64, device=self.device), np.zeros(most, np.int64)
         for row in range(most):
@@ -180,6 +184,6 @@ class Sampler:
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether a row with these parameters samples from less than the whole vocabulary."""
+    """Whether these parameters exclude part of the vocabulary."""
     narrows = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and narrows

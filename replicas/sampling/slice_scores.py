@@ -1,7 +1,7 @@
 """Log-probabilities over logits that are split by vocabulary.
 
-Ranks exchange sums, not logits: each slice's log-sum-exp, how many of its tokens are more probable than the scored one,
-and its top-k. All ranks get the same scores.
+Ranks exchange each slice's log-sum-exp, rank of the scored token and top-k, not logits. All get the
+same scores.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _LOWEST = -(2**63)  # below the key of any score
 
 
 def score_slices(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, own: VocabularySlice) -> Scores:
-    """`kernels.score.score` of token_ids int64 [P] for this rank's logits [P, size] and the other ranks' slices.
+    """`kernels.score.score` of token_ids int64 [P] over the slices [P, size] of all ranks.
 
-    num_top: at most the vocabulary's size. Tied top-k tokens are in order of their ids.
+    num_top: at most the vocabulary's size. Ties are in order of token id.
     """
     ranks, num_rows = own.comm.tp_size, len(logits)
     chosen = _chosen_logits(logits, token_ids.clamp(min=0), own)
@@ -36,7 +36,7 @@ def score_slices(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, ow
 
 
 def _chosen_logits(logits: torch.Tensor, token_ids: torch.Tensor, own: VocabularySlice) -> torch.Tensor:
-    """The logits float32 [P] of tokens of any rank's slice."""
+    """Logits float32 [P] of tokens in any slice."""
     places = (token_ids - own.first).unsqueeze(1)
     chosen = torch.full_like(places, float("-inf"), dtype=torch.float32)
     if own.size:

@@ -1,6 +1,6 @@
-"""Text out of tokens, one token at a time: incremental detokenisation and stop strings.
+"""Incremental detokenisation and stop strings.
 
-Both are pure functions of the token list, so that a router can rebuild them by feeding the tokens again.
+Both are pure functions of the token list, so a router can rebuild them from the tokens.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import NamedTuple, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-# A UTF-8 character has at most four bytes: where so many tokens in a row end in a replacement character, the bytes are
-# wrong and will not become right, and waiting longer would make every further step dearer.
+# UTF-8 characters have at most four bytes. After so many tokens that end in a replacement
+# character, the bytes are invalid, and waiting would only make later steps slower.
 _MAX_PENDING_TOKENS = 8
 
 
 class Detokenizer(Protocol):
-    """Turns tokens into text as they come. The pieces joined are what decoding all tokens at once gives.
+    """Turns tokens into text incrementally; joined pieces equal decoding all tokens at once.
 
-    Of bytes that are no UTF-8 it may show more or fewer replacement characters.
+    The number of replacement characters may differ for invalid UTF-8.
     """
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now; characters whose last bytes are missing are kept back."""
+        """Return the text that is certain; keep back incomplete characters."""
         ...
 
     def finish(self) -> str:
-        """The rest; incomplete characters become replacement characters."""
+        """Return the rest; incomplete characters become replacement characters."""
         ...
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies: every token is a run of bytes, so text is their UTF-8 decoding, exactly.
+    """Exact UTF-8 decoding for byte-level vocabularies.
 
-    `tokenizers.decoders.DecodeStream` gives the same text, but it cannot be flushed when a sequence ends inside a
-    character, and decodes its window again for every token; this is one table look-up.
+    `tokenizers.decoders.DecodeStream` cannot be flushed inside a character, and decodes its
+    window again for every token. This is a table look-up.
     """
 
     __slots__ = ("_bytes", "_decoder")
@@ -49,7 +49,7 @@ class ByteDetokenizer:
         table = self._bytes
         try:
             raw = b"".join([table[i] for i in token_ids])
-        except IndexError:  # a model's vocabulary may be padded beyond its tokenizer's; such tokens have no text
+        except IndexError:  # a model's vocabulary may be padded beyond its tokenizer's
             raw = b"".join([table[i] for i in token_ids if i < len(table)])
         return self._decoder.decode(raw)
 
@@ -58,14 +58,14 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For every other vocabulary: decodes a short window of tokens and gives what the newest ones add to it."""
+    """For other vocabularies: decodes a short window and returns the newest tokens' text."""
 
     __slots__ = ("_decode", "_emitted", "_ids", "_read")
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # the window: tokens already given out that the new ones lean on, then the new ones
-        self._read = 0  # tokens of the window that are given out
+        self._ids: list[int] = []  # the window: emitted context tokens, then new ones
+        self._read = 0  # emitted tokens of the window
         self._emitted = ""  # their text
 
     def feed(self, token_ids: Sequence[int]) -> str:
@@ -84,7 +84,7 @@ class WindowDetokenizer:
             return ""
         new = text[len(self._emitted) :]
         if not new:
-            if self._emitted and text == self._emitted:  # a special token that is skipped: the window need not grow
+            if self._emitted and text == self._emitted:  # a skipped special token: the window need not grow
                 self._ids.pop()
             return ""
         del self._ids[: self._read]
@@ -94,7 +94,7 @@ class WindowDetokenizer:
 
 
 class Fed(NamedTuple):
-    """What came of a piece of text: what may be shown, and the stop string that ended the sequence."""
+    """The text to emit, and the stop string that ended the sequence."""
 
     text: str
     stop: str | None
@@ -102,10 +102,10 @@ class Fed(NamedTuple):
 
 @dataclass(slots=True)
 class StopStrings:
-    """Finds stop strings in a text that arrives in pieces.
+    """Finds stop strings in incremental text, however it is cut.
 
-    The end of the text that may be the beginning of a stop string is kept back until it is known. The match that is
-    complete first wins; of several that end together, the longest. The result does not depend on how the text was cut.
+    Keeps back text that may begin a stop string. The first complete match wins; of several that
+    end together, the longest.
     """
 
     stops: tuple[str, ...]
@@ -126,7 +126,7 @@ class StopStrings:
         return Fed(text[: len(text) - keep], None)
 
     def finish(self) -> str:
-        """What was kept back, when no more text will come."""
+        """Return the kept-back text."""
         text, self._held = self._held, ""
         return text
 
@@ -138,7 +138,7 @@ class StopStrings:
         return start, stop
 
     def _undecided(self, text: str) -> int:
-        """Characters at the end of `text` that are the beginning of a stop string."""
+        """Length of the longest end of `text` that begins a stop string."""
         longest = max(map(len, self.stops)) - 1
         for keep in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-keep:]) for stop in self.stops):

@@ -1,8 +1,7 @@
-"""Text to tokens and back, and chat templates, without torch.
+"""Tokenizer and chat templates without torch.
 
-`transformers.AutoTokenizer` imports torch (0.5 GB and 3 s that a router has no use for), so the fast tokenizer's own
-file is read with `tokenizers`, and the chat template is rendered by the function that transformers itself uses, which
-does not.
+`transformers.AutoTokenizer` imports torch (0.5 GB and 3 s). `tokenizers` reads the fast tokenizer's
+file instead, and transformers' own rendering function, which needs no torch, renders the template.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from ..errors import ModelError, RequestError
 from .detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
-# A template repeats messages but a few times; more than this is a template run wild.
+# A template repeats messages only a few times; more is a runaway template.
 _MAX_RENDERED_CHARS = 32 << 20
-# What the code inside a template raises, beside jinja's own errors.
+# Exceptions of code in a template, beside jinja's own.
 _TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Tokenizer:
-    """The tokenizer of one model folder. Safe to use from several threads."""
+    """The tokenizer of one model folder. Thread-safe."""
 
     def __init__(self, fast: FastTokenizer, *, settings: Mapping[str, Any], chat_template: str | None) -> None:
         fast.no_truncation()
@@ -74,23 +73,23 @@ class Tokenizer:
         return WindowDetokenizer(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; those of an incomplete character where the vocabulary is byte-level."""
+        """The bytes of one token; partial characters if the vocabulary is byte-level."""
         if self._bytes is not None:
             return self._bytes[token_id] if token_id < len(self._bytes) else b""
         return self.token_text(token_id).encode()
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; bytes that are no whole character show as replacement characters."""
+        """One token as text; incomplete characters become replacement characters."""
         if self._bytes is not None:
             return self.token_bytes(token_id).decode("utf-8", "replace")
         return self.decode((token_id,), skip_special_tokens=False)
 
     def token_name(self, token_id: int) -> str:
-        """The token as the vocabulary spells it."""
+        """The token's vocabulary spelling."""
         return self._fast.id_to_token(token_id) or ""
 
     def prepare_chat(self) -> None:
-        """Import what renders templates: it takes a second, which would hold up every stream of the process."""
+        """Import the template renderer in advance: it takes a second, which would block every stream of the process."""
         if self.chat_template is not None:
             importlib.import_module("transformers.utils.chat_template_utils")
 
@@ -102,10 +101,10 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt that the model's chat template makes of `messages`. Special tokens are in the text.
+        """Render `messages` with the model's chat template, in jinja's sandbox. Special
+        tokens are in the text.
 
-        The template is the model's own, run in jinja's sandbox. Raises RequestError where the model has none or the
-        template refuses the messages.
+        Raises RequestError if the model has no template, or it rejects the messages.
         """
         if self.chat_template is None:
             raise RequestError(
@@ -135,7 +134,7 @@ class Tokenizer:
         return rendered[0]
 
     def _special_token_texts(self) -> dict[str, str]:
-        """bos_token, eos_token and the like, which templates use by name."""
+        """bos_token, eos_token etc., which templates use by name."""
         texts = {}
         for name, value in self.settings.items():
             if name.endswith("_token"):
@@ -158,7 +157,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja where there is one, else the entry of tokenizer_config.json (its `default` if named)."""
+    """chat_template.jinja, else the entry of tokenizer_config.json (its `default` if named)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -172,8 +171,8 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None
 def _byte_table(fast: FastTokenizer) -> list[bytes] | None:
     """The bytes of every token of a byte-level vocabulary; None for others.
 
-    Byte-level vocabularies spell bytes as printable characters (GPT-2's table). A token with a character outside the
-    table stands for itself; this is the rule by which `tokenizers` decodes, added tokens included.
+    Bytes are printable characters (GPT-2's table). A token with other characters stays as it
+    is; `tokenizers` decodes by this rule, added tokens included.
     """
     decoder = json.loads(fast.to_str())["decoder"]
     if not decoder or decoder["type"] != "ByteLevel":

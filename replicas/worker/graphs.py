@@ -1,8 +1,9 @@
-"""CUDA graphs of whole steps, one for each graph shape, replayed for any step that fits.
+"""CUDA graphs of whole steps, one per graph shape, replayed for any step that fits.
 
-A replay is one launch for the host instead of some three hundred. Inputs are at fixed addresses (device_inputs.py);
-entries that a step does not fill are padding. A decode graph runs slices of one token only; a mixed graph runs both
-kinds and reads their numbers on the device. All graphs share one memory pool, since they run one after the other.
+A replay is one launch instead of some three hundred. Inputs are at fixed addresses
+(device_inputs.py); unused entries are padding. Decode graphs run one-token slices; mixed graphs run
+both kinds and read their numbers on the device. Graphs run one after the other and share a memory
+pool.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def decode_shapes(max_rows: int) -> list[GraphShape]:
 def mixed_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     """Shapes of graphs with prefills: padding is at most an eighth, or 64 tokens.
 
-    Each size exists for no decodes, for few, and for the most. Attention divides the device among the decode slots, so
-    one long context among 256 slots would get little of it. Prefill slots are one in 8 tokens: 255 of padding cost 5 to
-    9 us a layer on an H200, too much for a small step.
+    Each size exists for no, few and most decodes: attention divides the device among decode
+    slots, so one long context among 256 slots gets little. One prefill slot per 8 tokens: 255
+    of padding cost 5 to 9 us a layer on an H200, too much for a small step.
     """
     sizes, size = [], 64
     while size < max_tokens:
@@ -50,7 +51,7 @@ def with_filtered(shapes: list[GraphShape]) -> list[GraphShape]:
 
 
 class StepGraphs:
-    """The captured graphs, by shape."""
+    """Captured graphs, by shape."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -65,12 +66,13 @@ class StepGraphs:
         decode: list[GraphShape],
         mixed: list[GraphShape],
     ) -> None:
-        """Capture every shape, the largest first. The inputs must be those of an empty plan: all padding.
+        """Capture every shape, the largest first, on the inputs of an empty plan (all
+        padding).
 
-        run: executes the step whose inputs are on the device. decode, mixed: shapes without and with prefills, by their
-        number of tokens. warm_up: launches each kernel that `run` does, on the same shapes, so that kernels and
-        libraries are initialised before the capture. It may launch them fewer times: launching some hundred kernels
-        takes the host as long as a capture.
+        run: executes the step on the device. decode, mixed: shapes by number of tokens.
+        warm_up: launches each kernel of `run` on the same shape, to initialise kernels and
+        libraries. It may launch them fewer times: launching some hundred kernels takes the
+        host as long as a capture.
         """
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -79,7 +81,8 @@ class StepGraphs:
                 warm_up(shape)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each time.
+                # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache each
+                # time.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 outputs = run(shape)
                 graph.capture_end()
@@ -88,7 +91,7 @@ class StepGraphs:
         self._decode, self._mixed = decode, mixed
 
     def replay(self, shape: GraphShape) -> StepOutputs | None:
-        """Run the step in the smallest graph that holds it; None if no graph does."""
+        """Run the step in the smallest graph that fits, or return None."""
         shapes = self._mixed if shape.prefills else self._decode
         first = bisect_left(shapes, shape.tokens, key=lambda candidate: candidate.tokens)
         fitting = next((candidate for candidate in shapes[first:] if candidate.holds(shape)), None)

@@ -1,4 +1,4 @@
-"""A launched step, until its result is read on the host."""
+"""A launched step, until the host reads its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..sampling.sampler import NO_TOKEN
 
 @dataclass(slots=True)
 class PendingStep:
-    """Host copies of a step's results, and the plan they answer."""
+    """Host copies of a step's results, and its plan."""
 
     plan: StepPlan
     tokens: HostCopy

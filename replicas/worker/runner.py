@@ -1,21 +1,19 @@
 """One rank's work: from a step plan to its tokens.
 
-Order of events in a step. `Runner.launch` queues them all; a GPU runs them in this order.
+`Runner.launch` queues these events; a GPU runs them in order.
 
-    1. start     the sampler resets the rows of new sequences; the packed plan is sent; KV blocks
-                 are copied; a pipeline stage receives hidden states or, the first one, tokens
-    2. forward   in a CUDA graph if one is large enough, else kernel by kernel: plan -> tensors,
-                 layers, output head, `Sampler.sample` for all rows, `store_sampled_tokens`
-    3. resample  outside the graph, only rows with logits processors: sampled again from their
-                 processed logits, stored again
-    4. score     outside the graph, if a row asked: log-probabilities of the samples
-    5. send      a pipeline stage sends its hidden states or, the last one, the tokens
-    6. fetch     the host copy of the sampled tokens
-    7. prompts   prompt log-probabilities, of a step that ran without a graph
+1. start     reset rows of new sequences, send the packed plan, copy KV blocks; a pipeline stage
+             receives hidden states or, the first one, tokens
+2. forward   in a CUDA graph if one fits, else kernel by kernel: plan -> tensors, layers, output
+             head, `Sampler.sample` for all rows, `store_sampled_tokens`
+3. resample  outside the graph: rows with logits processors only
+4. score     outside the graph, on request: log-probabilities of the samples
+5. send      a pipeline stage sends its hidden states or, the last one, the tokens
+6. fetch     copy the sampled tokens to the host
+7. prompts   prompt log-probabilities, only of steps without a graph
 
-The next step may be launched before the host has read any token of this one: tokens that it needs
-are on the device (`RowState.last_tokens`). Only the last pipeline stage samples: 3, 4, 6, 7 and
-the second half of 2 are its own.
+The next step may be launched before the host reads this one's tokens, because tokens stay on the
+device (`RowState.last_tokens`). Only the last pipeline stage samples: 3, 4, 6, 7 and half of 2.
 """
 
 from __future__ import annotations
@@ -39,15 +37,15 @@ from .pending_step import PendingStep
 from .stage_exchange import make_exchange
 from .step_inputs import HostInputs, StepInputs, make_row_state, shape_of
 
-# Prompt log-probabilities need the logits of every position; at most this many rows of logits exist at a time.
+# Prompt log-probabilities need logits of every position; at most this many rows exist at a time.
 _SCORED_CHUNK = 256
 
 
 class Runner:
     """Executes plans in order on one device.
 
-    Keeps the state that a plan refers to by row: block table, last token and sampling parameters. One extra row, which
-    no plan uses, takes what padding samples.
+    Keeps block table, last token and sampling parameters by row. An extra row takes the samples
+    of padding.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Runner:
         else:
             self._inputs = DeviceInputs(state, block_size, self.max_tokens, in_flight + 1)
         self._exchange = make_exchange(model.comm, state.last_tokens, self.max_tokens, facts.hidden_size, model.dtype)
-        # The hidden states that are sampled from, at a fixed address for CUDA graphs.
+        # Hidden states to sample from, at a fixed address for CUDA graphs.
         self.sampled_states = torch.zeros(self.max_rows, facts.hidden_size, dtype=model.dtype, device=device)
 
     @torch.inference_mode()
@@ -102,20 +100,19 @@ class Runner:
         return pending
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Run one step and wait for its tokens and for other pipeline stages."""
+        """Run one step and wait for its tokens and other pipeline stages."""
         pending = self.launch(plan)
         self.synchronize()
         return pending.result()
 
     def synchronize(self) -> None:
-        """Wait until no other pipeline stage needs anything more from this one for the steps so far."""
+        """Wait until no other stage needs data of the steps so far."""
         if self._exchange is not None:
             self._exchange.synchronize()
 
     @torch.inference_mode()
     def forward(self, shape: GraphShape) -> StepOutputs:
-        """Run one step of the plan that was sent last. CUDA graphs capture this: `shape` is the only host value that
-        it depends on."""
+        """Run one step of the last sent plan. CUDA graphs capture it; `shape` is the only host value it reads."""
         batch, exchange = self._inputs.batch(shape), self._exchange
         incoming = None if exchange is None else exchange.incoming(shape.tokens)
         hidden = self.model(batch.input_ids, batch.positions, batch.attention, self.kv_cache, incoming)
@@ -138,7 +135,7 @@ class Runner:
             self._num_prompt_logprobs[start.row] = start.sampling.prompt_logprobs or 0
 
     def _resample_and_score(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
-        """Resample rows with logits processors; then score the samples if a row asked for log-probabilities."""
+        """Resample rows with logits processors, then compute requested log-probabilities."""
         num_top = self.sampler.num_logprobs(plan.sample_rows)
         resamples = self.sampler.has_logits_processors(plan.sample_rows)
         if num_top is None and not resamples:

@@ -28,17 +28,17 @@ from .warmup import capture_graphs, compile_kernels
 
 logger = logging.getLogger(__name__)
 
-# Steps of up to this many tokens are captured as CUDA graphs. Larger steps take the GPU longer than the host needs to
-# launch them.
+# Steps of up to this many tokens are captured. Larger ones take the GPU longer than the host's
+# launches.
 _GRAPH_TOKENS = 2048
 
 
 class Shard:
     """Loads its part of the model and runs plans on it.
 
-    context: the rank's place; default: the only rank. agree: the least of all ranks' numbers, once
-    every rank has called it. num_neighbours: ranks on this machine's cores. `startup_seconds`: of
-    each stage. Raises ModelError for an unusable checkpoint, ConfigError if memory is short.
+    context: default the only rank. agree: minimum over ranks, once every rank has called it.
+    num_neighbours: ranks sharing this machine's cores. `startup_seconds`: by stage. Raises
+    ModelError for an unusable checkpoint, ConfigError if memory is short.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Shard:
         return self._runner.run(plan)
 
     def synchronize(self) -> None:
-        """Wait until no other rank needs anything more from this one for the steps so far."""
+        """Wait until no other rank needs data of the steps so far."""
         self._runner.synchronize()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -89,7 +89,7 @@ class Shard:
         return min(_GRAPH_TOKENS, self._config.scheduler.max_num_batched_tokens)
 
     def _open_device(self) -> int:
-        """Set up CPU threads or the GPU; free bytes of a GPU to profile, else 0."""
+        """Set up CPU threads or the GPU; return a GPU's free bytes if profiled, else 0."""
         if self.device.type == "cpu":
             set_cpu_threads(self._config.num_threads or None, self._num_neighbours)
             return 0
@@ -103,8 +103,8 @@ class Shard:
         with self._stage("weights"):
             model = load_model(self._config, self.device, context)
         if self._agree is not None:
-            # From here on ranks wait for each other in collectives, which time out after minutes. One rank may read
-            # its weights from a cache and another from a network.
+            # From here on ranks wait in collectives, which time out after minutes. Weights may come
+            # from a cache on one rank and from a network on another.
             with self._stage("other ranks' weights"):
                 self._agree(0)
         return model
@@ -120,7 +120,7 @@ class Shard:
         match blocks:
             case FixedBlocks():
                 num_blocks = blocks.num_blocks
-            case BlocksInMemory():  # resolve() estimated the stage with the most layers, which may not be this one
+            case BlocksInMemory():  # resolve() estimated the stage with the most layers, perhaps another
                 found = _blocks_in(blocks.memory_bytes, model, self._config, "kv_cache_memory_bytes leaves")
                 num_blocks = min(found, blocks.num_blocks)
             case ProfiledBlocks():
@@ -149,7 +149,7 @@ def _make_runner(
 
 
 def _free_bytes(device: torch.device, utilization: float) -> int:
-    """Bytes this process may allocate. Raises ConfigError if less than its share."""
+    """Bytes this process may allocate. Raises ConfigError if below its share."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if free < int(total * utilization):
@@ -171,7 +171,8 @@ def _profile_blocks(
 ) -> int:
     """KV blocks that `utilization` of a CUDA device leaves beside weights and the largest step.
 
-    free_before: free bytes before loading. CUDA and its libraries hold what was lost outside torch.
+    free_before: free bytes before loading. Memory lost outside torch belongs to CUDA and its
+    libraries.
     """
     weights = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -182,7 +183,7 @@ def _profile_blocks(
     torch.cuda.synchronize(device)
     kv_bytes = num_blocks * runner.kv_cache.spec.bytes_per_block
     step = torch.cuda.max_memory_allocated(device) - weights - kv_bytes
-    # Graphs have a memory pool of their own, and the largest graph fills it like an eager step.
+    # Graphs have their own memory pool, which the largest graph fills like an eager step.
     graphs = 0 if config.enforce_eager else step
     free, total = torch.cuda.mem_get_info(device)
     outside = max(0, free_before - free - torch.cuda.memory_reserved(device))

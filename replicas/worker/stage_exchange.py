@@ -1,4 +1,4 @@
-"""What a pipeline stage receives before each step and sends after it."""
+"""Transfers of a pipeline stage before and after each step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .step_inputs import count_decodes
 
 
 class StageExchange:
-    """Transfers of one stage, step by step, over its pipeline links.
+    """Step-by-step transfers of one stage.
 
-    Hidden states use two buffers at fixed addresses, for CUDA graphs. Only the plan's tokens are sent; the padding of a
-    graph keeps finite values of an earlier step. With one buffer for both, padding would pass through the layers again
-    and again, and would overflow.
+    Hidden states use two buffers at fixed addresses, for CUDA graphs. Only the plan's tokens
+    are sent; graph padding keeps finite values of an earlier step. With one buffer, padding
+    would pass through the layers repeatedly and overflow.
 
-    The last stage sends back the latest token of every row (8 bytes each). So the first stage need not store which rows
-    each step sampled. A newer message replaces an older one.
+    The last stage returns every row's latest token (8 bytes each), so the first need not store
+    which rows each step sampled. A newer message replaces an older one.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StageExchange:
         self._incoming, self._outgoing = incoming, outgoing  # each [max_tokens, hidden], or empty if unused
         self._links, self._last_tokens, self._num_stages = links, last_tokens, comm.pp_size
         self._is_first, self._is_last = comm.is_first_stage, comm.is_last_stage
-        # On the first stage: steps whose tokens are not received yet, and the step that last sampled each row.
+        # First stage: steps whose tokens are pending, and the step that last sampled each row.
         self._expected: deque[int] = deque()
         self._sampled_in = np.full(len(last_tokens), -1, np.int64)
 
@@ -56,8 +56,8 @@ class StageExchange:
             return
         num_decodes = count_decodes(plan)
         readers = plan.rows[:num_decodes][plan.token_ids[:num_decodes] == DEVICE_TOKEN]
-        # The last stage is at most num_stages steps behind: each stage sends a step before it begins the next. So early
-        # receives wait only briefly; without them, unread tokens would fill the connection.
+        # The last stage is at most num_stages steps behind, so early receives wait only briefly.
+        # Without them, unread tokens would fill the connection.
         self._receive_tokens(max(int(self._sampled_in[readers].max(initial=-1)), plan.step - self._num_stages))
         if len(plan.sample_rows):
             self._sampled_in[plan.sample_rows] = plan.step
@@ -77,7 +77,6 @@ class StageExchange:
         self._links.finish()
 
     def _receive_tokens(self, step: int) -> None:
-        """Queue the receives of the tokens of all steps up to `step`."""
         while self._expected and self._expected[0] <= step:
             self._expected.popleft()
             self._links.receive_tokens(self._last_tokens)
@@ -86,7 +85,7 @@ class StageExchange:
 def make_exchange(
     comm: ParallelContext, last_tokens: Tensor, max_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> StageExchange | None:
-    """The exchange of this rank; None with one stage."""
+    """This rank's exchange; None with one stage."""
     if comm.pp is None:
         return None
     incoming, outgoing = (

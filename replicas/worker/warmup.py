@@ -1,4 +1,4 @@
-"""Start-up of a runner: compile its Triton kernels, run every graph shape once, capture the CUDA graphs."""
+"""Runner start-up: compile Triton kernels, run every graph shape once, capture CUDA graphs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def graph_shapes(runner: Runner, max_tokens: int) -> tuple[list[GraphShape], lis
 
 @torch.inference_mode()
 def compile_kernels(runner: Runner, process: CompileProcess, max_tokens: int, num_neighbours: int = 1) -> int:
-    """Compile the Triton kernels that steps launch, many at a time; returns how many were not compiled yet.
+    """Compile the Triton kernels that steps launch, many at a time; returns how many were
+    compiled.
 
-    max_tokens: of the steps that will be captured. num_neighbours: runners that share this machine's cores. Call it
-    before anything else runs, on a runner that is dropped afterwards: see `rehearsal`. If a compilation fails, it logs
-    that and leaves the kernels to their first launch.
+    max_tokens: of steps that will be captured. num_neighbours: runners sharing this machine's
+    cores. Call it first, on a runner that is then dropped. On failure it logs, and kernels
+    compile at their first launch.
     """
     from ...kernels.compiling.compile_triton import compile_kernels, rehearsal
 
@@ -51,7 +52,7 @@ def compile_kernels(runner: Runner, process: CompileProcess, max_tokens: int, nu
 
 @torch.inference_mode()
 def warm_up(runner: Runner, max_tokens: int) -> None:
-    """Run steps of every kind once: all captured shapes, the largest shape, and the sampler's slow path.
+    """Run every captured shape, the largest shape and the sampler's slow path once.
 
     Layers of one kind run once (`dedup_layers`); the results are meaningless.
     """
@@ -64,12 +65,11 @@ def warm_up(runner: Runner, max_tokens: int) -> None:
 
 
 def capture_graphs(runner: Runner, max_tokens: int) -> None:
-    """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger ones are launched kernel by kernel."""
+    """Capture CUDA graphs of steps of up to `max_tokens` tokens; larger steps run kernel by kernel."""
     decode, mixed = graph_shapes(runner, max_tokens)
     runner.graphs.capture(runner.forward, lambda shape: _forward_once(runner, shape), decode, mixed)
 
 
 def _forward_once(runner: Runner, shape: GraphShape) -> None:
-    """Launch the kernels of one forward, with one layer of each kind."""
     with runner.model.dedup_layers():
         runner.forward(shape)
