@@ -1,6 +1,6 @@
-"""Step control by plain Ray actor calls: what the step channel is measured against, and compared with in a test.
+"""Step control by plain Ray actor calls: the baseline of the step channel, also compared in a test.
 
-Nothing here is served from: a call takes Ray some 800 us where a frame takes 30.
+Not used for serving: a call takes Ray some 800 us, a frame 30.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shoal.replicas.plan import StepPlan, StepResult
 
 
 class ActorCalls:
-    """Plans are arguments of `run` on the actor of each rank, results its answers; implements `Executor`."""
+    """Plans are arguments of `run` on each rank's actor, results its answers; implements `Executor`."""
 
     def __init__(self, ranks: Sequence[Any], *, result_rank: int = 0, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
@@ -35,6 +35,5 @@ class ActorCalls:
             raise EngineError(f"a step failed on rank {self._result_rank}: {error}") from error
 
     def shutdown(self) -> None:
-        """End the actors."""
         for rank in self._ranks:
             ray.kill(rank)

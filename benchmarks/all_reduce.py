@@ -1,8 +1,8 @@
-"""Microseconds of a sum over the GPUs of one machine, by NCCL, by torch's symmetric memory and by Shoal's kernels.
+"""Microseconds of an all-reduce over the GPUs of one machine: NCCL, torch's symmetric memory and Shoal's kernels.
 
-Each figure is the mean of CALLS calls in one CUDA graph, the median of its replays, the slowest rank's. A message is
-[rows, hidden] of bf16. Without a norm: x becomes the sum. With a norm: the sum is added to a residual and normed, by
-one kernel of Shoal's, or by NCCL and then `add_rms_norm`. Torch's operators are given memory that is symmetric already.
+Each figure is the mean of CALLS calls in one CUDA graph: the median of its replays, on the slowest rank. A message is
+[rows, hidden] of bf16. Without a norm, x becomes the sum. With a norm, the sum is added to a residual and normed: by
+one kernel of Shoal's, or by NCCL and then `add_rms_norm`. Torch's operators get memory that is already symmetric.
 Goal on two H200s: 7 us to 128 KiB, 8 us at 512 KiB, 20 us at 4 MiB.
 
     python -m benchmarks.all_reduce [--gpus 2,4] [--hidden 4096] [--sizes 8,128,512] [--out FOLDER] [--commit C]
@@ -31,7 +31,7 @@ from shoal.kernels.linear.rms_norm import add_rms_norm
 from shoal.replicas.parallel.c10d import TCPStore
 from shoal.replicas.parallel.symmetric_memory import SymmetricMemory, open_symmetric_memory
 
-CALLS = 50  # in a graph: what a launch of it costs is a fiftieth of what it costs
+CALLS = 50  # per graph, to amortise the launch
 SIZES_KIB = (8, 32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 GOALS_US = {8: 7.0, 32: 7.0, 128: 7.0, 512: 8.0, 4096: 20.0}  # by KiB, on two H200s
 EPS = 1e-5
@@ -39,7 +39,8 @@ SPIN_LIMIT = 1 << 22
 
 
 def run_ranks(world_size: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
-    """What `body(rank, world_size, store, *arguments)` returns in a process for each GPU, torch's default group made.
+    """Run `body(rank, world_size, store, *arguments)` in a process per GPU, with torch's
+    default group; returns the results.
 
     Raises RuntimeError with the first rank's error.
     """
@@ -60,13 +61,13 @@ def run_ranks(world_size: int, body: Callable[..., Any], *arguments: Any, timeou
         while waiting:
             ready = wait(waiting, timeout_s)
             if not ready:
-                raise RuntimeError(f"ranks {sorted(waiting.values())} have said nothing for {timeout_s:.0f} s")
+                raise RuntimeError(f"ranks {sorted(waiting.values())} have not answered for {timeout_s:.0f} s")
             for receiver in [each for each in waiting if each in ready]:
                 rank = waiting.pop(receiver)
                 try:
                     failed, results[rank] = receiver.recv()
                 except EOFError:
-                    raise RuntimeError(f"rank {rank} ended without a word") from None
+                    raise RuntimeError(f"rank {rank} ended without an answer") from None
                 if failed:
                     raise RuntimeError(f"rank {rank}: {results[rank]}")
         return results
@@ -84,7 +85,7 @@ def _run(
         group = {"store": store, "rank": rank, "world_size": world_size, "device_id": torch.device("cuda", rank)}
         dist.init_process_group("nccl", **group)
         sender.send((False, body(rank, world_size, store, *arguments)))
-    except Exception as error:  # another process is to say it
+    except Exception as error:  # reported by the other process
         sender.send((True, f"{type(error).__name__}: {error}"))
         raise
 
@@ -92,7 +93,7 @@ def _run(
 def open_exchange(
     store: TCPStore, rank: int, world_size: int, capacity: int, name: str = "benchmark"
 ) -> tuple[Exchange, SymmetricMemory]:
-    """What a rank's kernels know of the ranks' memory, and that memory."""
+    """A rank's view of the symmetric memory for the kernels, and that memory."""
     device = torch.device("cuda", rank)
     memory = open_symmetric_memory(store, name, rank, world_size, device, NUM_BUFFERS * capacity)
     peers = torch.tensor(memory.addresses, dtype=torch.int64, device=device)
@@ -128,11 +129,11 @@ def graph_us(call: Callable[[], Any], replays: int, calls: int = CALLS) -> float
 def ways(
     rows: int, hidden: int, exchange: Exchange, torchs: SymmetricMemory
 ) -> dict[str, dict[str, Callable[[], Any]]]:
-    """By kind of sum, without a norm and with one: what is measured for one size, by name."""
+    """Measured ways of one size, by kind of all-reduce (with or without a norm) and name."""
     kib = rows * hidden * 2 / 1024
     device = torch.device("cuda", exchange.rank)
     x = torch.randn(rows, hidden, device=device).bfloat16()
-    y = x.clone()  # apart from what is summed in place and grows
+    y = x.clone()  # a copy: the in-place sum grows
     residual, weight = torch.zeros_like(x), torch.ones(hidden, dtype=x.dtype, device=device)
     shared = torchs.own[: x.nbytes].view(x.dtype).zero_()
     symm_mem = torch.ops.symm_mem
@@ -148,7 +149,7 @@ def ways(
             name = algorithm.value.replace("_", "-")
             plain[name] = partial(all_reduce, x, exchange, algorithm)
             normed[name] = partial(all_reduce_add_rms_norm, y, residual, weight, EPS, exchange, algorithm)
-    if kib > 4096:  # it takes longer than NCCL there
+    if kib > 4096:  # slower than NCCL there
         plain.pop("torch one-shot")
     if kib >= 2048:
         plain["int8"] = lambda: all_reduce_int8(x, exchange)
@@ -158,7 +159,7 @@ def ways(
 def measure(
     rank: int, world_size: int, store: TCPStore, sizes_kib: list[int], hidden: int, replays: int
 ) -> list[dict[str, Any]]:
-    """A row for each size and kind of sum: microseconds by way."""
+    """A row per size and kind of all-reduce: microseconds by way."""
     largest = max(sizes_kib) << 10
     exchange, _memory = open_exchange(store, rank, world_size, min(4 * largest, 64 << 20))
     torchs = open_symmetric_memory(store, "torch", rank, world_size, torch.device("cuda", rank), largest)
@@ -173,18 +174,18 @@ def measure(
                 row[name] = slowest.item()
             found.append(row)
     if exchange.alarm[0]:
-        raise RuntimeError("a kernel has waited in vain for another rank")
+        raise RuntimeError("a kernel timed out waiting for another rank")
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", default="2,4", help="sizes of the group; those that the machine lacks are left out")
+    parser.add_argument("--gpus", default="2,4", help="sizes of the group; sizes beyond the machine's are left out")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES_KIB)), help="in KiB")
     parser.add_argument("--replays", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
+    parser.add_argument("--commit", help="recorded if there is no checkout to read it from")
     asked = parser.parse_args()
     sizes = [int(size) for size in asked.sizes.split(",")]
     groups = [int(size) for size in asked.gpus.split(",") if int(size) <= torch.cuda.device_count()]
@@ -203,7 +204,7 @@ def main() -> int:
         for row in results[0]:
             chosen = choose(row["KiB"] << 10, world_size)
             row["chosen"] = "NCCL" if chosen is None else chosen.value.replace("_", "-")
-            if chosen is not None:  # of what a rank sends, as many as it receives
+            if chosen is not None:  # as many received as sent
                 row["GB/s"] = 1e-3 * all_reduce_cost(row["KiB"] << 10, world_size, chosen) / row[row["chosen"]]
             goal = GOALS_US.get(row["KiB"]) if world_size == 2 and row["kind"] == "sum" else None
             report.add(GPUs=world_size, **row, goal=goal)

@@ -1,6 +1,6 @@
-"""Rows of a comparison, measured by turns: first one, then the other, then both again.
+"""Rows of a comparison, measured in turn: first one subject, then the other, then both again.
 
-A turn of a row that no longer fits the time there is, is left out; every first turn is taken. Of times the fastest
+A later turn that does not fit the remaining time is left out; first turns always run. Of times the fastest
 turn counts, of rates the median.
 """
 
@@ -23,25 +23,23 @@ OURS, PEER = "shoal", "vllm"
 Pair = tuple[str, str]  # names of two subjects; a ratio above 1 says that the first is better
 
 Subject = TypeVar("Subject", contravariant=True)
-# What a row wants: the least ratio to pass, and the one aimed at.
+# Least ratio of a row to pass, and the ratio aimed at.
 Goals = Mapping[str, tuple[float, float]]
 
 
 class Row(Protocol[Subject]):
-    """One thing that is measured of both."""
+    """One measurement, taken of both subjects."""
 
     def measure(self, name: str, subject: Subject, turn: int) -> None:
-        """Measure it once more; the same `turn` gives both the same work."""
+        """Measure once more; the same `turn` gives both the same work."""
         ...
 
-    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
-        """What there is to say of two subjects so far."""
-        ...
+    def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of both of a pair; `limit` is the best that the device could do."""
+    """One figure of a pair; `limit` is the device's best."""
 
     what: str
     unit: str
@@ -51,7 +49,7 @@ class Figure:
     pair: Pair = (OURS, PEER)
 
     def row(self, goals: Goals) -> dict[str, Any]:
-        """A row of the report. The ratio is above 1 where the first of the pair is better."""
+        """A report row. The ratio is above 1 if the pair's first subject is better."""
         ratio, (ours, peer) = None, self.values
         if ours and peer:
             ratio = peer / ours if self.lower_is_better else ours / peer
@@ -65,7 +63,7 @@ class Figure:
 
 @dataclass
 class Decode:
-    """Decode time a step and prefill rate, as `shoal bench latency` measures them."""
+    """Decode time per step and prefill rate, as `shoal bench latency` measures them."""
 
     batch: int
     context: int
@@ -99,13 +97,13 @@ class Decode:
 
 @dataclass
 class Offline:
-    """Output tokens a second of requests of mixed lengths that are handed over at once."""
+    """Output tokens per second of requests of mixed lengths, all submitted at once."""
 
     workload: Workload
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def measure(self, name: str, subject: Run, turn: int) -> None:
-        del turn  # the workload is the same in all of them
+        del turn  # every turn has the same workload
         self.seconds.setdefault(name, []).append(subject(self.workload))
 
     def figures(self, pair: Pair = (OURS, PEER)) -> Iterator[Figure]:
@@ -116,7 +114,7 @@ class Offline:
 
 @dataclass
 class Http:
-    """A server under a number of requests at a time."""
+    """A server under a fixed number of concurrent requests."""
 
     concurrency: int
     num_requests: int
@@ -146,9 +144,10 @@ def alternate(
     num_turns: int = 2,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Measure every row of every subject, then again while that fits before `deadline` (`time.monotonic`).
+    """Measure every row of every subject, then again while it fits before `deadline`
+    (`time.monotonic`).
 
-    A subject that fails at a row is left out of that row and said so; the others go on.
+    A subject that fails is left out of that row, with a message.
     """
     spent = dict.fromkeys(range(len(rows)), 0.0)
     for turn in range(num_turns):
@@ -160,7 +159,7 @@ def alternate(
             for name, subject in subjects.items():
                 try:
                     row.measure(name, subject, turn)
-                except Exception as error:  # of a measurement, not of this program: the rest is worth having
+                except Exception as error:  # a failed measurement leaves the other rows useful
                     say(f"{name} failed at row {index + 1}: {error}")
                 after_each()
             spent[index] = time.monotonic() - begin

@@ -1,8 +1,7 @@
-"""Decode on the CPU: the engine against transformers `generate`, the two by turns in one run.
+"""Decode on the CPU: the engine against transformers `generate`, in turn in one run.
 
-Both get the same prompts, run greedily in fp32 on the same number of threads, ignore end-of-sequence, and make the
-same number of tokens. Time is from the first new token to the last, so prefill is outside; tokens/s is that of the
-whole batch. The tokens are compared too: a fast wrong answer is not a result.
+Both get the same prompts, run greedily in fp32 on as many threads, ignore end-of-sequence, and make as many tokens.
+Time is from the first new token to the last, without prefill; tokens/s is the whole batch's. Tokens are compared too.
 
     python -m benchmarks.decode_cpu [--model deploy/models/tiny] [--batch 1 8] [--tokens 128] [--rounds 5]
 """
@@ -31,7 +30,6 @@ Run = tuple[float, list[list[int]]]  # tokens/s of the batch, tokens of each seq
 
 
 def make_prompts(batch: int, prompt_len: int, vocab_size: int) -> list[Prompt]:
-    """Different prompts of one length, so that transformers needs no padding."""
     draw = random.Random(0)
     return [tuple(draw.randrange(8, vocab_size) for _ in range(prompt_len)) for _ in range(batch)]
 
@@ -53,7 +51,7 @@ def run_engine(engine: Engine, prompts: Sequence[Prompt], num_tokens: int, tag: 
 
 
 class FirstTokenClock(LogitsProcessor):
-    """Notes when the second step begins, which is when the first new token is there."""
+    """Records the start of the second step, when the first new token exists."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -84,7 +82,7 @@ def run_transformers(model: Any, prompts: Sequence[Prompt], num_tokens: int) -> 
 
 
 def compare(model: Any, engine: Engine, prompts: list[Prompt], num_tokens: int, rounds: int) -> dict[str, Any]:
-    """Medians of `rounds` rounds of both, by turns, after one round that is not counted."""
+    """Medians of `rounds` alternating rounds of both, after one warm-up round."""
     ours: list[float] = []
     theirs: list[float] = []
     num_equal = 0
@@ -117,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # ignore end-of-sequence
-    # Every round's prompts are the same, and both sides are to prefill them: the prefix cache stays off.
+    # All rounds share prompts that both sides must prefill: no prefix cache.
     config = EngineConfig(
         ModelConfig(str(arguments.model), dtype="float32"),
         CacheConfig(enable_prefix_caching=False),

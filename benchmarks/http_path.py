@@ -1,14 +1,13 @@
-"""The way of a token from the engine to an HTTP client, with the product's own engine on a device that is simulated.
+"""Token path from the engine to an HTTP client: the real engine on a simulated device.
 
-A step takes 4 ms + 62.5 us for each sequence that decodes (8 ms for 64, 20 ms for 256), and its result is waited for
-without the interpreter's lock, as a CUDA event is. Prompts cost the device nothing: what is measured is the host.
-All streams of a round begin at once, after the connections stand. Ways:
-  router   the product's HTTP application and Router under uvicorn -> TCP -> replica process
-  serve    as `shoal serve` on loopback runs it: Ray Serve's proxy -> ingress deployment -> TCP -> replica
-  haproxy  as `shoal serve --host 0.0.0.0` runs it: HAProxy in the place of Serve's own proxy
-Columns: `of ideal` is the rate over that of the device; TTFT is that of the median stream; ITL is between two reads
-of a client; `cpu us/token` is by process; `host us` is what the engine's thread does between two waits, and `late us`
-how long after the end of a step it has its result.
+A step takes 4 ms + 62.5 us for each decoding sequence (8 ms for 64, 20 ms for 256). The engine awaits its result
+without the GIL, as it does a CUDA event. Prefill costs nothing: the host is measured. A round's streams start at once.
+    router   HTTP application and Router under uvicorn -> TCP -> replica process
+    serve    `shoal serve` on loopback: Ray Serve's proxy -> ingress deployment -> TCP -> replica
+    haproxy  `shoal serve --host 0.0.0.0`: HAProxy instead of Serve's proxy
+Columns: `of ideal` divides the rate by the device's. TTFT is the median stream's; ITL is between two reads of a client.
+`cpu us/token` is by process. `host us` is the engine thread's work between two waits.
+`late us` is the time from the end of a step until the thread has its result.
 
     python -m benchmarks.http_path [--streams 1 64 256] [--tokens 128] [--ways router serve haproxy] [--prompt text]
 """
@@ -51,8 +50,8 @@ TOKENIZER = ROOT / "deploy" / "models" / "tiny"
 VOCAB_SIZE = 4096  # the tokenizer's
 MAX_MODEL_LEN = 2048
 FACTS = ModelFacts("Simulated", 32, 4096, 32, 8, 128, VOCAB_SIZE, MAX_MODEL_LEN, (0,), "bfloat16")
-StepTimes = tuple[list[float], list[float]]  # microseconds of host work and of lateness, step by step
-TakeTimes = Callable[[], StepTimes]  # those since the last call
+StepTimes = tuple[list[float], list[float]]  # microseconds of host work and of lateness, by step
+TakeTimes = Callable[[], StepTimes]  # since the last call
 STEP_S, STEP_S_PER_SEQUENCE = 4e-3, 62.5e-6
 
 
@@ -68,7 +67,7 @@ def whole_tokens() -> NDArray[np.int32]:
 
 
 class SimulatedExecutor:
-    """A device that runs plans one after the other, each as long as its number of decodes says."""
+    """A device that runs plans one after the other; the number of decodes sets the time of each."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -76,7 +75,7 @@ class SimulatedExecutor:
         self.late_us: list[float] = []
         self._tokens = whole_tokens()
         self._ends: deque[tuple[StepPlan, float]] = deque()
-        self._free_at = 0.0  # when the device has done all that was submitted
+        self._free_at = 0.0  # when the device has finished all submitted plans
         self._resumed_at = 0.0
 
     def submit(self, plan: StepPlan) -> None:
@@ -111,14 +110,14 @@ def build_engine(num_streams: int) -> tuple[Engine, SimulatedExecutor]:
     config = EngineConfig(
         ModelConfig("simulated"),
         CacheConfig(64, num_blocks),
-        SchedulerConfig(num_streams, max_num_batched_tokens=num_streams * 1024),  # every prompt that is there
+        SchedulerConfig(num_streams, max_num_batched_tokens=num_streams * 1024),  # all waiting prompts in one step
     )
     executor = SimulatedExecutor(num_blocks)
     return Engine(config.resolve(FACTS, "cuda"), FACTS, executor), executor
 
 
 def replica_info(engine: Engine) -> ReplicaInfo:
-    """As a replica describes itself; the port is not known yet."""
+    """A replica's description of itself; the port is not known yet."""
     return ReplicaInfo(
         "simulated-0",
         MODEL_ID,
@@ -134,7 +133,7 @@ def replica_info(engine: Engine) -> ReplicaInfo:
 
 
 async def start_replica(secret: bytes, num_streams: int, parent: Connection) -> ReplicaServer:
-    """Engine, thread and server in this process; a thread answers `parent` with the engine's times."""
+    """Engine, thread and server in this process; a thread sends the engine's times to `parent`."""
     engine, executor = build_engine(num_streams)
     server = ReplicaServer(replica_info(engine), secret)
     thread = EngineThread(engine, server.publish, server.fail)
@@ -161,10 +160,10 @@ def serve_replica(secret: bytes, num_streams: int, info: Connection, parent: Con
 
 
 def serve_application(port: int, host: str, num_streams: int, parent: Connection) -> None:
-    """Ray, Serve with the product's Ingress, and the replica in this process, which registers with the directory."""
+    """Ray, Serve with the product's Ingress, and the replica in this process, registered in the directory."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     prepare_environment(host)
-    # Ray reads its environment while it is imported.
+    # Ray reads its environment at import.
     from ray import serve
 
     from shoal.cluster.wire.directory import REGISTER_INTERVAL, DirectoryClient
@@ -185,7 +184,7 @@ def serve_application(port: int, host: str, num_streams: int, parent: Connection
         options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
         deployment: Any = serve.deployment(cast("Any", Ingress), name=INGRESS, **options)
         serve.run(deployment.bind(settings), name="http-path", route_prefix="/")
-        with suppress(KeyboardInterrupt):  # the parent has seen enough
+        with suppress(KeyboardInterrupt):  # the parent is done
             uvloop.run(run_replica())
 
 
@@ -193,7 +192,7 @@ def serve_application(port: int, host: str, num_streams: int, parent: Connection
 
 
 class TimedClient(StreamClient):
-    """Keeps the time of every read that ended an event; sends its request when it is told to."""
+    """Records the time of each read that ends an event; sends its request on demand."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(b"")
@@ -225,7 +224,6 @@ async def run_streams(port: int, requests: Sequence[bytes]) -> list[TimedClient]
 
 
 def make_requests(num_streams: int, num_tokens: int, prompt: str) -> list[bytes]:
-    """Prompts of 512 tokens, no two alike."""
     draw, tokenizer = random.Random(time.time_ns()), Tokenizer.from_folder(TOKENIZER)
     requests = []
     for seed in range(num_streams):
@@ -237,7 +235,6 @@ def make_requests(num_streams: int, num_tokens: int, prompt: str) -> list[bytes]
 
 
 def process_kind(pid: int) -> str:
-    """What a process is, by its command line."""
     with suppress(FileNotFoundError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         marks = {"ProxyActor": "proxy", "Ingress": "ingress", "haproxy": "haproxy", "multiprocessing.spawn": "ingress"}
@@ -275,7 +272,7 @@ def run_round(server: Way, take_times: TakeTimes, requests: list[bytes], num_tok
 
 @contextmanager
 def started(name: str, num_streams: int) -> Iterator[tuple[Way, TakeTimes]]:
-    """A way with its replica; of the pids the first is the replica's."""
+    """A way with its replica; the first pid is the replica's."""
     ours, theirs = multiprocessing.Pipe()
     [probe] = make_requests(1, 2, "ids")
 

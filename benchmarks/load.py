@@ -1,4 +1,4 @@
-"""Load for a server under measurement: a client that costs little itself, and the CPU time that processes used."""
+"""Load generator: a cheap client, and the CPU time of processes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StreamTimes:
 
 
 class StreamClient(asyncio.Protocol):
-    """One POST on one connection, whose answer is server-sent events.
+    """One POST on one connection, answered with server-sent events.
 
-    Events are counted by their ends and not parsed; `raw` keeps all bytes, for a caller that wants to look at them.
+    Counts events by their ends without parsing; `raw` keeps all bytes.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -45,7 +45,8 @@ class StreamClient(asyncio.Protocol):
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        # An event ends with an empty line, which may come in two pieces. Lines of HTTP itself end with \r\n.
+        # An event ends with an empty line, perhaps split over two reads. HTTP's own lines end with
+        # \r\n.
         joint = self.raw[-1:] == b"\n" and data[:1] == b"\n"
         num_new = data.count(b"\n\n") + joint
         self.raw += data
@@ -61,12 +62,12 @@ class StreamClient(asyncio.Protocol):
             return
         if not self.raw.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in self.raw[-200:]:
             text = self.raw.decode(errors="replace")
-            self.done.set_exception(exc or RuntimeError(f"the stream is not whole: {text[:300]} ... {text[-300:]}"))
+            self.done.set_exception(exc or RuntimeError(f"incomplete stream: {text[:300]} ... {text[-300:]}"))
             return
         self.done.set_result(StreamTimes(self._sent, self._first, self._last, self._num_events))
 
     def events(self) -> list[bytes]:
-        """The events of the answer in order, each with its empty line."""
+        """The answer's events in order, each with its empty line."""
         body = self.raw.partition(b"\r\n\r\n")[2]
         payload = bytearray()
         while body:
@@ -86,7 +87,7 @@ def post(path: str, body: dict[str, Any]) -> bytes:
 
 
 async def stream(host: str, port: int, request: bytes) -> StreamClient:
-    """Send one request and wait for the whole answer; raises RuntimeError if it is not a complete stream."""
+    """Send one request and read the whole answer; raises RuntimeError for an incomplete stream."""
     loop = asyncio.get_running_loop()
     _, client = await loop.create_connection(lambda: StreamClient(request), host, port)
     await client.done
@@ -94,20 +95,18 @@ async def stream(host: str, port: int, request: bytes) -> StreamClient:
 
 
 async def stream_many(host: str, port: int, requests: Sequence[bytes]) -> list[StreamTimes]:
-    """All requests at once, each on a connection of its own."""
     clients = await asyncio.gather(*(stream(host, port, request) for request in requests))
     return [client.done.result() for client in clients]
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on at this moment."""
+    """A free port of the loopback interface."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes started by `pid`, directly or not; without `pid` itself."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -124,7 +123,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """User and system time that the processes have used so far; those that have ended count nothing."""
+    """User and system time of the processes so far; ended processes count nothing."""
     total = 0
     for pid in pids:
         fields = _stat(pid)
@@ -134,7 +133,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on (the name before it may hold anything); empty if the process is gone."""
+    """/proc/PID/stat after the name, which may hold anything; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

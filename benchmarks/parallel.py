@@ -1,10 +1,10 @@
-"""What GPUs beside the first one gain: Shoal on one, with tensor parallel and with pipeline parallel ranks, by turns.
+"""Speedup of more GPUs: Shoal on one, with tensor-parallel and with pipeline-parallel ranks, in turn.
 
     python -m benchmarks.parallel 8b|tiny [--split NAME ...] [--out FOLDER] [--budget-s S] [--commit C]
 
-All engines are loaded at once and stay, each with the same memory of a GPU for its KV cache. A pipeline has as
-many sequences as its GPUs would have one by one, for each stage keeps the KV cache of some layers only. `ratio` says
-how many times as fast as one GPU the others are. A rehearsal on a CPU: tiny.
+All engines stay loaded, each with the same KV cache memory per GPU. Each pipeline stage caches only its own layers,
+so a pipeline runs as many sequences as its GPUs would separately. `ratio` is the speed relative to one GPU.
+Trial run on a CPU: tiny.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ONE = "one GPU"
 
 @dataclass(frozen=True)
 class Group:
-    """What one run measures, of one model; `goals` are those of each split."""
+    """One run of one model; `goals` by split."""
 
     model: str
     budget_s: float
     settings: Mapping[str, Any]
-    splits: Mapping[str, Mapping[str, Any]]  # what differs from one GPU
+    splits: Mapping[str, Mapping[str, Any]]  # differences from one GPU
     decode: Sequence[tuple[int, int]]  # batch, context
     num_decoded: int
     offline: tuple[int, int, int]  # requests, shortest, longest
@@ -54,7 +54,7 @@ GROUPS = {
         },
         decode=((1, 1024), (128, 1024)),
         num_decoded=128,
-        # 8 times as many as a pipeline runs at once: for most of the time it is full.
+        # 8 times a pipeline's batch: it stays full for most of the time.
         offline=(4000, 100, 512),
         goals={"tp 2": {"decode B=128 @1024": (1.5, 1.7)}, "pp 2": {"offline throughput": (1.8, 2.0)}},
     ),
@@ -75,7 +75,7 @@ GROUPS = {
 
 
 def compare(group: Group, report: Report, out: Path, folder: Path, *, dummy: bool) -> None:
-    """All engines in workers, every row of each by turns; the report is written after every measurement."""
+    """All engines in workers, every row of each in turn; writes the report after every measurement."""
     deadline = time.monotonic() + group.budget_s
     settings = {**group.settings, "model": str(folder)} | ({"load_format": "dummy"} if dummy else {})
     subjects = {ONE: settings, **{name: {**settings, **split} for name, split in group.splits.items()}}
@@ -111,7 +111,6 @@ def _num_gpus(group: Group) -> int:
 
 
 def _row(split: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a split in a table of several."""
     return {"split": split} | {"split's" if key == split else key: value for key, value in row.items()}
 
 
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of report and logs")
     parser.add_argument("--budget-s", type=float, help="seconds, loading included, after which no turn begins")
-    parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
+    parser.add_argument("--commit", help="recorded if there is no checkout to read it from")
     options = parser.parse_args(arguments)
 
     group = GROUPS[options.group]

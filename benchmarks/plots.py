@@ -1,4 +1,4 @@
-"""The plots of docs/performance.md, from benchmarks/results/*.json. A plot whose figures are not there is left out.
+"""Plots of docs/performance.md, from benchmarks/results/*.json. Plots without data are left out.
 
 python -m benchmarks.plots [--results FOLDER] [--out FOLDER]
 """
@@ -20,7 +20,7 @@ from benchmarks.report import RESULTS, ROOT
 
 OUT = ROOT / "docs" / "img"
 _OURS, _PEER, _LIMIT, _MISSED, _FLOOR = "#1f6f8b", "#c8c2b8", "#444444", "#b5523b", "#e8b13c"
-# The same figures give the same file, and text stays text.
+# Deterministic output, and text stays text.
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "shoal",
     "svg.fonttype": "none",
@@ -36,7 +36,7 @@ def read(results: Path, name: str) -> dict[str, Any] | None:
 
 
 def ratios(report: dict[str, Any]) -> Figure | None:
-    """How many times as fast as vLLM, row by row, with the floor of each."""
+    """Speed relative to vLLM by row, with each row's floor."""
     rows = [row for row in report["rows"] if row["ratio"] is not None and row["floor"] is not None]
     if not rows:
         return None
@@ -55,7 +55,7 @@ def ratios(report: dict[str, Any]) -> Figure | None:
 
 
 def decode(report: dict[str, Any]) -> Figure | None:
-    """Milliseconds of a decode step over the batch, of both, and the device's limit."""
+    """Milliseconds of a decode step by batch, for both engines, and the device's limit."""
     curves: dict[int, list[tuple[int, dict[str, Any]]]] = {}
     for row in report["rows"]:
         found = re.fullmatch(r"decode B=(\d+) @(\d+)", row["what"])
@@ -82,7 +82,7 @@ def decode(report: dict[str, Any]) -> Figure | None:
 
 
 def kernels(report: dict[str, Any]) -> Figure | None:
-    """What share of the device's limit each kernel reaches, at each of its shapes."""
+    """Each kernel's share of the device's limit, by shape."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         if row.get("of limit"):
@@ -103,7 +103,7 @@ def kernels(report: dict[str, Any]) -> Figure | None:
 
 
 def step(reports: dict[str, dict[str, Any]]) -> Figure | None:
-    """The share of each family of kernels in a step, of every report that has a trace."""
+    """Share of each kernel family in a step, for every report with a trace."""
     traces = {name: report["trace"] for name, report in reports.items() if report.get("trace")}
     if not traces:
         return None
@@ -122,7 +122,6 @@ def step(reports: dict[str, dict[str, Any]]) -> Figure | None:
 
 
 def plots(results: Path) -> Iterator[tuple[str, Figure]]:
-    """(file name, figure) of everything there is to show."""
     drawn: list[tuple[str, Figure | None]] = []
     for group in ("8b", "1b", "http", "8b_tp2", "70b_half_tp2", "70b_tp4"):
         report = read(results, f"vs_vllm_{group}")

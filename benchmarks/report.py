@@ -1,4 +1,4 @@
-"""Reports of this folder's benchmarks: those of `shoal bench`, kept in benchmarks/results."""
+"""Reports of this folder's benchmarks, in the format of `shoal bench`, stored in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Report(_Report):
-    """A report that knows where it is kept."""
+    """A report with a default path."""
 
     def write(self, path: Path | None = None) -> Path:
         """Write the report as JSON, by default to benchmarks/results/<benchmark>.json; returns the path."""

@@ -1,13 +1,13 @@
-"""Streams over HTTP: what ingress and router keep of what bare uvicorn can send, and the CPU time they take.
+"""Streams over HTTP: throughput of ingress and router relative to bare uvicorn, and their CPU time.
 
-A fake engine makes one token for each of 64 streams every 20 ms. Ways, by turns in one run, same client for all:
-  bare     uvicorn alone; its application sends, at the same pace, the very bytes that ingress sent for one stream
-  router   the product's HTTP application and Router under uvicorn -> TCP -> replica server
-  serve    the same as `shoal serve` runs it: Ray Serve's proxy -> ingress deployment -> TCP -> replica server
-  haproxy  the same as `shoal serve --host 0.0.0.0` runs it: HAProxy in the place of Serve's own proxy
-tok/s is over the time from a round's first event to its last; `kept` divides by that of bare, and by nothing ideal.
-`tok/s per core` divides by the CPU time of the processes between engine and client: all that Ray started, or the
-ingress process, or the bare one. The fake engine's process and the client count nowhere.
+A fake engine makes one token for each of 64 streams every 20 ms. Ways, in turn in one run, with the same client:
+    bare     uvicorn alone; sends, at the same pace, the bytes that the ingress sent for one stream
+    router   HTTP application and Router under uvicorn -> TCP -> replica server
+    serve    `shoal serve`: Ray Serve's proxy -> ingress deployment -> TCP -> replica server
+    haproxy  `shoal serve --host 0.0.0.0`: HAProxy instead of Serve's proxy
+tok/s is from a round's first event to its last; `kept` divides it by that of bare.
+`tok/s per core` divides by the CPU time of the processes between engine and client: all that Ray started, the ingress
+process, or the bare one. The fake engine's process and the client do not count.
 
     python -m benchmarks.sse [--streams 64] [--pace-ms 20] [--tokens 250] [--rounds 3] [--no-serve]
 """
@@ -52,7 +52,7 @@ STREAM_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Way:
-    """A server under measurement. `pids` are the processes whose CPU time counts."""
+    """A measured server. `pids` are the processes whose CPU time counts."""
 
     name: str
     port: int
@@ -61,7 +61,7 @@ class Way:
 
 @contextmanager
 def child(target: Callable[..., None], *arguments: Any, stop: int = signal.SIGTERM) -> Iterator[BaseProcess]:
-    """A spawned process, ended with the signal `stop`."""
+    """A spawned process, stopped with the signal `stop`."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     try:
@@ -80,18 +80,18 @@ def pid_of(process: BaseProcess) -> int:
 
 @contextmanager
 def way(name: str, probe: bytes, target: Callable[..., None], *arguments: Any) -> Iterator[Way]:
-    """`target(port, *arguments)` in a process of its own, once it has answered `probe` with a whole stream."""
+    """`target(port, *arguments)` in its own process, after it has answered `probe` with a whole stream."""
     port = free_port()
-    # SIGINT ends it as Ctrl-C does, so that a Ray that it started is stopped.
+    # SIGINT stops it as Ctrl-C does, and so a Ray that it started.
     with child(target, port, *arguments, stop=signal.SIGINT) as process:
         wait_until_streaming(process, port, probe)
         pid = pid_of(process)
-        # A process that starts others only drives them; what it does beside is the fake engine's work.
+        # A process with children only drives them; its other work is the fake engine's.
         yield Way(name, port, descendants(pid) or [pid])
 
 
 def wait_until_streaming(process: BaseProcess, port: int, probe: bytes) -> None:
-    """Return after the first whole stream; raise what stands in its way, if it still does when the time is over."""
+    """Return after the first whole stream; at the timeout raise the last error."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
@@ -105,7 +105,7 @@ def wait_until_streaming(process: BaseProcess, port: int, probe: bytes) -> None:
 
 
 def run_uvicorn(app: Any, port: int, start: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Serve `app`; `start` runs before, in the same event loop, which is of the kind that uvicorn itself would take."""
+    """Serve `app` on uvicorn's own kind of event loop; `start` runs first, in the same loop."""
     config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", access_log=False, lifespan="off")
 
     async def run() -> None:
@@ -117,7 +117,7 @@ def run_uvicorn(app: Any, port: int, start: Callable[[], Awaitable[None]] | None
         runner.run(run())
 
 
-# The engine's side
+# Engine side
 
 
 def serve_fake(secret: bytes, pace: float, num_streams: int, parent: Connection) -> None:
@@ -142,7 +142,7 @@ def fake_replica(secret: bytes, pace: float, num_streams: int) -> Iterator[Repli
 
 
 class BareApp:
-    """Sends the given events, one each tick; all streams share the tick, as the sequences of one engine step do."""
+    """Sends the given events, one each tick; all streams share the tick, like sequences of one engine step."""
 
     def __init__(self, events: list[bytes], pace: float) -> None:
         self._events = events
@@ -192,10 +192,10 @@ def serve_ingress(port: int, info: ReplicaInfo, secret: bytes, tokenizer: Path) 
 
 
 def serve_application(port: int, host: str, tokenizer: Path, pace: float, num_streams: int) -> None:
-    """Ray, Serve with the product's Ingress, and a fake replica in this process, which registers with the directory."""
+    """Ray, Serve with the product's Ingress, and a fake replica in this process, registered in the directory."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     prepare_environment(host)
-    # Ray reads its environment while it is imported.
+    # Ray reads its environment at import.
     from ray import serve
 
     from shoal.cluster.wire.directory import REGISTER_INTERVAL, DirectoryClient
@@ -217,7 +217,7 @@ def serve_application(port: int, host: str, tokenizer: Path, pace: float, num_st
         options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
         deployment: Any = serve.deployment(cast("Any", Ingress), name=INGRESS, **options)
         serve.run(deployment.bind(settings), name="sse", route_prefix="/")
-        with suppress(KeyboardInterrupt):  # the parent has seen enough
+        with suppress(KeyboardInterrupt):  # the parent is done
             asyncio.run(run_replica())
 
 
@@ -239,7 +239,7 @@ def main() -> None:
         info = stack.enter_context(fake_replica(secret, pace, arguments.streams))
         router = stack.enter_context(way("router", requests[0], serve_ingress, info, secret, arguments.tokenizer))
         events = asyncio.run(stream(HOST, router.port, requests[0])).events()
-        # What follows the last token (the end mark) goes with it, as nothing paces it.
+        # The end mark travels with the last token, as nothing paces it.
         events = [*events[: arguments.tokens - 1], b"".join(events[arguments.tokens - 1 :])]
         ways = [stack.enter_context(way("bare", requests[0], serve_bare, events, pace)), router]
         if arguments.serve:
@@ -265,7 +265,7 @@ class Round:
 
 
 def run_round(server: Way, requests: list[bytes], num_tokens: int) -> Round:
-    """All streams at once, from the first event of any to the last of any."""
+    """Run all streams at once; timed from the first event of any to the last of any."""
     before = cpu_seconds(server.pids)
     times = asyncio.run(stream_many(HOST, server.port, requests))
     used = cpu_seconds(server.pids) - before

@@ -1,4 +1,4 @@
-"""What is compared: engines in worker processes, and servers. Both are started, waited for, and ended here."""
+"""Subjects of a comparison: engines in worker processes, and servers; start, wait and stop."""
 
 from __future__ import annotations
 
@@ -36,43 +36,46 @@ VLLM_VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is built at run time, and sampling is not what is compared
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # built at run time, and sampling is not compared
 }
 
 
 def lacking_gpus(model: str, needed: int) -> str | None:
-    """What this machine lacks for a benchmark of `model`; None where it may begin: tiny alone runs on a CPU too.
+    """What this machine lacks for a benchmark of `model`; None if it can run. Only tiny runs on
+    a CPU.
 
-    Several copies of a model of 8B would fill a CPU's memory before one of them were ready.
+    Several copies of an 8B model would fill a CPU's memory before one were ready.
     """
     found = visible_gpus()
     if model == "tiny" or found >= needed:
         return None
-    return f"{model} needs {needed} GPU{'s' * (needed > 1)}, and there are {found}; tiny is a rehearsal on a CPU"
+    return f"{model} needs {needed} GPU{'s' * (needed > 1)}, and there are {found}; tiny is a trial run on a CPU"
 
 
 def unwind_when_terminated() -> None:
-    """SIGTERM ends this process as Ctrl-C does: with the engines and servers that it has started."""
+    """Make SIGTERM unwind like Ctrl-C, so that started engines and servers are stopped."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Worker:
-    """An engine behind a pipe (worker.py). Loading begins with the constructor; `wait` returns when it is over."""
+    """An engine behind a pipe (worker.py). The constructor starts to load; `wait` returns when it is loaded."""
 
     def __init__(self, process: subprocess.Popen[str], settings: dict[str, Any]) -> None:
         self._process = process
-        self._lines: queue.Queue[tuple[float, str | None]] = queue.Queue()  # when it came; None: the output has ended
+        self._lines: queue.Queue[tuple[float, str | None]] = (
+            queue.Queue()
+        )  # arrival time, and None at the end of output
         self._begin = time.monotonic()
         threading.Thread(target=self._read, daemon=True).start()
         self._send(settings)
 
     def wait(self) -> dict[str, Any]:
-        """What the engine says of itself, and the seconds from the start of its process until it was ready."""
+        """The engine's description, and seconds from process start until it was ready."""
         came, ready = self._answer(START_TIMEOUT_S)
         return ready | {"ready_s": came - self._begin}
 
     def run(self, workload: Workload) -> float:
-        """Seconds that the workload took. Raises RuntimeError with the worker's traceback."""
+        """Seconds of the workload. Raises RuntimeError with the worker's traceback."""
         self._send(
             {
                 "prompts": workload.prompts,
@@ -83,7 +86,7 @@ class Worker:
         return self._answer(RUN_TIMEOUT_S)[1]["seconds"]
 
     def rates(self, dtype: str) -> Rates:
-        """What the device does at best; Shoal's worker alone answers."""
+        """Peak rates of the device; only Shoal's worker answers."""
         self._send({"rates": dtype})
         return Rates(**self._answer(RUN_TIMEOUT_S)[1])
 
@@ -94,12 +97,11 @@ class Worker:
 
     def _send(self, order: dict[str, Any]) -> None:
         pipe = _pipe(self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its last words are still to be read
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last output is still to be read
             pipe.write(json.dumps(order) + "\n")
             pipe.flush()
 
     def _answer(self, timeout: float) -> tuple[float, dict[str, Any]]:
-        """When it came, and what it says."""
         try:
             came, line = self._lines.get(timeout=timeout)
         except queue.Empty:
@@ -115,7 +117,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Python:
-    """An interpreter, where it finds packages (None: where this process does), and more of its environment."""
+    """An interpreter, its package path (None: this process's), and additional environment variables."""
 
     executable: str = sys.executable
     path: str | None = None
@@ -131,7 +133,7 @@ class Python:
 def started_worker(
     engine: str, settings: dict[str, Any], log: Path, python: Python, worker: Path = WORKER
 ) -> Iterator[Worker]:
-    """A worker that loads; ended with its input, or by force."""
+    """A worker that loads; stopped by closing its input, then by force."""
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [python.executable, "-P", str(worker), engine],
@@ -152,7 +154,7 @@ def started_worker(
 
 
 class Server:
-    """A server of the OpenAI API in a process. `wait` returns when it answers."""
+    """An OpenAI API server in a process. `wait` returns when it answers."""
 
     def __init__(self, process: subprocess.Popen[bytes], target: Target) -> None:
         self._process = process
@@ -160,7 +162,7 @@ class Server:
         self.target = target
 
     def wait(self, shape: serving.Shape) -> float:
-        """Seconds from the start of the process until it had answered some requests. Raises what it answers last."""
+        """Seconds from process start until it answered some requests. Raises its last answer."""
         while True:
             try:
                 serving.first_model(f"http://{self.target.host}:{self.target.port}")
@@ -176,7 +178,7 @@ class Server:
 
 @contextmanager
 def started_server(python: Python, arguments: list[str], target: Target, log: Path) -> Iterator[Server]:
-    """A server that starts; ended as by Ctrl-C, or by force."""
+    """A starting server; stopped as by Ctrl-C, then by force."""
     with log.open("w") as output:
         process = subprocess.Popen(
             [python.executable, "-P", *arguments],
@@ -195,19 +197,18 @@ def started_server(python: Python, arguments: list[str], target: Target, log: Pa
 
 
 def shoal_arguments(folder: Path, target: Target, settings: dict[str, Any], more: list[str], host: str) -> list[str]:
-    """`shoal serve`; with the host 0.0.0.0 it has the proxy that it has for others, and not that of loopback."""
+    """`shoal serve`; with host 0.0.0.0 it uses HAProxy instead of the loopback proxy."""
     command = ["-m", "shoal.deploy.cli", "serve", str(folder), "--host", host]
     return [*command, *_flags(target, settings), *more]
 
 
 def vllm_arguments(folder: Path, target: Target, settings: dict[str, Any]) -> list[str]:
-    """`vllm serve`, which listens on every interface too."""
+    """`vllm serve`, which also listens on every interface."""
     command = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--dtype", "bfloat16"]
     return [*command, *_flags(target, settings), "--gpu-memory-utilization", "0.45"]
 
 
 def _flags(target: Target, settings: dict[str, Any]) -> list[str]:
-    """The settings as both servers spell them."""
     flags = ["--served-model-name", target.model, "--port", str(target.port), "--no-enable-prefix-caching"]
     return flags + [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -219,21 +220,20 @@ def say(text: str) -> None:
 def wait_for_all(
     subjects: Mapping[str, Subject], wait: Callable[[Subject], Said], log: Callable[[str], Path]
 ) -> dict[str, Said]:
-    """What each said when it was ready. One that does not come up is left out, and its log named."""
+    """Each subject's answer when ready. Leaves out those that fail, and prints their log's path."""
     ready, begin = {}, time.monotonic()
-    with ThreadPoolExecutor() as pool:  # each is asked at once, so that none's time holds another's
+    with ThreadPoolExecutor() as pool:  # concurrently, so that each time is its own
         waiting = {name: pool.submit(wait, subject) for name, subject in subjects.items()}
         for name, future in waiting.items():
             try:
                 ready[name] = future.result()
-            except Exception as error:  # the other's figures are worth having alone
+            except Exception as error:  # the other subject's figures are still useful
                 say(f"{name} did not come up ({log(name)}): {error}")
     say(f"ready after {time.monotonic() - begin:.0f} s: {', '.join(ready)}")
     return ready
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """Wait a while, then end the process and what it started in its session."""
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The kept results in benchmarks/results/*.json as Markdown tables: on the screen, or into docs/performance-tables.md.
+"""Results in benchmarks/results/*.json as Markdown tables: printed, or written to docs/performance-tables.md.
 
 python -m benchmarks.table [--write]
 """
@@ -17,7 +17,7 @@ MARK = "<!-- What follows is written by `python -m benchmarks.table --write`. --
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One report under a heading: where it was measured, with what settings, its rows, and where a step's time went."""
+    """One report as a section: device, settings, rows, and a step's times."""
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
     lines = [
         f"## {report['benchmark']}",
@@ -39,12 +39,11 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(folder: Path) -> str:
-    """Every report of a folder, in order of name."""
     return "\n".join(markdown(json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json")))
 
 
 def with_tables(page: str, written: str) -> str:
-    """The page with everything after its mark replaced. Raises ValueError where it has none."""
+    """The page with all text after its mark replaced. Raises ValueError without a mark."""
     head, mark, _ = page.partition(MARK)
     if not mark:
         raise ValueError(f"the page has no line {MARK!r}")

@@ -1,10 +1,10 @@
 """Time to first token of one stream: what router and replica, and then HTTP, add to the bare engine.
 
 Three ways take turns, with the same prompts and one request at a time:
-  engine   an engine in this process: from `add_request` to the step that returns the first token
-  router   a Router in this process, the same engine behind a ReplicaServer in another: from `generate` to the delta
-  http     the whole application (`shoal serve`), a streamed completion: from the request to the first event
-Prompts are random token ids, so that no prefix is found in a cache.
+    engine   an engine in this process: from `add_request` to the step that returns the first token
+    router   a Router here, the same engine behind a ReplicaServer in another process: from `generate` to the delta
+    http     the whole application (`shoal serve`), a streamed completion: from the request to the first event
+Prompts are random token ids, so that the prefix cache has no hits.
 
     python -m benchmarks.ttft [--model deploy/models/tiny] [--prompt-len 64] [--rounds 40] [--no-http]
 """
@@ -50,7 +50,7 @@ Prompt = tuple[int, ...]
 
 
 def engine_ttft(engine: Engine, request: Request) -> float:
-    """Seconds to the first token of the bare engine; the request is then run to its end."""
+    """Seconds to the bare engine's first token; then runs the request to its end."""
     begin = time.perf_counter()
     first = 0.0
     engine.add_request(request)
@@ -78,7 +78,7 @@ async def http_ttft(port: int, prompt: Prompt) -> float:
 
 
 def serve_replica(model: Path, secret: bytes, parent: Connection) -> None:
-    """A replica without Ray: engine, thread and server. Sends its ReplicaInfo, and ends when the parent hangs up."""
+    """A replica without Ray: engine, thread and server. Sends its ReplicaInfo; ends when the parent closes the pipe."""
 
     async def run() -> None:
         engine = build_engine(EngineConfig(ModelConfig(str(model))))
@@ -141,7 +141,7 @@ def is_ready(port: int) -> bool:
 async def measure(
     engine: Engine, info: ReplicaInfo, secret: bytes, port: int | None, prompts: list[Prompt]
 ) -> dict[str, list[float]]:
-    """Seconds of every way for every prompt after the first few, which warm the ways up."""
+    """Seconds of every way for every prompt after the warm-up prompts."""
     router = Router(StaticMembership([info]), secret)
     await router.start()
     times: dict[str, list[float]] = {"engine": [], "router": []} | ({"http": []} if port is not None else {})

@@ -1,15 +1,14 @@
-"""Choose how each matrix product of few tokens runs on this GPU: the table that kernels/tuning.py reads.
+"""Choose the kernel and launch of each small-batch GEMM on this GPU: the table that kernels/tuning.py reads.
 
-python -m benchmarks.tune [8b 1b 8b/2 70b/4 ...] [--budget SECONDS]
+    python -m benchmarks.tune [8b 1b 8b/2 70b/4 ...] [--budget SECONDS]
 
-8b/2 is a rank of two that share the 8B model. Shapes of the table that are not asked for, or not reached, stay in it.
+8b/2 is one of two ranks that share the 8B model. Other shapes of the table are kept, as are those not reached.
 
-Candidates are timed against cuBLAS in CUDA graphs, each product after the kernel that goes before it in a model (norm,
-or attention of one token), so that what overlaps with that kernel counts; weights rotate through 240 MB, so that the
-L2 cache holds none. Candidates are compiled, and held against the fp32 formula, in one process a core before anything
-is timed. Where no candidate is 1 % faster than cuBLAS the table says cuBLAS. The table goes to
-kernels/tuned/<device>.json, the times to benchmarks/results/tune.json: microseconds of what was chosen / of cuBLAS, by
-tokens, the kernel before included.
+Candidates are timed against cuBLAS in CUDA graphs. Each GEMM follows the kernel before it in a model (norm, or
+attention of one token), so that overlap with it counts. Weights rotate through 240 MB, so that the L2 cache holds
+none. Before timing, one process per core compiles the candidates and checks them against the fp32 formula. If none is
+1 % faster than cuBLAS, the table says cuBLAS. The table goes to kernels/tuned/<device>.json, the times to
+benchmarks/results/tune.json: microseconds of the choice and of cuBLAS, by tokens, including the kernel before.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROTATED_BYTES = 240_000_000  # four times the L2 cache of an H200
 CONTEXT = 1024
 SHARED_MEMORY = 227 * 1024
 MARGIN = 0.99
-STREAM_HANDICAP = 1.015  # the Gluon kernel has to win by more than noise: no interpreter runs it
+STREAM_HANDICAP = 1.015  # the Gluon kernel must win by more than noise: the interpreter cannot run it
 
 
 # (block_n, block_m, num_warps, num_stages, splits) for up to 64 tokens, and for more
@@ -58,7 +57,7 @@ TILES = (
 
 
 class Model(NamedTuple):
-    """Sizes that decide the shapes of a model's products."""
+    """Sizes that determine a model's GEMM shapes."""
 
     hidden: int
     heads: int
@@ -76,7 +75,7 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """A product: outputs (after the gate, where there is one), inputs, and which kernel goes before it."""
+    """A GEMM: outputs (after the gate, if any), inputs, and the kernel before it."""
 
     outputs: int
     inputs: int
@@ -89,13 +88,14 @@ class Shape(NamedTuple):
 
 
 def shapes_of(which: str) -> list[Shape]:
-    """The products of a decoder layer and the output head of a model, `8b`, or of one of its ranks, `8b/2`.
+    """GEMMs of a decoder layer and the output head of a model (`8b`) or of one of its ranks
+    (`8b/2`).
 
-    Raises ValueError for a model that is not known.
+    Raises ValueError for an unknown model.
     """
     name, _, ranks = which.partition("/")
     if name not in MODELS or not (ranks or "1").isdecimal():
-        raise ValueError(f"{which!r} is none of {', '.join(MODELS)}, or one of them and a number of ranks: 8b/2")
+        raise ValueError(f"{which!r} is not one of {', '.join(MODELS)}, optionally with a number of ranks: 8b/2")
     model, tp = MODELS[name], int(ranks or 1)
     queries, keys = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp
     return [
@@ -108,14 +108,14 @@ def shapes_of(which: str) -> list[Shape]:
 
 
 def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:  # noqa: C901 -- one nest of loops over launches
-    """Launches worth a try for this many tokens."""
     if num_tokens == 1:
         for block_n, num_warps in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (2, 8), (4, 2), (8, 2), (8, 1)):
             block_m = 256 * num_warps
             rest = shape.inputs - block_m
             if rest < 0:
                 continue
-            # Attention of one sequence leaves the memory idle: time to send for more than the first tile.
+            # Attention of one sequence leaves the memory idle: time to prefetch more than the first
+            # tile.
             for prefetch in {0, min(1024, rest), rest} if shape.after == "attention" else {0}:
                 yield Launch("fma", block_n, 1, block_m, num_warps=num_warps, prefetch=prefetch)
         return
@@ -127,13 +127,13 @@ def candidates(shape: Shape, num_tokens: int) -> Iterator[Launch]:  # noqa: C901
                 continue
             num_tiles = -(-shape.outputs // block_n) * -(-num_tokens // block_t)
             for splits in all_splits:
-                if splits == 1 or num_tiles * splits <= 528:  # four to a multiprocessor: enough to share the work
+                if splits == 1 or num_tiles * splits <= 528:  # four per SM: enough parallelism
                     for kernel in ("mma", "stream") if num_tokens <= 64 else ("mma",):
                         yield Launch(kernel, block_n, block_t, block_m, splits, num_warps, num_stages)
 
 
 def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:
-    """Run one launch on a small product. Returns what is wrong with it, empty for nothing."""
+    """Run one launch on a small GEMM. Returns an error text, empty if the result is right."""
     launch, gated = job
     torch.manual_seed(0)
     num_tokens = 1 if launch.kernel == "fma" else launch.block_t + 3
@@ -141,7 +141,7 @@ def compile_and_check(job: tuple[Launch, bool]) -> tuple[Launch, bool, str]:
     weight = torch.randn(272 * (2 if gated else 1), 2048, dtype=torch.bfloat16, device="cuda") / 2048**0.5
     try:
         got = gemm_triton(x, weight, None, "silu" if gated else None, launch)
-    except Exception as error:  # a candidate that needs more than the device has is no candidate
+    except Exception as error:  # a launch that exceeds the device's limits is no candidate
         return launch, gated, f"{type(error).__name__}: {error}"
     want = gated_linear_ref(x, weight) if gated else linear_ref(x, weight)
     close = torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2)
@@ -167,7 +167,7 @@ def microseconds(run: Callable[[int], object], inner: int) -> float:
 
 
 class Tuner:
-    """Times the products of one GPU, on weights cut from one large tensor."""
+    """Times GEMMs on one GPU, with weights cut from one large tensor."""
 
     def __init__(self, shapes: list[Shape]) -> None:
         largest = max(shape.rows * shape.inputs for shape in shapes)
@@ -175,7 +175,7 @@ class Tuner:
         self._pool = torch.empty(numel, dtype=torch.bfloat16, device="cuda").normal_().mul_(0.02)
 
     def measure(self, shape: Shape, num_tokens: int, launches: list[Launch]) -> tuple[float, dict[Launch, float]]:
-        """Microseconds of cuBLAS and of each launch, the kernel before the product included."""
+        """Microseconds of cuBLAS and of each launch, including the kernel before the GEMM."""
         numel = shape.rows * shape.inputs
         copies = max(1, min(self._pool.numel() // numel, -(-ROTATED_BYTES // (2 * numel))))
         weights = self._pool[: copies * numel].view(copies, shape.rows, shape.inputs)
@@ -194,11 +194,10 @@ class Tuner:
 
 
 def kernel_before(shape: Shape, num_tokens: int) -> Callable[[], torch.Tensor]:
-    """What makes a product's x [T, M] in a model."""
     hidden = torch.randn(num_tokens, shape.inputs, dtype=torch.bfloat16, device="cuda")
     if shape.after == "product":
         return lambda: hidden
-    if shape.after == "norm" or num_tokens > 1:  # attention of more keeps the memory busy, and its time is its own
+    if shape.after == "norm" or num_tokens > 1:  # attention of more tokens keeps the memory busy, without overlap
         scale = torch.ones(shape.inputs, dtype=torch.bfloat16, device="cuda")
         return lambda: rms_norm(hidden, scale, 1e-6)
     num_heads, head_dim, block_size = max(1, shape.inputs // 128), min(128, shape.inputs), 64
@@ -221,7 +220,7 @@ def kernel_before(shape: Shape, num_tokens: int) -> Callable[[], torch.Tensor]:
 
 
 def compiled(jobs: set[tuple[Launch, bool]]) -> set[tuple[Launch, bool]]:
-    """Those that compile and are right; the others are named on the screen."""
+    """Launches that compile and are correct; prints the others."""
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         results = pool.map_async(compile_and_check, sorted(jobs, key=str), chunksize=1).get(timeout=1 + 5 * len(jobs))
     for launch, gated, trouble in results:
@@ -231,14 +230,14 @@ def compiled(jobs: set[tuple[Launch, bool]]) -> set[tuple[Launch, bool]]:
 
 
 def tune(shapes: list[Shape], budget: float, report: Report) -> dict[str, dict[int, Launch | None]]:
-    """The choice for each shape and bucket. Shapes that `budget` seconds do not reach are left out, and said so."""
+    """The choice for each shape and bucket. Prints and leaves out shapes that `budget` seconds do not reach."""
     end = time.monotonic() + budget
     plan = {(shape, bucket): list(candidates(shape, bucket)) for shape in shapes for bucket in TOKEN_BUCKETS}
     good = compiled({(launch, shape.gated) for (shape, _), launches in plan.items() for launch in launches})
     tuner, chosen = Tuner(shapes), {}
     for shape in shapes:
         if time.monotonic() > end:
-            print(f"tune: no time was left for {shape}")
+            print(f"tune: no time left for {shape}")
             continue
         by_bucket = chosen[shape_key(shape.outputs, shape.inputs, shape.gated)] = {}
         row = {}
@@ -253,7 +252,7 @@ def tune(shapes: list[Shape], budget: float, report: Report) -> dict[str, dict[i
 
 
 def merged(path: Path, device: str, chosen: dict[str, dict[int, Launch | None]]) -> str:
-    """The text of the table `path` with the chosen shapes in it."""
+    """The text of table `path`, updated with the chosen shapes."""
     before = parse_table(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return format_table(device, versions, before | chosen)

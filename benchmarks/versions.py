@@ -1,9 +1,9 @@
-"""Two checkouts of Shoal on one device, by turns: shows whether a change made decode or prefill slower.
+"""Two checkouts of Shoal on one device, in turn: shows whether a change made decode or prefill slower.
 
     python -m benchmarks.versions 8b|1b|tiny --old CHECKOUT [--out FOLDER] [--budget-s S] [--commit C]
 
-Both engines are loaded at once, get equal KV caches and the same prompts, and take turns row by row. `ratio` above 1
-says that this checkout is faster than CHECKOUT. Each side runs the worker.py of its own checkout.
+Both engines are loaded at once, with equal KV caches and prompts, and take turns row by row. `ratio` above 1 means that
+this checkout is faster than CHECKOUT. Each side runs its own checkout's worker.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEW, OLD = "new", "old"
 
 @dataclass(frozen=True)
 class Group:
-    """Settings of both engines, and the rows (batch, context) that are measured."""
+    """Settings of both engines, and the measured rows (batch, context)."""
 
     model: str
     settings: Mapping[str, Any]
@@ -58,7 +58,7 @@ GROUPS = {
 
 
 def compare(group: Group, report: Report, out: Path, checkouts: Mapping[str, Path]) -> None:
-    """Measure every row of both checkouts by turns; the report is written after every measurement."""
+    """Measure every row of both checkouts in turn; writes the report after every measurement."""
     deadline = time.monotonic() + group.budget_s
 
     def log(name: str) -> Path:
@@ -92,7 +92,7 @@ def compare(group: Group, report: Report, out: Path, checkouts: Mapping[str, Pat
 
 @contextmanager
 def _importable(checkout: Path) -> Iterator[str]:
-    """A PYTHONPATH on which `shoal` is the checkout, ahead of any installed one."""
+    """A PYTHONPATH that puts the checkout's `shoal` before any installed one."""
     with tempfile.TemporaryDirectory(prefix="shoal-versions-") as folder:
         Path(folder, "shoal").symlink_to(checkout.resolve(), target_is_directory=True)
         yield os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--old", type=Path, required=True, help="checkout to compare with, such as a `git worktree`")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of report and logs")
     parser.add_argument("--budget-s", type=float, help="seconds, loading included, after which no turn begins")
-    parser.add_argument("--commit", help="commits to note, where there is no checkout to read them from")
+    parser.add_argument("--commit", help="commits, recorded if there are no checkouts to read them from")
     options = parser.parse_args(arguments)
 
     group = GROUPS[options.group]

@@ -1,15 +1,16 @@
-"""Shoal and vLLM on the same GPUs in one run: the same random weights' shapes, prompts and lengths, by turns.
+"""Shoal and vLLM on the same GPUs in one run, in turn: same random weights' shapes, prompts and lengths.
 
     python -m benchmarks.vs_vllm 8b|1b|http|8b-tp2|70b-half-tp2|70b-tp4 [--out FOLDER] [--budget-s S]
         [--commit C] [--peer-path PATH]
 
-Both are loaded at once and stay; each has the same memory of each GPU for its KV cache, no prefix cache, 256 sequences
-at most and contexts of 16,384 tokens. 8b and 1b drive the engines in worker processes on one GPU, 8b-tp2 and 70b-tp4
-on two and four (tensor parallel), http two servers (8B shape). 70b-half-tp2 has, on two GPUs, the products and the
-attention that 70b-tp4 has on each of four; its sums join two ranks. A ratio above 1 says that Shoal is faster. The
-report is written after every measurement, so that a run that is cut short keeps what it has; a second turn that no
-longer fits the budget is left out.
-A rehearsal on a CPU: `python -m benchmarks.vs_vllm tiny --peer-engine shoal`, or tiny-tp2.
+Both stay loaded, with equal KV cache memory on each GPU, no prefix cache, at most 256 sequences and 16,384 tokens.
+    8b, 1b          engines in worker processes on one GPU
+    8b-tp2, 70b-tp4 the same on two and four GPUs (tensor parallel)
+    70b-half-tp2    on two GPUs, the per-GPU GEMMs and attention of 70b-tp4; its all-reduces join two ranks
+    http            two servers of the 8B shape
+A ratio above 1 means that Shoal is faster. The report is written after every measurement, so that an interrupted run
+keeps its results. A second turn that does not fit the budget is left out.
+Trial run on a CPU: `python -m benchmarks.vs_vllm tiny --peer-engine shoal`, or tiny-tp2.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ DTYPE = "bfloat16"
 
 @dataclass(frozen=True)
 class Group:
-    """What one run measures, of one model. `goals`: floor and aim of a ratio."""
+    """One run of one model. `goals`: floor and aim of a ratio."""
 
     model: str
-    kv_cache_memory_bytes: int  # of each of the two, on each GPU
+    kv_cache_memory_bytes: int  # for each engine, on each GPU
     budget_s: float
     goals: Goals
     decode: Sequence[tuple[int, int]] = ()  # batch, context
@@ -71,7 +72,7 @@ class Group:
     tp: int = 1
 
 
-# What is measured of models that are split over GPUs.
+# Rows of models that span GPUs.
 SPLIT: dict[str, Any] = {
     "decode": ((1, 1024), (32, 1024), (128, 1024), (256, 1024)),
     "offline": (1000, 100, 1024),
@@ -127,10 +128,10 @@ GROUPS = {
         },
     ),
     "8b-tp2": Group("8b", 40 << 30, budget_s=300, tp=2, **SPLIT),
-    # Weights take 33 GiB of each GPU, twice.
+    # Two copies of the weights take 33 GiB each on each GPU.
     "70b-half-tp2": Group("70b-half", 26 << 30, budget_s=420, tp=2, **SPLIT),
     "70b-tp4": Group("70b", 26 << 30, budget_s=420, tp=4, **SPLIT),
-    # Rehearsals on a CPU.
+    # Trial runs on a CPU.
     "tiny": Group(
         "tiny",
         1 << 28,
@@ -166,7 +167,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes and whom it compares with."""
+    """Output location and peer of a run."""
 
     group: Group
     report: Report
@@ -184,13 +185,12 @@ class Run:
         return self.out / f"{self.report.benchmark}_{name}.log"
 
     def keep(self, rows: Sequence[Row[Any]]) -> None:
-        """Write what has been measured so far."""
         self.report.rows = [figure.row(self.group.goals) for row in rows for figure in row.figures()]
         self.report.write(self.out / f"{self.report.benchmark}.json")
 
 
 def compare_engines(run: Run, folder: Path, *, dummy: bool) -> None:
-    """Both engines in workers: decode and prefill, then the mixed workload, then both once more."""
+    """Both engines in workers: decode and prefill, then the mixed workload, then both again."""
     group = run.group
     settings = {**group.settings, "model": str(folder), "kv_cache_memory_bytes": group.kv_cache_memory_bytes}
     settings |= {"load_format": "dummy"} if dummy else {}
@@ -219,21 +219,21 @@ def compare_engines(run: Run, folder: Path, *, dummy: bool) -> None:
 
 
 def warm_up(run: Callable[[Workload], float], decode: Sequence[tuple[int, int]], vocab_size: int) -> None:
-    """Let everything be loaded that is loaded once: four short sequences, and a prompt of every length."""
+    """Load everything that is loaded once: four short sequences, and a prompt of every length."""
     draw = random.Random(0)
     for batch, context in [(4, 128), *((1, context) for context in dict.fromkeys(c for _, c in decode))]:
         run(fixed_lengths(draw, batch, context, 8, vocab_size))
 
 
 def compare_servers(run: Run, folder: Path, *, dummy: bool) -> None:
-    """Both servers at once on one GPU, one of them under load at a time."""
+    """Both servers on one GPU, with one of them under load at a time."""
     group = run.group
     settings = {**group.settings, "kv_cache_memory_bytes": group.kv_cache_memory_bytes}
     settings |= {"load_format": "dummy"} if dummy else {}
     targets = {name: Target("127.0.0.1", free_port(), MODEL_ID) for name in (OURS, PEER)}
     if run.peer_engine == "vllm":
         peer = vllm_arguments(folder, targets[PEER], settings)
-    else:  # one machine has room for one HAProxy: its ports are fixed
+    else:  # a machine has one HAProxy: its ports are fixed
         peer = shoal_arguments(folder, targets[PEER], settings, run.shoal_args, "127.0.0.1")
     ours = shoal_arguments(folder, targets[OURS], settings, run.shoal_args, "0.0.0.0")
     with ExitStack() as stack:
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of report and logs")
     parser.add_argument("--budget-s", type=float, help="seconds, loading included, after which no turn begins")
-    parser.add_argument("--commit", help="to note, where there is no checkout to read it from")
+    parser.add_argument("--commit", help="recorded if there is no checkout to read it from")
     parser.add_argument("--peer-engine", choices=["vllm", "shoal"], default="vllm")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that runs the peer")
     parser.add_argument("--peer-path", help="its PYTHONPATH; without it, this process's")

@@ -1,12 +1,11 @@
-"""An engine in a process of its own, which runs workloads that come over a pipe and says how long each took.
+"""An engine in its own process, which runs workloads from a pipe and answers with their times.
 
     python -P benchmarks/worker.py shoal|vllm
 
-One JSON object a line. In: first the settings ({"model", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes",
-"load_format", "tensor_parallel_size", ...}), then any number of workloads ({"prompts", "num_new_tokens",
-"temperature"}) or {"rates": dtype}. Out: {"engine", "device"} when the model is loaded, then {"seconds"} or
-{"bytes_per_s", "flops"}; {"error"} where something failed. It ends with its input. With -P nothing of this repository
-is in the way of vLLM's own imports.
+One JSON object per line. In: first the settings ({"model", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes",
+"load_format", "tensor_parallel_size", ...}), then workloads ({"prompts", "num_new_tokens", "temperature"})
+or {"rates": dtype}. Out: {"engine", "device"} once loaded, then {"seconds"} or {"bytes_per_s", "flops"}, or {"error"}.
+It ends when its input closes. -P keeps this repository out of vLLM's imports.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
 
     folder = Path(settings.pop("model"))
     engine = build_engine(engine_config(folder, settings, dummy=False))
-    atexit.register(engine.shutdown)  # ranks in processes of their own end first
+    atexit.register(engine.shutdown)  # ranks in their own processes end first
     run, device = engine_run(engine), engine.config.device
 
     def answer(order: dict[str, Any]) -> Answer:
@@ -52,19 +51,19 @@ def load_shoal(settings: dict[str, Any]) -> tuple[Engine, Answer]:
 
 
 def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
-    """vLLM's offline class, with the settings its users would compare by: no prefix cache, no detokenizing."""
+    """vLLM's offline class, configured for a fair comparison: no prefix cache, no detokenizing."""
     import torch
 
-    vllm: Any = import_module("vllm")  # by name: it is no requirement of this project
+    vllm: Any = import_module("vllm")  # by name: vLLM is no requirement of this project
     if settings.get("tensor_parallel_size", 1) > 1:
-        settings["distributed_executor_backend"] = "mp"  # processes, and not Ray's actors
+        settings["distributed_executor_backend"] = "mp"  # processes instead of Ray actors
     llm = vllm.LLM(
         **settings,
         skip_tokenizer_init=True,
         dtype="bfloat16",
         enable_prefix_caching=False,
         seed=0,
-        gpu_memory_utilization=0.45,  # what must be free at the start; the cache's size is given
+        gpu_memory_utilization=0.45,  # must be free at the start; the cache size is fixed
     )
 
     def answer(order: dict[str, Any]) -> Answer:
@@ -78,7 +77,7 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         elapsed = time.perf_counter() - begin
         if [len(output.outputs[0].token_ids) for output in outputs] != lengths:
-            raise RuntimeError("a sequence is not as long as asked")
+            raise RuntimeError("a sequence has the wrong length")
         return {"seconds": elapsed}
 
     return answer, {"engine": f"vLLM {vllm.__version__}", "device": torch.cuda.get_device_name()}
@@ -86,7 +85,7 @@ def load_vllm(settings: dict[str, Any]) -> tuple[Engine, Answer]:
 
 def main() -> None:
     load = {"shoal": load_shoal, "vllm": load_vllm}[sys.argv[1]]
-    # Whatever else writes to the standard output, libraries and their processes, goes to the log.
+    # Output of libraries and their processes goes to the log.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
