@@ -1,9 +1,9 @@
 """Simulation of the scheduler's plans on a pipeline, with step times of an 8B model on H200s.
 
 Plans are the real scheduler's; their times per stage are looked up. Stages wait as in
-replicas/parallel/pipeline.py: for the stage before, for the stage after to receive, and for the tokens that
-the plan reads. `ratio` is output tokens/s relative to one GPU with as many sequences a stage; `busy` is the
-share of time that the busiest stage works. One core, no GPU.
+replicas/parallel/pipeline.py: for the stage before, for the stage after to receive, and for the tokens that the
+plan reads. `ratio` is output tokens/s relative to one GPU with as many sequences a stage; `busy` is the share
+of time that the busiest stage works. One core, no GPU.
 
     python -m benchmarks.pipeline_schedule [--json PATH]
 """

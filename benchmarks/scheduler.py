@@ -1,9 +1,9 @@
 """A decode step of scheduler and block pool: plan and update, with two steps in flight.
 
 Contexts have random lengths, so that some sequences begin a new block in every step. Time is that of
-`Scheduler.plan` and `Scheduler.update`; the executor returns an array of ones. `engine` adds the token
-deltas, one Python object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Each step of
-a pipeline decodes one micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of
+`Scheduler.plan` and `Scheduler.update`; the executor returns an array of ones. `engine` adds the token deltas,
+one Python object per token. Goals: 100 us at 256 sequences, 1 ms at 10,000, on one core. Each step of a
+pipeline decodes one micro-batch. Beside it: allocating and releasing eight blocks, and matching a prompt of
 1,024 tokens against the prefix cache, with and without hashing.
 
     taskset -c 0 python -m benchmarks.scheduler [--sequences 256 10000] [--stages 1 2] [--steps 400] [--json PATH]

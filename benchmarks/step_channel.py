@@ -1,12 +1,12 @@
 """A decode plan of 256 sequences from an engine to two rank processes, and one rank's answer, by the step
 channel.
 
-Beside it the same by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray compiled
-graph. Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays; clocks
-of processes on one machine agree. `to both` ends when the later rank has it, `half round trip` when the
-engine has rank 0's answer. The ranks synchronize before that answer, as collectives do. Steps follow each
-other at once, or after a pause as long as a GPU step, in which cores sleep. There is one process more than
-the two cores. Goal: 30 us one way, at once.
+Beside it the same by pickle over `multiprocessing.connection`, by a Ray actor call and by a Ray compiled graph.
+Time starts when the engine has the plan as arrays. `one way` ends when a rank has it as arrays; clocks of
+processes on one machine agree. `to both` ends when the later rank has it, `half round trip` when the engine has
+rank 0's answer. The ranks synchronize before that answer, as collectives do. Steps follow each other at once,
+or after a pause as long as a GPU step, in which cores sleep. There is one process more than the two cores.
+Goal: 30 us one way, at once.
 
     python -m benchmarks.step_channel [--rounds 5] [--steps 500] [--without-ray]
 """

@@ -67,13 +67,13 @@ class BlockCopy(NamedTuple):
 class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each rank: 0.4 us, a frozen dataclass 1.5
     """One step. Slices of one token come first. There is no prefill or decode flag.
 
-    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table
-    updates, P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow
-    from that table.
+    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table updates,
+    P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow from that
+    table.
 
-    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples after the
-    token before the drafts and after each draft. It accepts drafts as long as they equal the samples, and returns
-    the 1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
+    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples after the token
+    before the drafts and after each draft. It accepts drafts as long as they equal the samples, and returns the
+    1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
     """
 
     step: int
@@ -122,10 +122,9 @@ class LogprobArrays:
 class StepResult:
     """The answer to the plan of the same step.
 
-    `logprobs` covers the sampled tokens when any sample asked for them. `prompt_logprobs` has an entry
-    for each scored slice, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next is
-    DEVICE_TOKEN). A `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token
-    is invalid.
+    `logprobs` covers the sampled tokens when any sample asked for them. `prompt_logprobs` has an entry for each
+    scored slice, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next is DEVICE_TOKEN). A
+    `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token is invalid.
     """
 
     step: int

@@ -178,8 +178,8 @@ def store_tokens(
 ) -> None:
     """Store tokens int64 [K] (-1: sampling failed) for the next step, and in the ring for the host.
 
-    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host
-    memory. The packed plan names the turn.
+    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host memory. The
+    packed plan names the turn.
     """
     if tokens.shape != rows.shape or len(tokens) > ring.shape[1]:
         raise ValueError(f"{tuple(tokens.shape)} tokens for {tuple(rows.shape)} rows and a ring {tuple(ring.shape)}")

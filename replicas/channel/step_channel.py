@@ -4,8 +4,8 @@
              server.accept(timeout_s)                                 while (plan := client.receive()) is not None:
              server.submit(plan); server.result()                         client.send_result(...)
 
-Every rank receives every plan, and only the rank that samples answers: collectives keep the ranks in step. Ranks on
-the engine's node connect by UNIX socket, others by TCP. When a rank dies, the engine's current or next
+Every rank receives every plan, and only the rank that samples answers: collectives keep the ranks in step.
+Ranks on the engine's node connect by UNIX socket, others by TCP. When a rank dies, the engine's current or next
 call sees end-of-file. A failed channel stays failed, since the ranks are out of step. Waiting costs no CPU.
 """
 
@@ -102,13 +102,11 @@ class _Rank:
 
 
 class StepChannelServer:
-    """The engine's side: accepts `world_size` ranks, then carries plans and results as
-    `Executor` does.
+    """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
 
-    One thread submits and collects; any thread may close. With `host`, ranks may also connect
-    by TCP, on a port that the system chooses. path: of the UNIX socket. on_silence: called once
-    a second while a call waits for silent ranks; an EngineError that it raises fails the
-    channel.
+    One thread submits and collects; any thread may close. With `host`, ranks may also connect by TCP, on a port
+    that the system chooses. path: of the UNIX socket. on_silence: called once a second while a call waits for
+    silent ranks; an EngineError that it raises fails the channel.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -130,11 +128,9 @@ class StepChannelServer:
         self._results: deque[StepResult] = deque()
 
     def accept(self, timeout_s: float) -> None:
-        """Wait until every rank has connected and authenticated; refuse others with a
-        reason.
+        """Wait until every rank has connected and authenticated; refuse others with a reason.
 
-        Raises EngineError after `timeout_s`, naming the missing ranks and the refused
-        peers.
+        Raises EngineError after `timeout_s`, naming the missing ranks and the refused peers.
         """
         with self._lock:
             self._check_usable()
@@ -150,8 +146,7 @@ class StepChannelServer:
     def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
         """Send a plan to every rank; returns when the sockets have accepted it.
 
-        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone,
-        ChannelClosed.
+        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -177,8 +172,7 @@ class StepChannelServer:
     def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
         """Wait for the result of the oldest unanswered plan.
 
-        Raises EngineError when a rank reports a failure, PeerLost when one is gone,
-        ChannelClosed.
+        Raises EngineError when a rank reports a failure, PeerLost when one is gone, ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -266,8 +260,8 @@ class StepChannelServer:
 class StepChannelClient:
     """A rank's side. One thread receives, any one sends; any thread may close.
 
-    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or
-    EngineError when the engine is unreachable or silent for `timeout_s`.
+    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or EngineError when
+    the engine is unreachable or silent for `timeout_s`.
     """
 
     def __init__(self, address: Address, rank: int, world_size: int, token: bytes, *, timeout_s: float = 30.0) -> None:
@@ -297,8 +291,8 @@ class StepChannelClient:
     def receive(self) -> StepPlan | None:
         """The next plan, or None after EndOfSteps. Waits without a limit.
 
-        Raises PeerLost when the engine is gone, FrameError for anything but the next step's
-        plan, ChannelClosed.
+        Raises PeerLost when the engine is gone, FrameError for anything but the next step's plan,
+        ChannelClosed.
         """
         with self._receiving:
             if self._ended:

@@ -4,12 +4,12 @@
     arrays   int32, one after the other, padded to 8 bytes; their order and lengths follow from PLAN_ARRAYS
     rare     msgpack of what most steps lack: row starts, block copies, log-probabilities, messages
 
-All of it is little-endian; nothing is pickled. A decoded plan's arrays are views on the frame. Lengths are checked
-before anything is read, and msgspec checks types: a frame cut short or of another version is a FrameError. Values
-other than rows and seeds are not checked, since a peer authenticates before its first frame.
+All of it is little-endian; nothing is pickled. A decoded plan's arrays are views on the frame. Lengths are
+checked before anything is read, and msgspec checks types: a frame cut short or of another version is a
+FrameError. Values other than rows and seeds are not checked, since a peer authenticates before its first frame.
 
-Microseconds on a Xeon (Sapphire Rapids, 2.3 GHz): a decode plan of 256 sequences (6.4 KB) 3.8 to encode and 4.7 to
-decode; a row start beside it 1.4 and 1.5. The number of arrays counts, not their bytes.
+Microseconds on a Xeon (Sapphire Rapids, 2.3 GHz): a decode plan of 256 sequences (6.4 KB) 3.8 to encode and 4.7
+to decode; a row start beside it 1.4 and 1.5. The number of arrays counts, not their bytes.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Every block is in exactly one of three states:
 - *cached*: no sequence holds it, but it has a hash and may be reused; kept in the order of eviction;
 - *used*: one or more sequences hold it. It may have a hash too.
 
-Eviction takes the block released longest ago. A sequence releases the tail of its table first, so the head of a prefix
-stays reachable.
+Eviction takes the block released longest ago. A sequence releases the tail of its table first, so the head of a
+prefix stays reachable.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HASH_BYTES = 32  # 256 bits: equal hashes mean equal prefixes, even if a tenant 
 def extend_hashes(hashes: list[bytes], token_ids: Ints, block_size: int, salt: str) -> None:
     """Append the missing hashes of the full blocks of `token_ids` to `hashes`.
 
-    A block's hash covers its tokens and the hash before it, so it identifies the whole prefix.
-    The first one continues from the salt.
+    A block's hash covers its tokens and the hash before it, so it identifies the whole prefix. The first one
+    continues from the salt.
     """
     num_full = len(token_ids) // block_size
     if num_full <= len(hashes):

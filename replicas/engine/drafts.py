@@ -1,8 +1,7 @@
 """Draft tokens: several tokens of a row in one step.
 
-StepPlan.num_drafts and StepResult.counts are the contract with the ranks. Drafts need the row's
-tokens on the host, so its request has one step in flight. Proposers are speculative decoding
-(n-grams, a draft model) and jump-forward decoding (tokens that a grammar forces).
+StepPlan.num_drafts and StepResult.counts are the contract with the ranks. A request with drafts has one step in
+flight. Proposers are speculative decoding (n-grams, a draft model) and jump-forward decoding (grammars).
 """
 
 from __future__ import annotations

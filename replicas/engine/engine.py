@@ -22,9 +22,9 @@ _NEW_DELTA = partial(tuple.__new__, TokenDelta)  # of all fields; it has no defa
 class Engine:
     """One copy of a model, served step by step. Not thread-safe; see EngineThread.
 
-    Every accepted sequence gets exactly one terminal delta from `step`, also after an abort or
-    a failure. When the executor fails, `failure` is set and requests are refused. A caller that
-    overlaps its work with the device calls `submit` and `collect` instead of `step`.
+    Every accepted sequence gets exactly one terminal delta from `step`, also after an abort or a failure. A
+    failed executor sets `failure`, and requests are refused. Callers that overlap work with the device call
+    `submit` and `collect`.
     """
 
     def __init__(self, config: ResolvedConfig, facts: ModelFacts, executor: Executor) -> None:
@@ -43,7 +43,6 @@ class Engine:
         self._executor = executor
         self._max_in_flight = config.scheduler.max_steps_in_flight
         self._num_in_flight = 0
-        # Terminal deltas of aborted sequences, or of all after a failure.
         self._undelivered: list[TokenDelta] = []
 
     @property
@@ -163,7 +162,7 @@ def _delta(
     sample: int,
     finished: FinishedSequence | None,
 ) -> TokenDelta:
-    """The delta of one token; a sequence's first one has its count of cached tokens."""
+    """A sequence's first delta has its count of cached tokens."""
     state = sequence.state
     wanted = state.request.sampling.logprobs
     prompt_logprobs = state.prompt_logprobs if first and sequence is state.leader else None

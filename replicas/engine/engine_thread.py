@@ -25,13 +25,10 @@ _COMMANDS_PER_STEP = 128
 class EngineThread:
     """Runs the engine while there is work; commands run between two steps, in order.
 
-    A step's deltas are delivered after the next step is submitted, so that neither their
-    handling nor the GIL delays a launch.
-
-    `on_deltas` is called in the engine's thread with the deltas of one step. Every sequence
-    accepted by `submit` gets exactly one terminal delta, also after a refusal, a failure or
-    `stop`. `on_failure` is called once, after those deltas, when the engine or a callback
-    raised.
+    A step's deltas are delivered after the next launch, so neither their handling nor the GIL delays it.
+    `on_deltas` is called in the engine's thread with the deltas of one step. Every sequence accepted by
+    `submit` gets exactly one terminal delta, also after a refusal, a failure or `stop`. `on_failure` is called
+    once, after the last deltas, when the engine or a callback raised.
     """
 
     def __init__(
@@ -46,7 +43,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._open: dict[str, set[int]] = {}  # accepted samples without a terminal delta, by request id
-        self._due: list[TokenDelta] = []  # to be delivered; touched by the engine's thread alone
+        self._due: list[TokenDelta] = []  # touched by the engine's thread alone
         self._accepting = True
         self._stopping = False
         self._idle = True

@@ -1,12 +1,11 @@
 """The decoding rows of a pipeline take turns, in as many micro-batches as there are stages.
 
-A row's next token needs its last one, which exists only after the plan has run on all stages. A
-plan therefore decodes one micro-batch, while the others occupy the other stages. A row joins the
-micro-batch of the plan that ends its prefill. A micro-batch larger than the smallest first moves
-rows there, which then run a few plans later.
+A row's next token needs its last one, which exists only after the plan has run on all stages. A plan therefore
+decodes one micro-batch, while the others occupy the other stages. A row joins the micro-batch of the plan that
+ends its prefill. A micro-batch larger than the smallest one first moves rows to it.
 
-Prefills depend on no sampled token and run with any plan. Stages with plans of different sizes wait
-for each other, so prefill tokens are spread over several plans.
+Prefills depend on no sampled token and run with any plan. Stages with plans of different sizes wait for each
+other, so prefill tokens are spread over several plans.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ class MicroBatches:
         return min(budget, max(_FREE_PREFILL, -(-total // _PLANS)))
 
     def _lacking(self, prefilling: Iterable[Sequence], waiting: WaitingQueue) -> Iterator[int]:
-        """Tokens that each context has yet to run, cached ones included."""
         table = self._table
         for sequence in prefilling:
             yield int(table.length[sequence.row] - table.computed[sequence.row])

@@ -6,13 +6,13 @@ A step takes, in this order:
 2. the next chunk of every prompt that is being prefilled, lowest scheduling key first;
 3. preempted and new sequences, by scheduling key, as far as rows, blocks and budget go.
 
-A context gets all of its blocks at admission, so only decoding can run out of them. Then the sequence with the highest
-key loses its blocks, keeps its row and its tokens, and is prefilled again later. The one with the lowest key is never
-preempted for another, so there is always progress. With pipeline stages a step decodes one micro-batch
-(micro_batches.py). sequence.py draws the token ranges of a row.
+A context gets all of its blocks at admission, so only decoding can run out of them. Then the sequence with the
+highest key loses its blocks, keeps its row and its tokens, and is prefilled again later. The one with the
+lowest key is never preempted for another, so there is always progress. With pipeline stages a step decodes one
+micro-batch (micro_batches.py). sequence.py draws the token ranges of a row.
 
-Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and a prompt's
-blocks before any rank has run it.
+Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and a prompt's blocks
+before any rank has run it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Scheduler:
             self._admit(builder, budget)
 
     def _plan_decodes(self, builder: PlanBuilder) -> None:
-        """Plan one token of each decoding sequence below its limits; preempt until the free blocks suffice."""
+        """Plan one token of each decoding sequence below its limits; preempt for blocks."""
         table, pool = self.table, self.pool
         while True:
             ready = table.decoding & (table.length < table.max_length)
@@ -182,13 +182,13 @@ class Scheduler:
             self._sequence(row).state.num_copied += 1
 
     def _write_tables(self, builder: PlanBuilder, rows: Rows, indices: NDArray[np.integer], blocks: Ints) -> None:
-        """Set blocks[row, index] = block for each triple; every index is the last of its row."""
+        """Set blocks[row, index] = block; every index is the last of its row."""
         self.table.blocks[rows, indices] = blocks
         self.table.last_block[rows] = blocks
         builder.tables.append((rows.astype(np.int32), indices.astype(np.int32), blocks))
 
     def _plan_running_prefills(self, builder: PlanBuilder, budget: int) -> int:
-        """Plan a chunk of each running prompt, lowest key first. Returns the remaining budget."""
+        """Returns the remaining budget."""
         for sequence in list(self._prefilling):
             if budget <= 0:
                 break
@@ -253,7 +253,7 @@ class Scheduler:
         return sequence.state.prompt_logprobs is not None and not self._has_token(sequence)
 
     def _plan_chunk(self, builder: PlanBuilder, sequence: Sequence, budget: int) -> int:
-        """Plan as much of the context as the budget allows. Returns the number of tokens."""
+        """Returns the number of tokens planned, within the budget."""
         table, row = self.table, sequence.row
         start, length = int(table.computed[row]), int(table.length[row])
         end = min(length, start + budget)
@@ -302,7 +302,7 @@ class Scheduler:
     # -- results -------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> StepOutcome:
-        """Apply the oldest step's result, and end the sequences that it completes."""
+        """Apply the oldest step's result."""
         table, step = self.table, self._in_flight.popleft()
         assert result.step == step.step, f"result of step {result.step} came, that of {step.step} was due"
         scored = [self._scored(step, chunk) for chunk in step.scored]
@@ -363,7 +363,7 @@ class Scheduler:
     # -- ends and preemption ------------------------------------------------------------------------------------
 
     def _preempt_last(self) -> None:
-        """Take the blocks of the sequence with the highest key; it is prefilled again later."""
+        """Preempt the sequence with the highest key."""
         holders = [self._sequence(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         assert len(holders) > 1, "one sequence alone does not fit the pool; its limits were not checked"
         sequence = max(holders, key=lambda entry: entry.key)
@@ -390,7 +390,7 @@ class Scheduler:
     def _end(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None, error: str | None = None
     ) -> FinishedSequence:
-        """Free the sequence's row and blocks. The queue drops a waiting request at its turn."""
+        """Free row and blocks. The queue drops a waiting request at its turn."""
         if sequence.phase is Phase.PREEMPTED:
             self._waiting.remove_preempted(sequence)
         if sequence.row >= 0:

@@ -19,8 +19,8 @@ Example: a prompt of 5 tokens, two steps in flight. `t5` is the token at positio
     plan 2: decode [6, 7) -> t7         6       8         7          2
     result 1: t6                        7       8         7          1
 
-Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. The result of a slice with drafts moves `length` and
-`computed` back to the accepted ones (drafts.py).
+Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. The result of a slice with drafts moves
+`length` and `computed` back to the accepted ones (drafts.py).
 """
 
 from __future__ import annotations

@@ -34,12 +34,11 @@ class StepInFlight:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The new tokens of a result: `sequences[i]` got `token_ids[i]`, at index `samples[i]` of
-    the result.
+    """The new tokens of a result: `sequences[i]` got `token_ids[i]`, at index `samples[i]` of the result.
 
-    It is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands
-    several times, in order. `firsts` holds the i of first tokens, `finished` maps the i of last
-    ones. `failures` ended without a token.
+    It is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands several times,
+    in order. `firsts` holds the i of first tokens, `finished` maps the i of last ones. `failures` ended without
+    a token.
     """
 
     samples: Rows

@@ -22,8 +22,7 @@ class WaitingQueue:
     def first(self, num_free_rows: int) -> Sequence | None:
         """The sequence with the lowest key that has rows or can have them.
 
-        A request that waits for rows does not block those that have theirs and may free
-        them.
+        A request that waits for rows does not block those that have theirs and may free them.
         """
         while self._new and not self._new[0][1].num_open:
             heapq.heappop(self._new)

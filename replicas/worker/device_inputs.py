@@ -1,8 +1,8 @@
 """Step inputs on a CUDA device: the host copies one packed plan a step, and kernels expand it into fixed
 buffers.
 
-A CUDA graph captured over these buffers runs any later plan. A step's last kernel writes the sampled tokens
-to pinned host memory: a copy on its own stream costs the host of an H200 70 us a step.
+A CUDA graph captured over these buffers runs any later plan. A step's last kernel writes the sampled tokens to
+pinned host memory: a copy on its own stream costs the host of an H200 70 us a step.
 """
 
 from __future__ import annotations

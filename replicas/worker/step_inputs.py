@@ -64,8 +64,8 @@ class StepInputs(Protocol):
         ...
 
     def fetch_sampled_tokens(self, count: int) -> HostCopy:
-        """The tokens of the plan sent last: int64 [count], valid while the step is in flight. Call it
-        after the step is queued.
+        """The tokens of the plan sent last: int64 [count], valid while the step is in flight. Call it after the
+        step is queued.
         """
         ...
 

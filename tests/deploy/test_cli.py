@@ -99,7 +99,7 @@ def test_wrong_options(arguments: list[str], told: str) -> None:
         (
             {"architectures": ["Olmo2ForCausalLM"]},
             ["-tp", "8"],
-            "8 is above the model's 4 kv heads, all of which share",
+            "8 is above the model's 4 kv heads, and one norm spans them all",
         ),
         (
             {"intermediate_size": 90},

@@ -1,8 +1,8 @@
 """A request's tokens are its own: alone, in any batch, in chunks, preempted, from the cache or replayed.
 
-The shipped model in fp32 on the CPU, with seeded sampling. Tokens are compared for equality.
-Log-probabilities agree to rounding: a GEMM's row does not depend on the batch. Attention does: it sums over
-the longest context of a batch, and over a chunk in another order than over one token.
+The shipped model in fp32 on the CPU, with seeded sampling. Tokens are compared for equality. Log-probabilities
+agree to rounding: a GEMM's row does not depend on the batch. Attention does: it sums over the longest context
+of a batch, and over a chunk in another order than over one token.
 """
 
 from __future__ import annotations
