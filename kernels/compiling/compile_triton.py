@@ -1,7 +1,7 @@
 """Kernels compiled before their first launch, many at a time.
 
 Triton compiles a kernel at its first launch, a second each and one at a time. A model has some fifty,
-and the GPU would wait for them. `rehearsal` notes what would be launched, without launching or compiling anything;
+and the GPU would wait for them. `dry_run` notes what would be launched, without launching or compiling anything;
 `compile_kernels` has it compiled on all cores, into Triton's cache on disk, where the launch then finds it.
 """
 
@@ -23,7 +23,7 @@ from .compile_process import CompileProcess, Specialization, Target
 
 
 @contextmanager
-def rehearsal() -> Iterator[set[Specialization]]:
+def dry_run() -> Iterator[set[Specialization]]:
     """Inside, no Triton kernel of this process is launched: those that were not compiled yet are noted in the result.
 
     What they would have written stays undefined; operators must not read it on the host. Triton has a hook for what it

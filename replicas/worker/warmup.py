@@ -32,10 +32,10 @@ def compile_kernels(runner: Runner, process: CompileProcess, max_tokens: int, nu
     cores. Call it first, on a runner that is then dropped. On failure it logs, and kernels
     compile at their first launch.
     """
-    from ...kernels.compiling.compile_triton import compile_kernels, rehearsal
+    from ...kernels.compiling.compile_triton import compile_kernels, dry_run
 
     begin = time.perf_counter()
-    with rehearsal() as kernels:
+    with dry_run() as kernels:
         warm_up(runner, max_tokens)
     found = time.perf_counter()
     try:

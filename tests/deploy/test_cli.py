@@ -61,7 +61,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--max-modle-len", "5"], "--max-model-len"),
         (["--max-model-len", "many"], "--max-model-len"),
@@ -86,15 +86,15 @@ def test_version() -> None:
     ],
     ids=str,
 )
-def test_wrong_options(arguments: list[str], told: str) -> None:
+def test_wrong_options(arguments: list[str], message: str) -> None:
     result = shoal("serve", "tiny", *arguments, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2, result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("changed", "split", "told"),
+    ("changed", "split", "message"),
     [
         (
             {"architectures": ["Olmo2ForCausalLM"]},
@@ -116,7 +116,7 @@ def test_wrong_options(arguments: list[str], told: str) -> None:
     ids=str,
 )
 def test_splits_that_a_model_does_not_take(
-    changed: dict[str, object], split: list[str], told: str, tmp_path: Path
+    changed: dict[str, object], split: list[str], message: str, tmp_path: Path
 ) -> None:
     from shoal.deploy.config import TINY_MODEL
 
@@ -126,7 +126,7 @@ def test_splits_that_a_model_does_not_take(
     (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
     result = shoal("serve", str(tmp_path), *split, CUDA_VISIBLE_DEVICES="")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_settings_of_vllm_without_effect_are_said(tmp_path: Path) -> None:

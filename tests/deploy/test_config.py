@@ -67,7 +67,7 @@ def test_vllm_spellings_reach_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ({"modles": []}, "unknown key 'modles'; did you mean 'models'?"),
         ({"models": []}, "models"),
@@ -86,15 +86,15 @@ def test_vllm_spellings_reach_the_engine() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_errors_name_the_key(value: dict, told: str) -> None:
+def test_errors_name_the_key(value: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict(ServeConfig, value)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("engine", "told"),
+    ("engine", "message"),
     [
         ({"max_model_len": 5000}, "5000"),
         ({"block_size": 24}, "24"),
@@ -107,8 +107,8 @@ def test_errors_name_the_key(value: dict, told: str) -> None:
     ],
     ids=str,
 )
-def test_values_that_cannot_work_together(engine: dict, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_values_that_cannot_work_together(engine: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         plan(**engine)
 
 

@@ -111,7 +111,7 @@ def test_a_fork_uses_its_prompts_blocks_once(served: Served) -> None:
         assert response.status_code == 200
         assert wait_until(shared)
     assert report["shared"] == 32
-    # Whoever closes the stream ends its sequences, and all blocks come back.
+    # Closing the stream ends its sequences and frees all blocks.
     [before] = served.http.get("/debug/blocks").json()["tiny"]
 
     def idle() -> bool:

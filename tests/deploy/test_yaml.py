@@ -1,4 +1,4 @@
-"""The files in deploy/ that Ray's own `serve run` and `serve deploy` take: whole, without a key that nobody reads."""
+"""The files in deploy/ that Ray's own `serve run` and `serve deploy` take: whole, without a key that is never read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unknown_keys(kind: type[BaseModel], value: dict[str, Any]) -> set[str]:
 
 
 def replica_of(application: Application) -> Any:
-    """What Serve is told of the only model's deployment."""
+    """The options that Serve receives for the only model's deployment."""
     deployment: Any = application._bound_deployment
     replica = deployment.init_args[1]
     return replica._bound_deployment

@@ -3,7 +3,7 @@
     make sanitize-gpu
 
 Torch keeps no memory of its own then (PYTORCH_NO_CUDA_MEMORY_CACHING=1): a tensor is an allocation of its size, and the
-first byte behind it is nobody's. The bodies are those of the tests, so results are compared too. Exits with 1 where
+first byte behind it is unowned. The bodies are those of the tests, so results are compared too. Exits with 1 where
 one is wrong, or where a kernel of kernels/ was never launched.
 """
 

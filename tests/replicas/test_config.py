@@ -80,7 +80,7 @@ def test_a_split_that_the_model_takes():
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "changed", "told"),
+    ("tp", "pp", "changed", "message"),
     [
         (3, 1, {}, "tensor_parallel_size 3 does not divide the model's 4 attention heads; this model takes 1, 2, 4"),
         (8, 1, {}, "4 attention heads"),
@@ -92,27 +92,27 @@ def test_a_split_that_the_model_takes():
         (0, 1, {}, "at least 1"),
     ],
 )
-def test_splits_that_cannot_be_are_told_with_those_that_can(tp, pp, changed, told):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_an_impossible_split_is_an_error_that_lists_the_possible_ones(tp, pp, changed, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         split(tp, pp, facts=replace(FACTS, **changed))
 
 
 @pytest.mark.parametrize(
-    ("family", "tp", "pp", "told"),
+    ("family", "tp", "pp", "message"),
     [
         ("olmo2", 4, 1, "tensor_parallel_size 4 is above the model's 2 kv heads"),
         ("llama", 3, 1, "tensor_parallel_size 3 does not divide the model's 4 attention heads"),
         ("llama", 1, 4, "pipeline_parallel_size 4 is above the model's 3 layers"),
     ],
 )
-def test_a_split_that_cannot_be_starts_no_process(family, tp, pp, told, tmp_path):
+def test_a_split_that_cannot_be_starts_no_process(family, tp, pp, message, tmp_path):
     config = EngineConfig(
         ModelConfig(str(FAMILIES[family](tmp_path))), parallel=ParallelConfig(tp, pp), device="cpu", num_threads=1
     )
     before = children()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         build_engine(config)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         build_engine(config, start=lambda resolved: pytest.fail(f"{resolved} was to be started"))
     assert children() == before
 

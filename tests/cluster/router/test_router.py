@@ -233,7 +233,7 @@ async def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() ->
         assert all(tokens(deltas) == fake_output(request()) for deltas in results)
         async with asyncio.timeout(5):
             await c.replicas[0].server.drained()
-        assert not await c.router.drain("fake", "nobody")
+        assert not await c.router.drain("fake", "unknown")
 
 
 @in_loop

@@ -176,7 +176,7 @@ def test_an_idle_replica_loses_a_rank_and_is_replaced() -> None:
         asyncio.run(scenario())
 
 
-def test_what_a_rank_cannot_load_is_told_with_its_name_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_tensor_that_a_rank_cannot_load_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_config(TP2).model.path, tmp_path / "misshapen")
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if "q_proj" in name)

@@ -124,7 +124,7 @@ def test_serve(api: Api, tmp_path: Path, load: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["latency", "--model", "tiny", "--set", "max_model_len"], "name=value"),
         (["latency", "--model", "tiny", "--set", "max_modle_len=5"], "max_model_len"),
@@ -134,12 +134,12 @@ def test_serve(api: Api, tmp_path: Path, load: list[str]) -> None:
     ],
     ids=str,
 )
-def test_errors_are_of_the_users_kind(arguments: list[str], told: str) -> None:
+def test_errors_are_of_the_users_kind(arguments: list[str], message: str) -> None:
     from shoal.replicas.errors import ServingError
 
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, ServingError)
-    assert told in result.exception.message
+    assert message in result.exception.message
 
 
 @pytest.mark.parametrize("arguments", [["latency", "--batches", "1,x"], ["serve", "--concurrency", "1", "--rate", "2"]])

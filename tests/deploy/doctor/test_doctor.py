@@ -108,14 +108,14 @@ def test_what_hangs_is_ended(broken_torch: Any) -> None:
     env = broken_torch("import time\nwhile True:\n    time.sleep(1)\n")
     status, output = doctor("--address", "none", "--limit", "2", **env)
     assert status == 1
-    told = " ".join(output.split())
-    assert "torch could not be asked for GPUs: it had no answer within 2 s" in told
-    assert "rank 0 of 2 failed while the ranks met: it had no answer within 2 s" in told
-    assert told.endswith("2 wrong")
+    text = " ".join(output.split())
+    assert "torch could not be asked for GPUs: it had no answer within 2 s" in text
+    assert "rank 0 of 2 failed while the ranks met: it had no answer within 2 s" in text
+    assert text.endswith("2 wrong")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("applications: {}", "no list of applications"),
         ("a: [", "is not YAML"),
@@ -130,13 +130,13 @@ def test_what_hangs_is_ended(broken_torch: Any) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_a_configuration_that_cannot_work(content: str | None, told: str, tmp_path: Path, broken_torch: Any) -> None:
+def test_a_configuration_that_cannot_work(content: str | None, message: str, tmp_path: Path, broken_torch: Any) -> None:
     path = tmp_path / "serve.yaml"
     if content is not None:
         path.write_text(content)
     status, found = findings("--address", "none", "--config", str(path), **broken_torch("raise ImportError('no')"))
     assert status == 1
-    assert told in found["configuration"][0]["message"]
+    assert message in found["configuration"][0]["message"]
 
 
 def test_a_ray_that_is_not_there(broken_torch: Any) -> None:

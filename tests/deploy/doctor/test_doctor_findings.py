@@ -1,4 +1,4 @@
-"""What the doctor makes of machines that cannot be had in a test: its checks, given what such a machine would say."""
+"""The doctor's findings on machines that a test cannot have: its checks, given what such a machine would report."""
 
 from __future__ import annotations
 
@@ -173,13 +173,13 @@ def test_a_gpu_whose_memory_is_taken() -> None:
 
 def test_gpus_that_are_missing_or_different() -> None:
     found = devices.findings(outcome(TORCH, gpu(0), gpu(1, name="A100")), 4, "580")
-    told = [finding.message for finding in found if finding.status is Status.WARNING]
-    assert told[0] == "torch sees 2 of 4 GPUs"
-    assert "A100, H200" in told[1]
+    warnings = [finding.message for finding in found if finding.status is Status.WARNING]
+    assert warnings[0] == "torch sees 2 of 4 GPUs"
+    assert "A100, H200" in warnings[1]
 
 
 @pytest.mark.parametrize(
-    ("torch", "told"),
+    ("torch", "message"),
     [
         ({**TORCH, "cuda": None, "available": False}, "was built without CUDA"),
         (
@@ -188,10 +188,10 @@ def test_gpus_that_are_missing_or_different() -> None:
         ),
     ],
 )
-def test_a_torch_that_does_not_fit_the_driver(torch: dict[str, Any], told: str) -> None:
+def test_a_torch_that_does_not_fit_the_driver(torch: dict[str, Any], message: str) -> None:
     (finding,) = devices.findings(outcome(torch), 8, "550.54")
     assert finding.status is Status.WRONG
-    assert told in finding.message
+    assert message in finding.message
 
 
 def test_a_driver_that_fails_in_the_middle() -> None:

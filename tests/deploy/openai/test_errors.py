@@ -110,10 +110,10 @@ BAD_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "told"), BAD_FIELDS, ids=lambda value: str(value)[:24])
-def test_bad_fields_of_completions(api: Api, field: str, value: object, told: str) -> None:
+@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS, ids=lambda value: str(value)[:24])
+def test_bad_fields_of_completions(api: Api, field: str, value: object, message: str) -> None:
     error = error_of(api.post("/v1/completions", {"prompt": "x", field: value}), 400)
-    assert told in error["message"]
+    assert message in error["message"]
     assert error["param"] is not None
     assert error["param"].split(".")[0] in (field[:64], "prompt")
     assert error["type"] == "invalid_request_error"
@@ -121,7 +121,7 @@ def test_bad_fields_of_completions(api: Api, field: str, value: object, told: st
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "told"),
+    ("body", "param", "message"),
     [
         ({}, "messages", "required"),
         ({"messages": []}, "messages", "1 item"),
@@ -143,9 +143,9 @@ def test_bad_fields_of_completions(api: Api, field: str, value: object, told: st
         ({"messages": [{"role": "user", "content": LONG}]}, "prompt", "256"),
     ],
 )  # fmt: skip
-def test_bad_chats(api: Api, body: dict, param: str, told: str) -> None:
+def test_bad_chats(api: Api, body: dict, param: str, message: str) -> None:
     error = error_of(api.post("/v1/chat/completions", body), 400)
-    assert told in error["message"]
+    assert message in error["message"]
     assert error["param"] == param
     assert api.router.requests == []
 

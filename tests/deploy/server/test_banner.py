@@ -32,14 +32,14 @@ def replica(name: str, weights: float = 1.5) -> ReplicaInfo:
 
 
 def test_capacity_is_of_all_replicas_and_a_split_is_said() -> None:
-    told = lines([replica("a"), replica("b", weights=2.0)], tensor_parallel_size=2, pipeline_parallel_size=3)
-    assert "Shoal is ready at http://127.0.0.1:8000/v1" in told
-    assert "  tiny: 7.3 M parameters, bf16, 2 replicas of 6 ranks (tensor parallel 2, stages 3)" in told
-    assert "  KV cache capacity: 3,200 tokens" in told
-    assert "  start of a replica: weights 2.0 s, KV cache 0.2 s" in told
-    assert "  maximum concurrency for requests of 1,000 tokens: 3.20x" in told
-    assert any('-H "authorization: Bearer $SHOAL_API_KEY"' in line for line in told)
-    assert "secret" not in "".join(told)
+    banner = lines([replica("a"), replica("b", weights=2.0)], tensor_parallel_size=2, pipeline_parallel_size=3)
+    assert "Shoal is ready at http://127.0.0.1:8000/v1" in banner
+    assert "  tiny: 7.3 M parameters, bf16, 2 replicas of 6 ranks (tensor parallel 2, stages 3)" in banner
+    assert "  KV cache capacity: 3,200 tokens" in banner
+    assert "  start of a replica: weights 2.0 s, KV cache 0.2 s" in banner
+    assert "  maximum concurrency for requests of 1,000 tokens: 3.20x" in banner
+    assert any('-H "authorization: Bearer $SHOAL_API_KEY"' in line for line in banner)
+    assert "secret" not in "".join(banner)
 
 
 def test_a_model_that_is_not_split() -> None:

@@ -1,4 +1,4 @@
-"""How a running `shoal serve` ends, whoever asks for it and whatever of it ends first: nothing of it is left."""
+"""How a running `shoal serve` ends, by any signal and after the death of any process: nothing of it is left."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_start_can_be_stopped_at_any_point(reached: str) -> None:
 
 
 def test_a_signal_to_every_process_ends_every_process() -> None:
-    """As systemd sends it, unless it is told to tell the main process alone: streams are cut then."""
+    """As systemd sends it, unless KillMode is `mixed` or `process`: streams are cut then."""
     server = start()
     folder = ray_folder(server.process.pid)
     for pid, _ in list(running(server.process.pid)):
@@ -80,16 +80,16 @@ def test_a_signal_to_every_process_ends_every_process() -> None:
 
 
 def test_a_server_whose_control_plane_is_lost_ends_and_keeps_its_logs() -> None:
-    """Nobody would start it again; what is left would answer until it needs it, and then hang."""
+    """No process would start it again; what is left would answer until it needs it, and then hang."""
     server = start()
     folder = ray_folder(server.process.pid)
     [control_plane] = [pid for pid, command in running(server.process.pid) if "/gcs_server" in command.split()[0]]
     os.kill(control_plane, signal.SIGKILL)
     assert server.process.wait(120) == 1
     assert processes_of(server.process.pid) == []
-    told = server.starting.read_to_the_end()
-    kept = re.search(r"^shoal: the logs of all processes are kept in (\S+)$", told, re.MULTILINE)
-    assert kept is not None, told
+    output = server.starting.read_to_the_end()
+    kept = re.search(r"^shoal: the logs of all processes are kept in (\S+)$", output, re.MULTILINE)
+    assert kept is not None, output
     assert (Path(kept[1]) / "gcs_server.out").exists()
     shutil.rmtree(kept[1])
     assert not folder.exists()

@@ -83,13 +83,13 @@ def test_a_server_that_is_killed_leaves_its_logs_alone() -> None:
     kept = Kept()
     os.kill(kept.server, signal.SIGKILL)
     status, _, errors = kept.end()
-    told = re.fullmatch(
+    found = re.fullmatch(
         r"shoal: error: the server was ended by SIGKILL\nshoal: the logs of all processes are kept in (\S+)\n", errors
     )
     assert status == 128 + signal.SIGKILL
-    assert told is not None, errors
-    assert (Path(told[1]) / "gcs_server.out").read_text() == "out of memory"
-    shutil.rmtree(told[1])
+    assert found is not None, errors
+    assert (Path(found[1]) / "gcs_server.out").read_text() == "out of memory"
+    shutil.rmtree(found[1])
     assert kept.nothing_left()
 
 

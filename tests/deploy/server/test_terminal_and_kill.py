@@ -25,7 +25,7 @@ def read_terminal(terminal: int, word: bytes, seconds: float) -> bytes:
     while word not in shown and select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
         try:
             shown += os.read(terminal, 4096)
-        except OSError:  # nobody has the other end any more
+        except OSError:  # no process has the other end any more
             break
     return shown
 

@@ -66,7 +66,7 @@ HALF_PRECISION = [name for name in VARIANTS if "fp32" not in name and not name.s
 def test_compiles_without_spills(name, compiled):
     kernel = compiled[name]
     assert kernel.spilled == 0
-    assert kernel.registers <= (255 if name.startswith("prefill") else 168)  # three decode programs on a multiprocessor
+    assert kernel.registers <= (255 if name.startswith("prefill") else 168)  # three decode programs on an SM
 
 
 @pytest.mark.parametrize("name", HALF_PRECISION)

@@ -163,7 +163,7 @@ def test_prefill_in_half_precision_over_several_tiles(device, dtype):
 def test_a_token_is_the_same_bits_in_any_slice_of_any_step(device, dtype, window, softcap):
     """A sequence of 70 tokens in one slice, in chunks, and token by token, each beside other slices.
 
-    numpy's products, of which the interpreter's are made, depend on a row's place in its tile of eight tokens: there
+    numpy's GEMMs, which the interpreter uses, depend on a row's place in its tile of eight tokens: there
     the sequence is cut at tiles.
     """
     heads, kv_heads, head_dim, length = 4, 2, 32, 70

@@ -45,7 +45,7 @@ def make_driver(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory) -> dict:
+def dry_run(tmp_path_factory) -> dict:
     folder = FAMILIES["mixtral"](tmp_path_factory.mktemp("model"))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
@@ -54,43 +54,43 @@ def rehearsed(tmp_path_factory) -> dict:
     }
     if needs_a_driver():
         environment |= make_driver(tmp_path_factory.mktemp("driver"))
-    command = [sys.executable, "-m", "tests.support.rehearsed", str(folder), "2"]
+    command = [sys.executable, "-m", "tests.support.dry_run", str(folder), "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_every_operator_of_a_step_is_rehearsed(rehearsed):
+def test_every_operator_of_a_step_is_noted(dry_run):
     for part in ("apply_plan", "expand_plan", "rms_norm", "rope_kv_store", "paged_decode", "paged_prefill",
                  "experts", "sample", "store_tokens", "apply_penalties", "count_tokens", "score_chunks"):  # fmt: skip
-        assert any(part in name for name in rehearsed["names"]), part
-    assert rehearsed["same"], "a rehearsal leaves nothing behind"
-    assert rehearsed["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"
+        assert any(part in name for name in dry_run["names"]), part
+    assert dry_run["same"], "a dry run leaves nothing behind"
+    assert dry_run["launches"] == "KernelInterface.__getitem__", "afterwards kernels are launched again"
 
 
-def test_layers_that_are_left_out_launch_nothing_else(rehearsed):
-    assert rehearsed["forgotten"] == []
+def test_layers_that_are_left_out_launch_nothing_else(dry_run):
+    assert dry_run["forgotten"] == []
 
 
-def test_a_launch_finds_what_was_compiled(rehearsed):
-    assert rehearsed["compiled"] == 2
-    assert rehearsed["again"] == 0, "what is there is not compiled again"
-    assert rehearsed["hits"] == [True, True]
+def test_a_launch_finds_what_was_compiled(dry_run):
+    assert dry_run["compiled"] == 2
+    assert dry_run["again"] == 0, "what is there is not compiled again"
+    assert dry_run["hits"] == [True, True]
 
 
-def test_a_launch_finds_what_was_compiled_by_gluon(rehearsed):
-    assert rehearsed["gluon"] == ["_stream_kernel"]
-    assert rehearsed["gluon hits"]
-    assert all(rehearsed["gluon hits"])
+def test_a_launch_finds_what_was_compiled_by_gluon(dry_run):
+    assert dry_run["gluon"] == ["_stream_kernel"]
+    assert dry_run["gluon hits"]
+    assert all(dry_run["gluon hits"])
 
 
-def test_kernels_that_are_not_compiled_ahead_are_left_to_their_launch(rehearsed):
-    assert rehearsed["compiled by none"] == 0
+def test_kernels_that_are_not_compiled_ahead_are_left_to_their_launch(dry_run):
+    assert dry_run["compiled by none"] == 0
 
 
-def test_no_number_of_samples_needs_a_kernel_of_its_own(rehearsed):
+def test_no_number_of_samples_needs_a_kernel_of_its_own(dry_run):
     """Steps that are too large for a graph have any number: each new kernel would hold one up for a second."""
-    assert rehearsed["late"] == []
+    assert dry_run["late"] == []
 
 
 def test_a_kernel_that_does_not_compile_is_told():

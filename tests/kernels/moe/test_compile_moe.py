@@ -139,7 +139,7 @@ def test_kernels_of_one_token_can_reach_the_speed_of_memory(name, compiled):
     num_elements = rows * variant.constants["BLOCK_INNER"]
     (loop,) = kernel.loops
     assert thread_instructions(loop, variant.options["num_warps"], num_elements) <= 0.6 * BUDGET
-    assert kernel.registers <= 80  # 24 warps on a multiprocessor, each with two loads of 64 bytes a thread under way
+    assert kernel.registers <= 80  # 24 warps on an SM, each with two loads of 64 bytes a thread under way
 
 
 @pytest.mark.parametrize("name", VARIANTS)

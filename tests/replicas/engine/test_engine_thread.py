@@ -250,13 +250,13 @@ def test_every_step_is_counted_among_those_of_its_length(client: Client) -> None
     assert client.thread.load().step_times == StepTimes()
     client.thread.submit(request("1"))
     client.wait_for("1")
-    client.thread.abort("nobody")  # what is done between steps is none
+    client.thread.abort("unknown")  # what is done between steps is none
     num_steps = client.thread.call(lambda engine: engine.load().num_steps).result(PATIENCE)
     client.thread.stop()
-    told = client.thread.load().step_times
-    assert sum(told.counts) == num_steps > 1
-    longest = max(i for i, count in enumerate(told.counts) if count)
-    assert told.seconds <= sum(told.counts) * (*STEP_SECONDS, PATIENCE)[longest]
+    times = client.thread.load().step_times
+    assert sum(times.counts) == num_steps > 1
+    longest = max(i for i, count in enumerate(times.counts) if count)
+    assert times.seconds <= sum(times.counts) * (*STEP_SECONDS, PATIENCE)[longest]
 
 
 def test_times_stand_in_the_count_of_the_least_bound_that_holds_them() -> None:

@@ -27,7 +27,7 @@ def warm(watchdog: StepWatchdog, seconds: float = 0.01) -> StepWatchdog:
     return watchdog
 
 
-def nobody() -> list[str]:
+def no_names() -> list[str]:
     return []
 
 
@@ -35,16 +35,16 @@ def test_a_step_is_stuck_above_the_floor_and_twenty_times_the_slow_ones() -> Non
     watchdog = StepWatchdog(floor=5.0)
     assert watchdog.limit == 120.0
     assert warm(watchdog).limit == 5.0
-    watchdog.check(5.0, nobody)
+    watchdog.check(5.0, no_names)
     with pytest.raises(EngineError, match=r"a step has taken 5.1 s, above the limit of 5.0 s \(step_limit_s\)"):
-        watchdog.check(5.1, nobody)
+        watchdog.check(5.1, no_names)
     assert warm(watchdog, 0.5).limit == 10.0
 
 
 def test_a_step_that_waits_for_a_stopped_rank_is_stuck_sooner() -> None:
     watchdog = warm(StepWatchdog(floor=60.0))
     watchdog.check(4.9, lambda: ["rank 1"])
-    watchdog.check(5.1, nobody)
+    watchdog.check(5.1, no_names)
     with pytest.raises(EngineError, match=r"5.1 s and waits for stopped processes: rank 1"):
         watchdog.check(5.1, lambda: ["rank 1"])
 

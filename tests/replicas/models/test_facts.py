@@ -146,18 +146,18 @@ def test_a_fact_that_is_no_positive_integer_is_named(value, llama):
 
 
 @pytest.mark.parametrize(
-    ("family", "changed", "told"),
+    ("family", "changed", "message"),
     [
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is above num_local_experts 4"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_(local_)?experts 6"),
     ],
 )
-def test_numbers_that_contradict_each_other_are_told(family, changed, told, tmp_path):
+def test_numbers_that_contradict_each_other_are_errors(family, changed, message, tmp_path):
     """With random weights nothing else would tell before the first step."""
     folder = FAMILIES[family](tmp_path)
     edit_json(folder / "config.json", **changed)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         read_model_facts(folder)
 
 

@@ -1,6 +1,6 @@
-"""Rehearse the steps of a model as a GPU would run them, where there is none, and compile some of the kernels.
+"""Run the steps of a model dry, as a GPU would run them, and compile some of the kernels.
 
-python -m tests.support.rehearsed FOLDER NUM_COMPILED -> JSON. In a process of its own: Triton must not interpret, and
+python -m tests.support.dry_run FOLDER NUM_COMPILED -> JSON. In a process of its own: Triton must not interpret, and
 its driver is replaced by one that only says what the device is.
 """
 
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels.backend import Backend, use_backend
 from shoal.kernels.compiling import compile_triton
 from shoal.kernels.compiling.compile_process import CompileProcess, Specialization
-from shoal.kernels.compiling.compile_triton import compile_kernels, rehearsal
+from shoal.kernels.compiling.compile_triton import compile_kernels, dry_run
 from shoal.kernels.compiling.compile_worker_triton import compile_kernel
 from shoal.kernels.linear.gemm_triton import gemm_triton
 from shoal.kernels.sampling.params import SamplingRows
@@ -92,7 +92,7 @@ def sampling_kernels(counts: Iterable[int]) -> set[Specialization]:
         torch.zeros(largest),
     )
     params = SamplingRows(floats, ints, floats, floats, rows[0])
-    with rehearsal() as kernels:
+    with dry_run() as kernels:
         for count in counts:
             sample_rows(logits[:count], rows[1, :count], params, rows[2, :count])
     return kernels
@@ -119,12 +119,12 @@ def main() -> None:
         runner = _make_runner(load_model(config, device), config, facts, 1, device)
 
         def warm_up() -> set[Specialization]:
-            with rehearsal() as kernels:
+            with dry_run() as kernels:
                 warmup.warm_up(runner, 80)
             return kernels
 
         noted = warm_up()
-        with rehearsal() as unabridged:
+        with dry_run() as all_layers:
             for room in (*decode_shapes(20), *mixed_shapes(20, 80)):
                 runner.forward(room)
         some = set(sorted(noted)[:num_compiled])
@@ -137,7 +137,7 @@ def main() -> None:
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # pyright: ignore
         for kernel in sorted(some):
             compile_kernel(kernel, GPUTarget("cuda", 90, 32))
-        with rehearsal() as gluon:
+        with dry_run() as gluon:
             multiply()
         with CompileProcess() as process:
             compile_kernels(gluon, process, 1)
@@ -147,7 +147,7 @@ def main() -> None:
             "gluon hits": hits_of_a_launch(multiply),
             "names": sorted({kernel.name for kernel in noted}),
             "same": noted == warm_up(),
-            "forgotten": sorted(kernel.name for kernel in unabridged - noted),
+            "forgotten": sorted(kernel.name for kernel in all_layers - noted),
             "compiled": compiled,
             "again": again,
             "compiled by none": compiled_by_none,
