@@ -91,8 +91,9 @@ class Worker:
         return Rates(**self._answer(RUN_TIMEOUT_S)[1])
 
     def _read(self) -> None:
-        for line in _pipe(self._process.stdout):
-            self._lines.put((time.monotonic(), line))
+        with _pipe(self._process.stdout) as lines:
+            for line in lines:
+                self._lines.put((time.monotonic(), line))
         self._lines.put((time.monotonic(), None))
 
     def _send(self, order: dict[str, Any]) -> None:

@@ -72,27 +72,27 @@ def two_nodes() -> Iterator[tuple[Namespace, Namespace]]:
 def _namespace(address: str) -> Iterator[Namespace]:
     # `cat` says that it runs, and by then the namespace is there.
     try:
-        keeper = subprocess.Popen(
+        holder = subprocess.Popen(
             ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
     except FileNotFoundError as error:
         pytest.skip(f"no network namespaces: {error}")
-    assert keeper.stdin is not None
-    assert keeper.stdout is not None
-    assert keeper.stderr is not None
-    with keeper:
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stderr is not None
+    with holder:
         try:
-            keeper.stdin.write(b"\n")
-            keeper.stdin.flush()
-            started = keeper.stdout.readline()
+            holder.stdin.write(b"\n")
+            holder.stdin.flush()
+            started = holder.stdout.readline()
         except BrokenPipeError:
             started = b""
         if not started:
-            pytest.skip(f"no network namespaces: {keeper.stderr.read().decode().strip()}")
+            pytest.skip(f"no network namespaces: {holder.stderr.read().decode().strip()}")
         try:
-            yield Namespace(keeper.pid, address)
+            yield Namespace(holder.pid, address)
         finally:
-            keeper.kill()
+            holder.kill()
 
 
 def _enter(descriptor: int) -> None:
