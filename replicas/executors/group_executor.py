@@ -14,13 +14,13 @@ from ..plan import StepPlan, StepResult
 from .group_start import Loaded, RankHandle, ended
 from .step_watchdog import StepWatchdog
 
-_REASON_SECONDS = 1.0  # to wait for a lost rank's process to report its end
+_REASON_SECONDS = 1.0  # to wait for a lost rank's exit status
 
 
 class GroupExecutor:
-    """Runs plans on connected ranks that have loaded their model; implements `Executor`.
+    """Runs plans on connected ranks; implements `Executor`.
 
-    If a rank fails or ends, `submit` or `result` raises EngineError and the group is unusable.
+    If a rank fails or ends, `submit` or `result` raises EngineError and the group is unusable;
     `watch` reports it while no step runs. Subclasses start the processes, and end them in
     `shutdown`.
 
@@ -65,7 +65,6 @@ class GroupExecutor:
         return result
 
     def stopped(self) -> list[str]:
-        """Ranks whose processes are stopped."""
         return [str(rank) for rank in self._ranks if rank.is_stopped()]
 
     def watch(self, on_lost: Callable[[ServingError], None]) -> None:
@@ -88,7 +87,6 @@ class GroupExecutor:
             self._watchdog.check(time.monotonic() - self._waits_since, self.stopped)
 
     def _with_reason(self, error: EngineError) -> EngineError:
-        """Add to the error the ranks whose processes ended."""
         self.failed = True
         if not self._leaving.is_set():
             wait(self.runs, _REASON_SECONDS, return_when=FIRST_COMPLETED)

@@ -27,7 +27,7 @@ class RankHandle(Protocol):
         ...
 
     def is_stopped(self) -> bool:
-        """Whether its process is on this node and stopped (SIGSTOP); does not block."""
+        """Whether its process is on this node and stopped; does not block."""
         ...
 
 
@@ -110,7 +110,6 @@ class GroupStart:
     def call_each(
         self, what: str, ranks: Sequence[RankHandle], method: str, arguments: Sequence[tuple[object, ...]]
     ) -> list[Any]:
-        """Every rank's answer to a call with its own arguments."""
         calls = [rank.call(method, *own) for rank, own in zip(ranks, arguments, strict=True)]
         silent = set(calls)
         for seconds in self._poll(what, ranks):
@@ -157,7 +156,6 @@ def ended(ranks: Sequence[RankHandle], runs: Sequence[Future[Any]]) -> str:
 
 
 def _failure(what: str, ranks: Sequence[RankHandle], calls: Sequence[Future[Any]]) -> ServingError:
-    """Merge failed calls into one error: ConfigError or ModelError if one is among them."""
     failed = {rank: call for rank, call in zip(ranks, calls, strict=True) if call.done() and call.exception()}
     errors = [call.exception() for call in failed.values()]
     kind = next((type(error) for error in errors if isinstance(error, ConfigError | ModelError)), ShardGroupError)

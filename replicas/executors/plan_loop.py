@@ -27,7 +27,7 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
             check()
             step = shard.launch(plan)
         except Exception as error:
-            with contextlib.suppress(PeerLost, ChannelClosed):  # the error is raised in any case
+            with contextlib.suppress(PeerLost, ChannelClosed):  # raised in any case
                 client.send_failure(plan.step, f"{type(error).__name__}: {error}")
             raise
         if answers:
@@ -40,7 +40,6 @@ def run_plans(client: StepChannelClient, shard: Shard, check: Callable[[], None]
 def _send_results(
     client: StepChannelClient, launched: SimpleQueue[PendingStep | None], check: Callable[[], None]
 ) -> None:
-    """Send results until the last one or the first failure."""
     try:
         while (step := launched.get()) is not None:
             try:

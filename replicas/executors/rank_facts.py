@@ -42,12 +42,12 @@ class RankFacts:
     python: str
     node: str
     host: str  # for messages
-    device: str  # a GPU's UUID, or "cpu", which may be shared
+    device: str  # GPU UUID, or "cpu", which may be shared
     weights: dict[str, str]  # path -> description; {} for random weights
 
     @classmethod
     def of(cls, config: ResolvedConfig, device: torch.device) -> RankFacts:
-        """Collect the facts. Raises ModelError if weight files are missing or damaged."""
+        """Raises ModelError if weight files are missing or damaged."""
         on_gpu = device.type == "cuda"
         host, boot = this_machine()
         return cls(
@@ -82,7 +82,7 @@ def check_facts(facts: Sequence[RankFacts]) -> None:
             said = ", ".join(f"rank {rank} has {value or 'none'}" for rank, value in enumerate(values))
             raise ShardGroupError(f"the ranks differ in {what}: {said}; start all of them in the same way")
     _check_weights(facts)
-    owners: dict[str, int] = {}  # by device alone: containers with different host names may share a GPU
+    owners: dict[str, int] = {}  # without host: containers with different host names may share a GPU
     for rank, own in enumerate(facts):
         first = owners.setdefault(own.device, rank)
         if first != rank and own.device != "cpu":

@@ -64,7 +64,6 @@ def _answer(control: Connection, answer: tuple[Any, Exception | None]) -> None:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return the error, or its message if it cannot be unpickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

@@ -26,8 +26,7 @@ from .step_watchdog import StepWatchdog, is_stopped
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0  # for ranks to exit after the last plan
-# Not `python -m`: import nothing from the working directory, and do not rerun the parent's main
-# module.
+# Not `python -m`, which would import from the working directory and rerun the parent's main.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from {package}.rank_process import main; main(int(sys.argv[1]))"
 
 
@@ -77,7 +76,6 @@ class RankProcess:
         return is_stopped(self.pid)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait; return whether the process has ended."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -121,7 +119,6 @@ class ShardProcesses(GroupExecutor):
         self.ranks = tuple(ranks)
 
     def shutdown(self) -> None:
-        """Close the channel and kill ranks that do not exit. Idempotent."""
         super().shutdown()
         _end_all(self.ranks, 0.0 if self.failed else _LEAVE_SECONDS)
 

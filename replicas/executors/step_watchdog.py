@@ -30,7 +30,6 @@ class StepWatchdog:
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> StepWatchdog:
-        """The watchdog of a configuration."""
         return cls(config.step_limit_s)
 
     def step_ended(self, seconds: float) -> None:

@@ -84,8 +84,8 @@ def all_gather_into(group: ProcessGroup, out: torch.Tensor, x: torch.Tensor) -> 
 def empty_symmetric(num_bytes: int, device: torch.device) -> torch.Tensor:
     """uint8 [num_bytes] that `rendezvous` can map into other processes.
 
-    Not symm_mem.empty(): since torch 2.12 it returns a slice of a pool, and the operators need
-    a whole allocation.
+    Not symm_mem.empty(): since torch 2.12 it returns a slice of a pool; the operators need a
+    whole allocation.
     """
     from torch._C._distributed_c10d import _SymmetricMemory  # absent without CUDA
 

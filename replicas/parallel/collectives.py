@@ -45,8 +45,7 @@ class Collectives(Protocol):
         """Raise ShardGroupError if an operation timed out waiting for a rank; its result is
         NaN.
 
-        The host calls it before each step and before using its tokens; it costs a memory
-        read.
+        Called before each step and before using its tokens; costs a memory read.
         """
         ...
 
@@ -64,10 +63,9 @@ class TorchCollectives:
         return x
 
     def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum in place, in order of rank.
+        """Sum in place, in order of rank: gloo's order depends on a token's neighbours.
 
-        gloo's order depends on a token's neighbours. As fast for few tokens; 190 ms against
-        30 for 8 MB and four ranks (two cores).
+        As fast for few tokens; 190 ms against 30 for 8 MB and four ranks (two cores).
         """
         parts = self._gather(x)
         torch.add(parts[0], parts[1], out=x)
@@ -79,7 +77,6 @@ class TorchCollectives:
         return self._gather(x).movedim(0, -2).flatten(-2)
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
-        """[ranks, ...]."""
         x = x.contiguous()
         parts = torch.empty((self.group.size(), *x.shape), dtype=x.dtype, device=x.device)
         all_gather_into(self.group, parts, x)

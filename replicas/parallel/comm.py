@@ -1,4 +1,4 @@
-"""A rank's parallel coordinates, and the collectives of its layers, which are identities with one rank."""
+"""A rank's parallel coordinates and collectives, which are identities with one rank."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class ParallelContext:
         return self.pp_rank == self.pp_size - 1
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the tensor-parallel ranks, in place."""
+        """See Collectives."""
         return x if self.tp is None else self.tp.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Join every rank's x [..., n] along the last axis: [..., tp_size * n]."""
+        """See Collectives."""
         return x if self.tp is None else self.tp.all_gather(x)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tp_size, ...], a block for each rank -> each rank's block for this one."""
+        """See Collectives."""
         return x if self.tp is None else self.tp.all_to_all(x)
 
     def all_reduce_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Add the sum of x over the ranks to `residual` in place; return its RMSNorm."""
+        """See Collectives."""
         if self.tp is None:
             return add_rms_norm(x, residual, weight, eps)
         return self.tp.all_reduce_add_rms_norm(x, residual, weight, eps)
 
     def check(self) -> None:
-        """Raise ShardGroupError if an operation timed out; see Collectives."""
+        """See Collectives."""
         if self.tp is not None:
             self.tp.check()

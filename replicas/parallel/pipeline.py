@@ -26,7 +26,7 @@ _TAG = 0
 
 
 class PipelineLink(NamedTuple):
-    """A connection to another rank, with its own process group so that transfers do not queue behind others."""
+    """A connection to another rank; its own process group avoids queueing behind other transfers."""
 
     group: dist.ProcessGroup
     peer: int  # in the group
@@ -68,9 +68,8 @@ class PipelineLinks:
     ) -> PipelineLinks:
         """Open the links of world rank `rank`; all ranks call it at the same time.
 
-        open_group(name, ranks): waits for those ranks and returns their group.
-        max_in_flight: plans in flight. Each link is used once here, the first stage's
-        first: NCCL blocks both hosts at a first transfer.
+        open_group(name, ranks): waits for those ranks and returns their group. Each link is
+        used once here, the first stage's first: NCCL blocks both hosts at a first transfer.
         """
         stage, tp_rank = divmod(rank, tp_size)
         is_first, is_last = stage == 0, stage == pp_size - 1
@@ -114,7 +113,7 @@ class PipelineLinks:
         _receive(out, self._previous)
 
     def return_tokens(self, tokens: Tensor) -> None:
-        """Send tokens from the last stage to the first, in parallel with later work, which may overwrite them."""
+        """Send tokens to the first stage, in parallel with later work, which may overwrite them."""
         assert self._first is not None, "tokens come from the last stage"
         if self._side is None:
             self._send(tokens, self._first)

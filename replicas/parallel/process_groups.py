@@ -30,9 +30,9 @@ class ProcessGroups:
     def open(self, name: str, ranks: Sequence[int], *, connect: bool = True) -> ProcessGroup:
         """Open the group of these world ranks, in their order, and wait for them.
 
-        `name` is unique. Ranks that share several groups open them in one order. Without
-        `connect`, GPU ranks connect at their first transfer. Raises torch's RuntimeError if
-        a rank is missing or unreachable.
+        `name` is unique. Ranks that share groups open them in one order. Without `connect`,
+        GPU ranks connect at their first transfer. Raises torch's RuntimeError if a rank is
+        missing or unreachable.
         """
         store, rank = PrefixStore(name, self._store), list(ranks).index(self._rank)
         if self._device.type == "cuda":
@@ -43,7 +43,7 @@ class ProcessGroups:
         return group
 
     def abort(self) -> None:
-        """Abort all groups, even while a collective waits in another thread."""
+        """Abort all groups, even during a collective."""
         for group in self._groups:
             with contextlib.suppress(RuntimeError):  # abort the others in any case
                 group.abort()

@@ -1,7 +1,7 @@
 """All-reduce over symmetric memory, for sizes where it beats NCCL.
 
-`open_collectives` picks the backend by configuration and machine. kernels/comm/all_reduce.py has
-the table of sizes; larger messages and other collectives use the plain backend.
+kernels/comm/all_reduce.py has the table of sizes; larger messages and other collectives use the
+plain backend.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def open_collectives(
     ParallelConfig.
 
     Every rank passes the same arguments. batch_invariant: one summation order for all sizes.
-    Returns `plain` for kind "nccl" and on a CPU. Without symmetric memory it logs a warning and
-    returns `plain`, or raises ShardGroupError if the arguments require it.
+    Returns `plain` for "nccl" and on a CPU. Without symmetric memory it warns and returns
+    `plain`, or raises ShardGroupError if the arguments require it.
     """
     if kind == "nccl" or group.device.type != "cuda":
         return plain
@@ -172,7 +172,7 @@ class SymmetricCollectives:
         return needed <= self._exchange.capacity
 
     def _part_size(self, x: torch.Tensor) -> int:
-        """Elements per buffer in the two-shot algorithm; a power of two, so that slices are equal."""
+        """Elements per two-shot buffer; a power of two, so that slices are equal."""
         size = 1 << (self._exchange.capacity // (2 * x.itemsize)).bit_length() - 1
         return size if as_rows(size)[0] >= self._exchange.world_size else size // self._exchange.world_size
 

@@ -23,13 +23,12 @@ class VocabularySlice:
 
     @property
     def width(self) -> int:
-        """Rows of a share, padding included."""
+        """Rows of a share with padding."""
         ranks = self.comm.tp_size
         return self.vocab_size if ranks == 1 else -(-self.vocab_size // (ranks * _ALIGNMENT)) * _ALIGNMENT
 
     @property
     def first(self) -> int:
-        """First token."""
         return self.comm.tp_rank * self.width
 
     @property
@@ -44,10 +43,10 @@ class VocabularySlice:
         return self.comm.all_gather(self._padded(logits, len(logits)))[:, : self.vocab_size]
 
     def deal(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [K, size] of every rank -> whole rows [ceil(K/ranks), vocab_size]: this
-        rank's share of the rows.
+        """Logits [K, size] of every rank -> this rank's share of whole rows [ceil(K/ranks),
+        vocab_size].
 
-        A rank receives and processes 1/ranks of what `whole` gathers.
+        It receives 1/ranks of what `whole` gathers.
         """
         ranks, share = self.comm.tp_size, self._share(len(logits))
         blocks = self.comm.all_to_all(self._padded(logits, ranks * share).view(ranks, share, self.width))
@@ -61,7 +60,7 @@ class VocabularySlice:
         return padded[self.comm.tp_rank * share :][:share]
 
     def collect(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """Each rank's [ceil(count/ranks)] values, for the rows from `deal` -> [count], for all rows."""
+        """Each rank's [ceil(count/ranks)] values for the rows of `deal` -> [count] for all rows."""
         return self.comm.all_gather(values)[:count]
 
     def _share(self, num_rows: int) -> int:

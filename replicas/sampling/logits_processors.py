@@ -22,8 +22,8 @@ State = TypeVar("State")
 class LogitsProcessor(Protocol):
     """One feature, for all rows of a rank.
 
-    Logits cover all V tokens, even if tensor-parallel ranks hold slices. Every rank runs the
-    same processors on the same bits, so they must be deterministic and must not communicate.
+    Logits cover all V tokens, even if ranks hold slices. Every rank runs the same processors on
+    the same bits, so they must be deterministic and must not communicate.
 
     A token is sampled before the host reads the previous one. Keep state on the device, or set
     `needs_last_token` in the table's entry and implement `LastTokenReader`.
@@ -42,9 +42,7 @@ class LogitsProcessor(Protocol):
         """Drop the row's state, if it has any."""
         ...
 
-    def __contains__(self, row: int) -> bool:
-        """Whether the row's sequence is processed."""
-        ...
+    def __contains__(self, row: int) -> bool: ...
 
     def apply(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Change float32 logits [K, V] of processed rows in place. positions: of the sampled tokens."""
@@ -75,11 +73,9 @@ class RowProcessor(Generic[State]):
         self.states: dict[int, State] = {}
 
     def make_state(self, start: RowStart) -> State:
-        """The state of a new sequence."""
         raise NotImplementedError
 
     def apply_row(self, state: State, logits: torch.Tensor, position: int) -> None:
-        """Change logits [V] in place."""
         raise NotImplementedError
 
     def accept_row(self, row: int, token: torch.Tensor) -> None:

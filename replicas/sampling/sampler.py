@@ -1,14 +1,12 @@
 """One rank's sampling: parameters by row, one pass over a step's logits.
 
-Parameters (temperature, top-k, ...) are tensors indexed by row. `sample` reads nothing on the host,
-so it runs in the CUDA graph. `resample` handles rows with logits processors outside it, with
-histories on the device; the next step may already be queued.
+`sample` reads nothing on the host, so it runs in the CUDA graph. `resample` handles rows with
+logits processors outside it, with histories on the device.
 
 Tensor-parallel ranks hold slices of the logits and sample the tokens of one rank with all logits.
 Without filters (top-k, top-p, min-p) they exchange each slice's best token (sample_slice.py). With
 filters each rank samples its share of rows from whole logits. Few such rows, and rows with logits
-processors, are sampled on all ranks from gathered logits. slice_scores.py combines
-log-probabilities.
+processors, are sampled on all ranks from gathered logits.
 """
 
 from __future__ import annotations
@@ -136,7 +134,6 @@ class Sampler:
         return winners(keys.view(own.comm.tp_size, len(rows)))
 
     def has_logits_processors(self, rows: Ints) -> bool:
-        """Whether one of these rows has a logits processor."""
         return bool(self._processed_rows) and not self._processed_rows.isdisjoint(rows.tolist())
 
     def num_logprobs(self, rows: Ints) -> int | None:
@@ -165,7 +162,7 @@ class Sampler:
             processor.accept(own_rows, sampled)
 
     def warm_up(self, logits: torch.Tensor) -> None:
-        """Run the slow path for one row and for more. Leaves penalties in the used rows."""
+        """Run the slow path for one row and for more; leaves penalties in the used rows."""
         most = min(_WARM_UP_ROWS, len(logits))
         tokens, positions = torch.zeros(most, dtype=torch.int64, device=self.device), np.zeros(most, np.int64)
         for row in range(most):
@@ -184,6 +181,5 @@ class Sampler:
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether these parameters exclude part of the vocabulary."""
     narrows = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and narrows

@@ -24,11 +24,11 @@ class Detokenizer(Protocol):
     """
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that is certain; keep back incomplete characters."""
+        """Return the text that is certain, without incomplete characters."""
         ...
 
     def finish(self) -> str:
-        """Return the rest; incomplete characters become replacement characters."""
+        """Return the rest, with replacement characters for incomplete ones."""
         ...
 
 
@@ -126,7 +126,6 @@ class StopStrings:
         return Fed(text[: len(text) - keep], None)
 
     def finish(self) -> str:
-        """Return the kept-back text."""
         text, self._held = self._held, ""
         return text
 

@@ -66,7 +66,6 @@ class Tokenizer:
         return self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh incremental detokenizer."""
         table = self._shown_bytes if skip_special_tokens else self._bytes
         if table is not None:
             return ByteDetokenizer(table)
@@ -85,7 +84,6 @@ class Tokenizer:
         return self.decode((token_id,), skip_special_tokens=False)
 
     def token_name(self, token_id: int) -> str:
-        """The token's vocabulary spelling."""
         return self._fast.id_to_token(token_id) or ""
 
     def prepare_chat(self) -> None:
@@ -134,7 +132,6 @@ class Tokenizer:
         return rendered[0]
 
     def _special_token_texts(self) -> dict[str, str]:
-        """bos_token, eos_token etc., which templates use by name."""
         texts = {}
         for name, value in self.settings.items():
             if name.endswith("_token"):

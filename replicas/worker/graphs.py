@@ -1,9 +1,8 @@
 """CUDA graphs of whole steps, one per graph shape, replayed for any step that fits.
 
-A replay is one launch instead of some three hundred. Inputs are at fixed addresses
-(device_inputs.py); unused entries are padding. Decode graphs run one-token slices; mixed graphs run
-both kinds and read their numbers on the device. Graphs run one after the other and share a memory
-pool.
+A replay is one launch instead of some three hundred. Unused entries of the inputs
+(device_inputs.py) are padding. Decode graphs run one-token slices; mixed graphs run both kinds and
+read their numbers on the device. Graphs share a memory pool.
 """
 
 from __future__ import annotations
@@ -69,10 +68,9 @@ class StepGraphs:
         """Capture every shape, the largest first, on the inputs of an empty plan (all
         padding).
 
-        run: executes the step on the device. decode, mixed: shapes by number of tokens.
-        warm_up: launches each kernel of `run` on the same shape, to initialise kernels and
-        libraries. It may launch them fewer times: launching some hundred kernels takes the
-        host as long as a capture.
+        decode, mixed: shapes by number of tokens. warm_up: launches each kernel of `run` on
+        the same shape, to initialise kernels and libraries. It may launch them fewer times:
+        some hundred launches take the host as long as a capture.
         """
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))

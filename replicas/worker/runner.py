@@ -66,7 +66,7 @@ class Runner:
         else:
             self._inputs = DeviceInputs(state, block_size, self.max_tokens, in_flight + 1)
         self._exchange = make_exchange(model.comm, state.last_tokens, self.max_tokens, facts.hidden_size, model.dtype)
-        # Hidden states to sample from, at a fixed address for CUDA graphs.
+        # At a fixed address for CUDA graphs.
         self.sampled_states = torch.zeros(self.max_rows, facts.hidden_size, dtype=model.dtype, device=device)
 
     @torch.inference_mode()
@@ -135,7 +135,6 @@ class Runner:
             self._num_prompt_logprobs[start.row] = start.sampling.prompt_logprobs or 0
 
     def _resample_and_score(self, plan: StepPlan, outputs: StepOutputs) -> HostCopy | None:
-        """Resample rows with logits processors, then compute requested log-probabilities."""
         num_top = self.sampler.num_logprobs(plan.sample_rows)
         resamples = self.sampler.has_logits_processors(plan.sample_rows)
         if num_top is None and not resamples:

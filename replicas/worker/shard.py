@@ -75,7 +75,6 @@ class Shard:
         return self._runner.launch(plan)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Run a step and wait for its tokens."""
         return self._runner.run(plan)
 
     def synchronize(self) -> None:
@@ -196,7 +195,6 @@ def _profile_blocks(
 
 
 def _largest_plan(config: ResolvedConfig) -> StepPlan:
-    """A step of max_num_batched_tokens tokens over max_num_seqs sequences."""
     num_seqs, block_size = config.scheduler.max_num_seqs, config.cache.block_size
     lens = np.full(num_seqs, config.scheduler.max_num_batched_tokens // num_seqs, np.int32)
     lens = np.minimum(lens, config.model.max_model_len)

@@ -42,7 +42,7 @@ class StageExchange:
         self._sampled_in = np.full(len(last_tokens), -1, np.int64)
 
     def incoming(self, num_tokens: int) -> Tensor | None:
-        """The buffer of received hidden states [num_tokens, hidden]; None on the first stage."""
+        """Receive buffer [num_tokens, hidden]; None on the first stage."""
         return None if self._is_first else self._incoming[:num_tokens]
 
     def stage_output(self, hidden: Tensor) -> None:
@@ -50,7 +50,6 @@ class StageExchange:
         self._outgoing[: len(hidden)].copy_(hidden)
 
     def recv_before_step(self, plan: StepPlan) -> None:
-        """Queue the receives that the step depends on."""
         if not self._is_first:
             self._links.receive_hidden(self._incoming[: len(plan.token_ids)])
             return
@@ -64,7 +63,6 @@ class StageExchange:
             self._expected.append(plan.step)
 
     def send_after_step(self, plan: StepPlan) -> None:
-        """Queue the sends that other stages depend on."""
         if not self._is_last:
             self._links.send_hidden(self._outgoing[: len(plan.token_ids)])
         elif len(plan.sample_rows):
