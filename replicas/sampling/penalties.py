@@ -14,7 +14,7 @@ from ..plan import RowStart
 class Penalties:
     """Implements `LogitsProcessor` with one kernel for all rows.
 
-    A row with penalties keeps a slot of `kernels.sampling.penalties` until it restarts. Slots
+    A row with penalties keeps a slot of `kernels.sampling.penalties` until its sequence stops. Slots
     double when exhausted, so servers without penalties use no memory for them.
     """
 
