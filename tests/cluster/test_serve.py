@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from typing import Any
 
 import pytest
 
+from shoal.cluster.ray_private import serve_http_address
 from shoal.cluster.replica.replica import ReplicaOptions
 from shoal.cluster.router.router import Router
 from shoal.cluster.wire.directory import DirectoryClient
@@ -70,3 +72,18 @@ def test_killed_replicas_cost_no_token_and_are_replaced() -> None:
     finally:
         serve.shutdown()
         ray.kill(ray.get_actor("serve-directory", namespace="shoal"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_address_of_a_running_serve_is_found() -> None:
+    from ray import serve
+
+    assert serve_http_address() is None
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        address = sock.getsockname()
+    serve.start(http_options={"host": address[0], "port": address[1]})
+    try:
+        assert serve_http_address() == address
+    finally:
+        serve.shutdown()
