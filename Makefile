@@ -34,7 +34,7 @@ setup: $(STAMP) ## make .venv and install Shoal into it (done by the other targe
 serve: $(STAMP) ## serve MODEL (tiny) on PORT (8000); more flags in ARGS
 	@$(BIN)/shoal serve $(MODEL) --port $(PORT) $(ARGS)
 
-doctor: $(STAMP) ## what would keep models from starting here, or from being fast (GPUs, NCCL, shared memory, ports)
+doctor: $(STAMP) ## what would stop or slow models here (GPUs, NCCL, shared memory, ports)
 	@$(BIN)/shoal doctor $(ARGS)
 
 docs: $(STAMP) ## write docs/configuration.md from the fields of the configuration
@@ -74,10 +74,10 @@ format: $(STAMP) ## rewrite the code in the project's format
 bench-scheduler: $(STAMP) ## microseconds a decode step of the scheduler takes, at 256 and 10,000 sequences
 	@$(BIN)/python -m benchmarks.scheduler $(ARGS)
 
-bench-step: $(STAMP) ## microseconds of a step's plan on its way to two shards, beside Ray and pickle
+bench-step: $(STAMP) ## microseconds to send a step's plan to two shards, against Ray and pickle
 	@$(BIN)/python -m benchmarks.step_channel $(ARGS)
 
-bench-all-reduce: $(STAMP) ## microseconds of a sum over 2 and 4 GPUs, by NCCL, torch's symmetric memory and Shoal's kernels
+bench-all-reduce: $(STAMP) ## microseconds of an all-reduce over 2 and 4 GPUs: NCCL, torch's symmetric memory, Shoal's kernels
 	@$(BIN)/python -m benchmarks.all_reduce $(ARGS)
 
 bench-sse: $(STAMP) ## streams through ingress and router, against bare uvicorn
@@ -101,16 +101,16 @@ bench-throughput: $(STAMP) ## output tokens/s of a thousand requests of mixed le
 bench-serve: $(STAMP) ## TTFT, ITL and goodput of the server on PORT, over HTTP
 	@$(BIN)/shoal bench serve --url http://127.0.0.1:$(PORT) --json benchmarks/results/bench_serve.json $(ARGS)
 
-bench-vllm: $(STAMP) ## Shoal and vLLM by turns on one GPU (ARGS='--peer-python /path/to/python', that of a vLLM)
+bench-vllm: $(STAMP) ## Shoal and vLLM in turn on one GPU (ARGS='--peer-python /path/to/python', that of a vLLM)
 	@for group in 8b 1b http; do $(BIN)/python -m benchmarks.vs_vllm $$group $(ARGS) || exit 1; done
 
 bench-vllm-tp: $(STAMP) ## the same on two GPUs, tensor parallel (ARGS as above)
 	@$(BIN)/python -m benchmarks.vs_vllm 8b-tp2 $(ARGS)
 
-bench-parallel: $(STAMP) ## what a second GPU gains: tensor and pipeline parallel beside one GPU
+bench-parallel: $(STAMP) ## speedup of a second GPU: tensor and pipeline parallel
 	@$(BIN)/python -m benchmarks.parallel 8b $(ARGS)
 
-bench-versions: $(STAMP) ## this checkout beside another one, by turns (ARGS='--old /path/to/checkout')
+bench-versions: $(STAMP) ## this checkout against another one, in turn (ARGS='--old /path/to/checkout')
 	@for group in 8b 1b; do $(BIN)/python -m benchmarks.versions $$group $(ARGS) || exit 1; done
 
 bench-plots: $(STAMP) ## the plots of docs/performance.md from benchmarks/results

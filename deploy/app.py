@@ -40,7 +40,7 @@ INGRESS = "Ingress"
 
 @dataclass(frozen=True, slots=True)
 class IngressSettings:
-    """What a router process is made with. `models` are (name, root, tokenizer folder)."""
+    """Settings of one router process. `models` are (name, root, tokenizer folder)."""
 
     models: tuple[tuple[str, str, Path], ...]
     keys: KeyRing
@@ -48,11 +48,12 @@ class IngressSettings:
 
 @serve.ingress()
 class Ingress:
-    """One router process: the HTTP application over a router of its own."""
+    """One router process: the HTTP application over its own router."""
 
     async def __init__(self, settings: IngressSettings, *replicas: Any) -> None:
         log_to_serve()
-        # `replicas` are handles. They make the deployments part of the application; tokens come by the router.
+        # `replicas` are handles that make the deployments part of the application; tokens use the
+        # router.
         directory = DirectoryClient()
         self.router = Router(directory, await directory.secret())
         models = [ServedModel(name, Tokenizer.from_folder(path), root) for name, root, path in settings.models]
@@ -60,7 +61,7 @@ class Ingress:
             model.tokenizer.prepare_chat()
         self.service = ApiState(self.router, models, settings.keys)
         gc.collect()
-        gc.freeze()  # as a replica does: no collection over what is loaded by now pauses the streams
+        gc.freeze()  # as in a replica: garbage collection of loaded objects would pause streams
         await self.router.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -71,8 +72,8 @@ class Ingress:
 
 
 def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
-    """The application of a ServeConfig. Raises ConfigError or ModelError before anything is started."""
-    keep_auth_token_private()  # `serve run` and `serve deploy` build the application where Ray has just written it
+    """The application of a ServeConfig. Raises ConfigError or ModelError before anything starts."""
+    keep_auth_token_private()  # Ray has just written it under `serve run` and `serve deploy`
     config = args if isinstance(args, ServeConfig) else from_dict(ServeConfig, args)
     available = cluster_resources()
     device = "cuda" if available.gpus else "cpu"
@@ -85,13 +86,13 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> Application:
 
 
 def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> Application:
-    """As Ray Serve LLM's function of this name: a user changes the import path and nothing else."""
+    """Drop-in for Ray Serve LLM's function: only the import path changes."""
     serving = args if isinstance(args, LLMServingArgs) else from_dict(LLMServingArgs, args)
     return build_app(ServeConfig(models=serving.llm_configs))
 
 
 def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
-    """The application of models that were planned."""
+    """The application of planned models."""
     settings = IngressSettings(
         tuple((plan.name, plan.root, plan.tokenizer_folder) for plan in plans),
         KeyRing.of(config.api_keys, config.admin_keys, local=config.local),
@@ -104,7 +105,7 @@ def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
         health_check_period_s=1.0,
         health_check_timeout_s=3.0,
         graceful_shutdown_timeout_s=30.0,
-        ray_actor_options={"num_cpus": 0},  # it waits more than it computes; a share would keep models off small nodes
+        ray_actor_options={"num_cpus": 0},  # mostly waits; a CPU share would keep models off small nodes
     )
     options = ReplicaOptions(host="127.0.0.1" if config.local and _one_node() else None)
     available = cluster_resources()
@@ -114,7 +115,7 @@ def assemble(config: ServeConfig, plans: list[ModelPlan]) -> Application:
 
 
 def replica_deployment_name(model: str) -> str:
-    """The Serve deployment of a model's replicas. Serve allows no `/` in it."""
+    """The Serve deployment of a model's replicas; Serve allows no `/` in its name."""
     return "Replica-" + model.replace("/", "--")
 
 
@@ -141,7 +142,7 @@ def _replicas(plan: ModelPlan, request: ReplicaRequest, options: ReplicaOptions)
         **scaling,
     )
     engine = plan.engine
-    if request.bundles is not None:  # the replica's own process has no GPU by which it could tell
+    if request.bundles is not None:  # the replica's own process has no GPU to detect
         engine = replace(engine, device=request.device)
     return deployment.bind(plan.name, engine, replace(options, group_start_timeout=settings.group_start_timeout_s))
 
@@ -151,10 +152,10 @@ def _deployment(kind: type, **options: Any) -> Deployment:
 
 
 def _one_node() -> bool:
-    """Whether the running Ray has no other node, so that routers find replicas on loopback."""
+    """Whether the running Ray has one node, so that routers reach replicas on loopback."""
     return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def cluster_resources() -> ClusterResources:
-    """The resources of the running Ray, or of this machine if Ray does not run yet."""
+    """The resources of the running Ray, or of this machine before Ray runs."""
     return resources_of_nodes(ray.nodes()) if ray.is_initialized() else resources_here()

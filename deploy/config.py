@@ -1,7 +1,7 @@
 """The user's configuration: Ray Serve LLM's models, and Shoal's application around them.
 
-An unknown key is an error that names the nearest one. Nothing here imports torch or ray, so a wrong configuration
-fails within a second.
+An unknown key is an error that names the nearest one. Imports neither torch nor ray, so a wrong
+configuration fails within a second.
 """
 
 from __future__ import annotations

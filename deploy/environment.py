@@ -1,7 +1,7 @@
-"""Variables that Ray and Ray Serve read while they are imported, in every process that they start.
+"""Environment variables that Ray and Ray Serve read at import, in every process that they start.
 
-They must be set before the first `import ray`. `shoal serve` sets them; before `serve run` the user sets them in the
-shell (docs/configuration.md). A variable that is already set keeps its value.
+Set them before the first `import ray`: `shoal serve` does, and users of `serve run` use the shell
+(docs/configuration.md). A variable that is already set keeps its value.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def prepare_environment(host: str, *, own_ray: bool = True) -> None:
     variables = ALWAYS | ({} if is_loopback(host) else PUBLIC) | (OWN_RAY if own_ray else {})
     settings = {name: variable.value for name, variable in variables.items()}
     if own_ray and "RAY_AUTH_MODE" not in os.environ:
-        # Serve's replicas accept pickled calls on every interface, whatever the node's address. A token of this Ray
-        # alone keeps other hosts out. Set here, it is not written to ~/.ray/auth_token, which would from then on
-        # change the token that `ray start` and `ray job submit` need on this machine.
+        # Serve's replicas accept pickled calls on every interface, so this Ray's own token keeps
+        # other hosts out. Set here, it is not written to ~/.ray/auth_token, which would change the
+        # token of `ray start` and `ray job submit` on this machine.
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -1,6 +1,6 @@
-"""What models ask of Ray: bundles, their share of the cores, and whether there is as much.
+"""Ray resources of models: bundles, CPU shares, and whether the cluster has enough.
 
-Nothing here imports ray: missing GPUs are reported before Ray starts.
+Imports no ray: missing GPUs are reported before Ray starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .config import ModelPlan
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
-    """What there is to place processes on. `node_cpus` are those of the largest node; `gpus` of all nodes."""
+    """Resources for placing processes. `node_cpus` is the largest node's; `gpus` of all nodes."""
 
     num_nodes: int
     node_cpus: float
@@ -30,7 +30,7 @@ class ClusterResources:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRequest:
-    """What Serve receives for a replica. Without bundles it is one actor, and with them the actor is in the first."""
+    """Serve's placement of a replica: one actor, in the first bundle if there are any."""
 
     actor_options: dict[str, Any]
     device: str  # of the shards: cpu or cuda
@@ -39,7 +39,7 @@ class ReplicaRequest:
 
 
 def visible_gpus() -> int:
-    """The NVIDIA GPUs that a process started here may use; CUDA_VISIBLE_DEVICES may name fewer than there are."""
+    """NVIDIA GPUs visible to a process started here; CUDA_VISIBLE_DEVICES may hide some."""
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None or not present:
@@ -49,7 +49,7 @@ def visible_gpus() -> int:
 
 
 def resources_here() -> ClusterResources:
-    """This machine, as a Ray that is started on it finds it."""
+    """This machine's resources, as Ray would detect them."""
     return ClusterResources(1, float(usable_cores()), float(visible_gpus()))
 
 
@@ -57,7 +57,7 @@ def resources_of_nodes(nodes: Iterable[dict[str, Any]]) -> ClusterResources:
     """The resources of a running Ray, from `ray.nodes()`."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [resources.get("CPU", 0.0) for resources in alive]
-    working = sum(amount > 0.0 for amount in cpus)  # a head with num-cpus 0 takes no replica
+    working = sum(amount > 0.0 for amount in cpus)  # a head with num-cpus 0 hosts no replica
     return ClusterResources(
         max(1, working), max(cpus, default=0.0), sum(resources.get("GPU", 0.0) for resources in alive)
     )
@@ -68,7 +68,7 @@ def wants_gpu(plan: ModelPlan, available: ClusterResources) -> bool:
 
 
 def check_gpus(plans: Sequence[ModelPlan], available: ClusterResources, where: str) -> None:
-    """Raises ConfigError where the ranks of all replicas need more GPUs than there are. where: "this machine"."""
+    """Raise ConfigError if all replicas' ranks need more GPUs than there are. where: "this machine"."""
     asking = [plan for plan in plans if wants_gpu(plan, available)]
     needed = sum(num_replicas(plan) * plan.engine.parallel.world_size for plan in asking)
     if needed <= available.gpus:
@@ -81,16 +81,16 @@ def check_gpus(plans: Sequence[ModelPlan], available: ClusterResources, where: s
 
 
 def num_replicas(plan: ModelPlan) -> int:
-    """The replicas that a model starts with."""
+    """The initial number of replicas."""
     settings = plan.llm.deployment_config
     scaling = settings.autoscaling_config or {}
     return settings.num_replicas or scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
 
 
 def cpu_share(plans: Sequence[ModelPlan], available: ClusterResources) -> float:
-    """The CPUs of every bundle: one, or less where a node has fewer cores than it will hold processes.
+    """The CPUs of each bundle: 1, or less if a node has fewer cores than processes.
 
-    A share places processes and holds nothing back: what a process computes with is `num_threads`.
+    A share only places processes; `num_threads` limits their computation.
     """
     processes = sum(math.ceil(num_replicas(plan) / available.num_nodes) * _num_bundles(plan) for plan in plans)
     if processes <= available.node_cpus or not available.node_cpus:
@@ -99,7 +99,7 @@ def cpu_share(plans: Sequence[ModelPlan], available: ClusterResources) -> float:
 
 
 def replica_request(plan: ModelPlan, available: ClusterResources, num_cpus: float) -> ReplicaRequest:
-    """The bundles and the actor's options of one replica. num_cpus: of each bundle where its user says nothing."""
+    """Bundles and actor options of one replica. num_cpus: of each bundle unless the user sets it."""
     parallel, wanted = plan.engine.parallel, plan.llm.placement_group_config
     device = "cuda" if wants_gpu(plan, available) else "cpu"
     made = bundles(
@@ -115,7 +115,7 @@ def replica_request(plan: ModelPlan, available: ClusterResources, num_cpus: floa
         options["runtime_env"] = plan.llm.runtime_env
     if parallel.world_size == 1:
         return ReplicaRequest(options, device)
-    made[0] = _bundle_of(options)  # its user may have asked for more
+    made[0] = _bundle_of(options)  # the user may have asked for more
     chosen = wanted.strategy if wanted is not None else None
     return ReplicaRequest(options, device, made, chosen or strategy(parallel))
 

@@ -27,9 +27,9 @@ def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaI
 
 
 def capacity_lines(name: str, infos: list[ReplicaInfo], split: tuple[int, int] = (1, 1)) -> list[str]:
-    """KV capacity in tokens and the number of full-length requests that fit it, over all replicas of a model.
+    """KV capacity in tokens, and the full-length requests that fit, over a model's replicas.
 
-    split: the ranks of a stage, and the stages.
+    split: ranks per stage, and stages.
     """
     if not infos:
         return [f"  {name}: no replica is registered"]

@@ -27,7 +27,7 @@ from ..config import ModelPlan, ServeConfig
 from .start_logs import explain
 
 APP_NAME = "shoal"
-# Ray's head alone takes some seconds; a model of many gigabytes takes minutes to read.
+# Ray's head takes some seconds, reading many gigabytes of weights minutes.
 START_TIMEOUT_S = 1800.0
 _POLL_S = 0.1
 _RAISED_BY_MODELS: dict[str, type[ServingError]] = {"ConfigError": ConfigError, "ModelError": ModelError}
@@ -49,10 +49,11 @@ class Endpoint:
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, folder: Path) -> Iterator[None]:
-    """Start a private Ray in `folder`, or join the one at `address`. Stops at the end what it started.
+    """Start a private Ray in `folder`, or join the one at `address`. Stops at the end what it
+    started.
 
-    If a start on a private Ray fails, its logs are kept and the error has notes of them. ConfigError and ModelError get
-    no notes: their message is complete.
+    A failed start on a private Ray keeps its logs and notes them in the error, except in
+    ConfigError and ModelError.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
@@ -92,10 +93,11 @@ def _join(address: str) -> None:
 def application(
     config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint, *, joined: bool = False
 ) -> Iterator[None]:
-    """The application on the running Ray, answering. Raises ServingError with the reason if it does not come up.
+    """The application on the running Ray, ready. Raises ServingError with the reason if it does
+    not start.
 
-    A Serve that was started here ends with its private Ray. On a `joined` Ray it is stopped, unless other applications
-    use it.
+    A Serve started here ends with its private Ray. On a `joined` Ray it is stopped unless
+    others use it.
     """
     running = _serve_that_runs(endpoint) if joined else False
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port})

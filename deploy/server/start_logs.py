@@ -1,7 +1,7 @@
 """Logs of a failed start: Ray's files, and the last lines of the process that crashed first.
 
-A rank or a replica that raises reports its error. A process that a signal or a library ends writes to its
-standard error alone, which Ray keeps in a file.
+A rank or replica that raises reports its error. One killed by a signal or a library leaves its
+reason only on standard error, which Ray keeps in a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _WORKER = re.compile(r"worker-\w+-\w+-(\d+)\.err")
 _ACTOR = re.compile(r"^:actor_name:(ShardActor|ServeReplica:\S+)$", re.MULTILINE)
-# The first line of Ray's and Python's report of a fatal signal. Addresses and frames follow; the logs have them.
+# The first line of Ray's and Python's report of a fatal signal; addresses and frames follow.
 _CRASH = re.compile(r"^(?:\*\*\* SIG|Fatal Python error)", re.MULTILINE)
 _OF_RAY = re.compile(r":\w+:|INFO |\[[\d: ,-]+ [A-Z] \d+ \d+\]")  # marks of the actor, and lines of Ray's own
 _NAMED = re.compile(r"process (\d+)[^()]*\): its process has ended")  # as a group's error names a rank
@@ -35,9 +35,9 @@ class LastWords:
 
 
 def explain(error: Exception, ray_folder: Path) -> None:
-    """Add notes to the error of a failed start: the process that ended first, and where the logs are.
+    """Add the process that ended first, and the logs' location, to the error of a failed start.
 
-    ray_folder: the temporary folder of a Ray that has ended; its logs are moved out of it.
+    ray_folder: the temporary folder of an ended Ray; its logs are moved out.
     """
     kept = keep_logs(ray_folder)
     if kept is None:

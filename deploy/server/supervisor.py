@@ -1,9 +1,9 @@
 """The supervisor of a server: it forwards signals, and exits after the server's last process.
 
-`kill %1`, `timeout`, a closed terminal and many CI systems signal a whole process group. Ray's processes would receive
-the signal too and exit before the server had drained its streams. So the server leads a process group of its own. The
-supervisor stays in its caller's group and forwards the signal. It is also the subreaper: it kills processes that a
-killed server leaves, and removes their files.
+`kill %1`, `timeout`, a closed terminal and many CI systems signal a whole process group. Ray's
+processes would exit before the server had drained its streams. So the server leads its own group,
+and the supervisor stays in its caller's. As subreaper it kills what a killed server leaves, and
+removes its files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What models ask of Ray, on machines with few cores and with GPUs."""
+"""Resource requests of models, on machines with few cores and with GPUs."""
 
 from __future__ import annotations
 

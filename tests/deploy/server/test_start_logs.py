@@ -1,4 +1,4 @@
-"""A start that fails tells the first cause, also when a process has ended without an exception, and keeps the logs."""
+"""A failed start reports the first cause, even if a process ended without an exception, and keeps the logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that keeps a server: signals, statuses and what is left, with a server of a few lines in it."""
+"""The supervisor of a minimal server: signals, statuses and cleanup."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_signal_stops_the_server_once_and_all_of_it_goes(number: signal.Signal
 def test_a_server_whose_supervisor_is_killed_is_interrupted() -> None:
     kept = Kept()
     os.kill(kept.supervisor, signal.SIGKILL)
-    status, out, _ = kept.end()  # of the output there is an end once the server has ended too
+    status, out, _ = kept.end()  # the output closes when the server has ended too
     os.kill(kept.left, signal.SIGKILL)  # `shoal serve` itself ends its Ray, and removes the folder
     shutil.rmtree(kept.folder)
     assert (status, out) == (-signal.SIGKILL, "shoal: stopping\nstopped\n")
