@@ -14,7 +14,7 @@ from ..plan import RowStart
 class Penalties:
     """Implements `LogitsProcessor` with one kernel for all rows.
 
-    A row with penalties keeps a slot of `kernels.sampling.penalties` until its sequence stops. Slots
+    A row with penalties keeps a slot of `kernels.sampling.penalties` until the row starts again. Slots
     double when exhausted, so servers without penalties use no memory for them.
     """
 
