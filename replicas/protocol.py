@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 SEED_BITS = 64
+# Ranks keep sampling parameters as float32 and int32.
+_MAX_FLOAT = 3.4e38
+_MAX_INT = (1 << 31) - 1
 # Histogram bounds of StepTimes.
 STEP_SECONDS = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05),
@@ -26,6 +29,13 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Bounds(NamedTuple):
+    """Inclusive bounds of a sampling parameter; `ModelLimits` checks them."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling of one request's tokens. Defaults are neutral; `temperature=0` is greedy.
@@ -36,17 +46,17 @@ class SamplingParams:
 
     max_tokens: int = 16
     min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps every token
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: Annotated[float, Bounds(0.0, _MAX_FLOAT)] = 1.0
+    top_p: Annotated[float, Bounds(0.0, 1.0)] = 1.0  # above 0
+    top_k: Annotated[int, Bounds(0, _MAX_INT)] = 0  # 0 keeps every token
+    min_p: Annotated[float, Bounds(0.0, 1.0)] = 0.0
+    presence_penalty: Annotated[float, Bounds(-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, Bounds(-2.0, 2.0)] = 0.0
+    repetition_penalty: Annotated[float, Bounds(0.01, 100.0)] = 1.0  # beyond, logits overflow in float32
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
-    seed: int = 0  # unsigned, SEED_BITS wide; default: drawn by the router
+    seed: Annotated[int, Bounds(0, (1 << SEED_BITS) - 1)] = 0  # default: drawn by the router
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives beside the sampled token; None: no logprobs

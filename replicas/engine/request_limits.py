@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import get_type_hints
 
 from ..errors import PromptTooLong, RequestError
-from ..protocol import SEED_BITS, Request, SamplingParams
+from ..protocol import Bounds, Request, SamplingParams
 
-# Ranks keep sampling parameters as float32 and int32.
-_MAX_FLOAT = 3.4e38
-_MAX_INT = (1 << 31) - 1
+_BOUNDS: tuple[tuple[str, Bounds], ...] = tuple(
+    (name, bounds)
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items()
+    for bounds in getattr(hint, "__metadata__", ())
+    if isinstance(bounds, Bounds)
+)
 
 
 def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
@@ -73,14 +77,7 @@ class ModelLimits:
         ranges = (
             ("max_tokens", sampling.max_tokens, 1, math.inf),
             ("min_tokens", sampling.min_tokens, 0, sampling.max_tokens),
-            ("temperature", sampling.temperature, 0.0, _MAX_FLOAT),
-            ("top_p", sampling.top_p, 0.0, 1.0),
-            ("top_k", sampling.top_k, 0, _MAX_INT),
-            ("min_p", sampling.min_p, 0.0, 1.0),
-            ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
-            ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
-            ("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0),  # beyond, logits overflow in float32
-            ("seed", sampling.seed, 0, (1 << SEED_BITS) - 1),
+            *((name, getattr(sampling, name), *bounds) for name, bounds in _BOUNDS),
             ("logprobs", sampling.logprobs or 0, 0, self.vocab_size),
             ("prompt_logprobs", sampling.prompt_logprobs or 0, 0, self.vocab_size),
         )
