@@ -119,12 +119,13 @@ def test_what_a_script_had_started_before_is_left_alone() -> None:
     assert command.startswith("sleep 1000")
 
 
-def test_it_stops_as_well_where_nobody_reads_any_more() -> None:
+def test_it_stops_when_its_output_is_closed() -> None:
     kept = Kept()
     assert kept.process.stdout is not None
     kept.process.stdout.close()
     os.kill(kept.supervisor, signal.SIGTERM)
     assert kept.process.wait(60) == 0
     assert kept.process.stderr is not None
-    assert kept.process.stderr.read() == ""
+    with kept.process.stderr as errors:
+        assert errors.read() == ""
     assert kept.nothing_left()

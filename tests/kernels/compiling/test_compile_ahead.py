@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -140,11 +141,12 @@ ENDLESS = [Specialization("endless", name, "{}") for name in ("one", "two", "thr
 
 
 def test_what_was_forked_ends_when_it_is_closed(endless):
-    with CompileProcess() as process:
-        process.start(ENDLESS, H200, 2)
-        said = endless.open()
-        assert [said.readline() for _ in range(2)] == ["here\n"] * 2
-    assert said.read() == "", "the pipe ends with the last process that has it"
+    with contextlib.ExitStack() as stack:
+        with CompileProcess() as process:
+            process.start(ENDLESS, H200, 2)
+            said = stack.enter_context(endless.open())
+            assert [said.readline() for _ in range(2)] == ["here\n"] * 2
+        assert said.read() == "", "the pipe ends with the last process that has it"
 
 
 def test_what_was_forked_ends_when_the_owner_is_killed(endless):
@@ -154,10 +156,13 @@ with CompileProcess() as process:
     process.start([Specialization(*kernel) for kernel in {list(map(tuple, ENDLESS))}], Target(*{tuple(H200)}), 2)
     process.wait()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ) as owner:
-        said = endless.open()
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        ) as owner,
+        endless.open() as said,
+    ):
         assert [said.readline() for _ in range(2)] == ["here\n"] * 2
         owner.kill()
-    assert said.read() == "", "the pipe ends with the last process that has it"
+        owner.wait()
+        assert said.read() == "", "the pipe ends with the last process that has it"
