@@ -19,20 +19,12 @@ import pytest
 import torch
 
 from shoal.kernels.comm.exchange import Algorithm
-from tests.kernels import (
-    test_all_reduce,
-    test_embedding,
-    test_gemm,
-    test_kv_store,
-    test_moe,
-    test_norm_rope_act,
-    test_paged_attention_triton,
-    test_penalties,
-    test_sample_rows,
-    test_sample_slice,
-    test_score,
-    test_step_inputs,
-)
+from tests.kernels.attention import test_kv_store, test_paged_attention_triton
+from tests.kernels.comm import test_all_reduce
+from tests.kernels.linear import test_embedding, test_gemm, test_norm_rope_act
+from tests.kernels.moe import test_moe
+from tests.kernels.sampling import test_penalties, test_sample_rows, test_sample_slice, test_score
+from tests.kernels.step import test_step_inputs
 from tests.support.kernel_names import kernel_names
 
 BF16 = {"dtype": torch.bfloat16}
