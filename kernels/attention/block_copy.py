@@ -1,8 +1,8 @@
-"""Copy whole KV blocks, for copy-on-write: cache[target[i]] = cache[source[i]].
+"""Copy whole KV blocks for copy-on-write: cache[target[i]] = cache[source[i]].
 
-Legend: B blocks, C copies. cache [B, ...]; source, target int64 [C]. Sources are read before any target is written.
-On a CUDA device: block_copy_triton.py for up to 16 copies; more go through a buffer, as on CPU.
-Called by replicas/layers/kv_cache.py, for each layer, before a step runs.
+Legend: B blocks, C copies. cache [B, ...]; source, target int64 [C]. All sources are read before any write.
+On CUDA: block_copy_triton.py for up to 16 copies; more use a buffer, as on CPU.
+Called by replicas/layers/kv_cache.py, per layer, before a step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..backend import Backend, backend_of
 
 
 def block_copy_ref(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A copied cache, the input left as it is."""
+    """Return a copied cache; the input is unchanged."""
     result = cache.clone()
     for from_block, to_block in zip(source.tolist(), target.tolist(), strict=True):
         result[to_block] = cache[from_block]
@@ -21,7 +21,7 @@ def block_copy_ref(cache: torch.Tensor, source: torch.Tensor, target: torch.Tens
 
 
 def block_copy(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies in place. Raises ValueError where source and target do not pair up."""
+    """Copy in place. Raises ValueError where source and target differ in length."""
     if source.shape != target.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must be equal vectors")
     if backend_of(cache) is not Backend.TORCH:
@@ -34,5 +34,5 @@ def block_copy(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) 
 
 
 def block_copy_cost(num_copies: int, block_numel: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): each block is read once and written once."""
+    """(bytes, flops): each block is read and written once."""
     return 2 * num_copies * block_numel * dtype.itemsize, 0

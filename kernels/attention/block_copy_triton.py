@@ -1,8 +1,7 @@
-"""Triton kernel of block_copy.py: sources and targets of one step may overlap, and every source is read first.
+"""Triton kernel of block_copy.py: sources and targets may overlap.
 
-Blocks are split into columns of BLOCK_N elements, a program for each. A program alone reads and writes its columns, of
-all copies: it holds all sources in registers, waits until all its warps do, and only then writes. So neither another
-buffer nor an order among programs is needed, as long as the copies of a call fit one tile.
+Each program copies BLOCK_N columns of all copies. It loads every source into registers, waits for all its
+warps, then writes. This needs no buffer and no order among programs, as long as the copies fit one tile.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton.language as tl
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 MAX_COPIES = 16
-BLOCK_N, NUM_WARPS = 256, 4  # 32 elements a thread where every copy is used
+BLOCK_N, NUM_WARPS = 256, 4  # 32 elements a thread at MAX_COPIES
 
 
 @triton.jit(do_not_specialize=["num_copies"])
@@ -38,12 +37,12 @@ def _block_copy_kernel(
     sources = tl.load(source_ptr + copies, mask=used, other=0)
     targets = tl.load(target_ptr + copies, mask=used, other=0)
     values = tl.load(cache_ptr + sources[:, None] * block_numel + columns[None, :], mask=mask, other=0.0)
-    tl.debug_barrier()  # no warp writes a target before every warp has read its sources
+    tl.debug_barrier()  # every source is read before any write
     tl.store(cache_ptr + targets[:, None] * block_numel + columns[None, :], values, mask=mask)
 
 
 def block_copy_triton(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """cache[target] = cache[source] for at most MAX_COPIES blocks of a cache without gaps."""
+    """cache[target] = cache[source] for at most MAX_COPIES blocks of a contiguous cache."""
     assert source.numel() <= MAX_COPIES
     if not cache.is_contiguous():
         raise ValueError(f"the cache has strides {cache.stride()}; it must be without gaps")

@@ -3,11 +3,10 @@
     cache[slot // BS, 0, h, slot % BS] = k[t, h]         slot = slot_mapping[t]
     cache[slot // BS, 1, h, slot % BS] = v[t, h]
 
-Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], a token's keys before its values
-as the fused projection gives them; cache [B, 2, KV, BS, D]; slot_mapping int64 [T]. Slots of one step are distinct.
-
-On a CUDA device (kv_store_triton.py) one kernel norms and rotates queries and keys and stores: `rope_kv_store`. There
-a slot of -1 is padding, for which nothing is stored; torch never gets one.
+Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], keys before values; cache
+[B, 2, KV, BS, D]; slot_mapping int64 [T], distinct.
+On CUDA (kv_store_triton.py) `rope_kv_store` fuses q/k norm, RoPE and the store. Slot -1 is padding there and
+is skipped; torch never receives it.
 
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
@@ -23,20 +22,20 @@ from .rope import RopeIndex, RopeRows, check_rope, rope
 
 
 def store_rows(slot_mapping: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:
-    """What `kv_store` needs of a step's slots, equal for all layers: made once a step.
+    """Input of `kv_store`, equal for all layers.
 
-    For torch row numbers int64 [T * 2 KV] in a cache seen as [B * 2 KV * BS, D]; Triton takes the slots as they are.
+    Torch: row numbers int64 [T * 2 KV] of a cache seen as [B * 2 KV * BS, D]. Triton: the slots.
     """
     if backend_of(slot_mapping) is not Backend.TORCH:
         return slot_mapping
-    slots = slot_mapping.cpu().numpy()  # numpy: a few integers, for which torch takes five times as long
+    slots = slot_mapping.cpu().numpy()  # numpy: torch takes five times as long for a few integers
     blocks, offsets = np.divmod(slots, block_size)
     rows = (blocks[:, None] * (2 * num_kv_heads) + np.arange(2 * num_kv_heads)) * block_size + offsets[:, None]
     return torch.from_numpy(rows.reshape(-1)).to(slot_mapping.device)
 
 
 def kv_store_ref(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Slot by slot, in place."""
+    """Store slot by slot, in place."""
     _, _, num_kv_heads, block_size, _ = cache.shape
     for token, slot in enumerate(slot_mapping.tolist()):
         cache[slot // block_size, 0, :, slot % block_size] = kv[token, :num_kv_heads]
@@ -44,7 +43,7 @@ def kv_store_ref(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tens
 
 
 def kv_store(kv: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor) -> None:
-    """Writes kv [T, 2 KV, D] into the cache [B, 2, KV, BS, D], in place; `rows` is from `store_rows`."""
+    """Write kv [T, 2 KV, D] into the cache [B, 2, KV, BS, D], in place; `rows` is from `store_rows`."""
     num_tokens, num_heads, head_dim = kv.shape
     if cache.shape[1] * cache.shape[2] != num_heads or cache.shape[4] != head_dim:
         raise ValueError(f"kv has shape {tuple(kv.shape)}, the cache {tuple(cache.shape)}")
@@ -71,8 +70,8 @@ def rope_kv_store(
 ) -> None:
     """`rope` of the queries and keys of qkv [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
 
-    With weights q_norm and k_norm [D], `rms_norm` of each head of the queries and of the keys comes first. What is left
-    in qkv where the keys were is not defined: they are in the cache.
+    With weights q_norm and k_norm [D], `rms_norm` of each query and key head comes first. The keys are
+    defined in the cache only, not in qkv.
     """
     norms = _norm_weights(q_norm, k_norm, qkv.shape[-1])
     num_turned = num_heads + cache.shape[2]
@@ -105,13 +104,13 @@ def _norm_weights(
 
 
 def kv_store_cost(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): keys and values are read and written, and the slots read."""
+    """(bytes, flops): keys and values read and written, slots read."""
     return num_tokens * (4 * num_kv_heads * head_dim * dtype.itemsize + 8), 0
 
 
 def rope_kv_store_cost(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, num_rotated: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """(bytes, flops): rotated queries, all of keys and values are read and written; fp32 factors, slots, positions."""
+    """(bytes, flops): rotated queries, keys and values read and written; fp32 factors, slots, positions read."""
     moved = 2 * (num_heads * num_rotated + 2 * num_kv_heads * head_dim) * dtype.itemsize
     return num_tokens * (moved + 4 * num_rotated + 16), 3 * num_tokens * (num_heads + num_kv_heads) * num_rotated

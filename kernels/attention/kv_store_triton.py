@@ -1,11 +1,11 @@
-"""Triton kernels of kv_store.py: heads of one token to its slot of the paged cache, rotated on the way or as they are.
+"""Triton kernels of kv_store.py: store one token's heads, with or without RoPE.
 
-Legend: T tokens, H query heads, KV kv heads, B blocks, BS block_size, D head_dim, R = 2 * HALF rotated features.
-cache [B, 2, KV, BS, D] without gaps; slot_mapping int64 [T]; cos/sin cache [P, R] fp32; positions int64 [T]; weights
-of the norms of queries and keys [D]. A token whose slot is negative is padding: nothing is stored for it.
+Legend: T tokens, H query heads, KV kv heads, B blocks, BS block_size, D head_dim, R = 2 * HALF rotated
+features. cache [B, 2, KV, BS, D] contiguous; slot_mapping int64 [T], negative: padding, not stored; cos/sin
+cache [P, R] fp32; positions int64 [T]; norm weights [D].
 
-How a head is summed for its norm depends on its size and number, never on T: more tokens take more warps, not
-more of a head in a thread.
+The summation order of a norm depends on head size and count, never on T. More tokens use more warps, not more
+features per thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rope_triton import launch_parameters, load_cos_sin, load_halves, store_hal
 
 @triton.jit
 def _slot_rows(cache_ptr, slot, kv_heads, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Pointers to where heads 0 .. 2 KV - 1 (keys, then values) of a slot begin."""
+    """Pointers to heads 0 .. 2 KV - 1 (keys, then values) of a slot."""
     first_row = slot // BLOCK_SIZE * (2 * NUM_KV_HEADS * BLOCK_SIZE) + slot % BLOCK_SIZE
     return cache_ptr + (first_row + kv_heads * BLOCK_SIZE) * HEAD_DIM
 
@@ -55,7 +55,7 @@ def _kv_store_kernel(
 
 @triton.jit
 def _norm_weight(q_norm_ptr, k_norm_ptr, d, inside, heads, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """fp32 [heads, features]: the weight of features d for queries and for keys, 1 for values."""
+    """fp32 [heads, features]: the norm weight of queries and of keys, 1 for values."""
     q_weight = tl.load(q_norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
     k_weight = tl.load(k_norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
     of_key = tl.where((heads < NUM_HEADS + NUM_KV_HEADS)[:, None], k_weight[None, :], 1.0)
@@ -85,7 +85,7 @@ def _rope_kv_store_kernel(
     BLOCK_REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (t, h) norms and rotates heads h * BLOCK_HEADS .. of token t and stores its keys and values."""
+    """Program (t, h) norms and rotates heads h * BLOCK_HEADS .. of token t and stores keys and values."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -96,7 +96,7 @@ def _rope_kv_store_kernel(
     i = tl.arange(0, BLOCK_HALF)
     d = 2 * HALF + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 1)
     in_rest = live[:, None] & (d < HEAD_DIM)[None, :]
-    if NORM:  # the weights are constants, so they need not be waited for
+    if NORM:  # constant weights: loaded before the wait
         w_first = _norm_weight(q_norm_ptr, k_norm_ptr, i, i < HALF, heads, NUM_HEADS, NUM_KV_HEADS)
         w_second = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + i, i < HALF, heads, NUM_HEADS, NUM_KV_HEADS)
         w_rest = _norm_weight(q_norm_ptr, k_norm_ptr, d, d < HEAD_DIM, heads, NUM_HEADS, NUM_KV_HEADS)
@@ -142,7 +142,7 @@ def _check(x: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> 
 
 
 def kv_store_triton(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Writes kv [T, 2 KV, D] to the slots of the cache."""
+    """Write kv [T, 2 KV, D] to the cache."""
     _check(kv, cache, slot_mapping)
     if kv.numel() == 0:
         return
@@ -172,9 +172,9 @@ def rope_kv_store_triton(
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
 ) -> None:
-    """Rotates the queries of qkv [T, H + 2 KV, D] in place; writes rotated keys, and values, to the cache alone.
+    """Rotate the queries of qkv [T, H + 2 KV, D] in place; write rotated keys, and values, to the cache only.
 
-    `norms` are the weights of the norms of queries and keys that come before the rotation.
+    `norms`: weights of the q and k norms before the rotation.
     """
     _check(qkv, cache, slot_mapping)
     if qkv.numel() == 0:

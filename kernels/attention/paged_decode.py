@@ -1,16 +1,16 @@
 """Attention of one query token per sequence over its blocks of the paged KV cache (decode).
 
     o[s, h] = softmax_j( cap(q[s, h] . K[s, h // G, j] * scale) ) . V[s, h // G, :]       j = 0 .. context_len[s] - 1
-    cap(x) = softcap * tanh(x / softcap) where a soft cap is set; with a window W only j >= context_len[s] - W count
+    cap(x) = softcap * tanh(x / softcap) if softcap; with a window W only j >= context_len[s] - W
 
-Legend: T tokens of the step, S sequences, H query heads, KV kv heads, G = H / KV; B blocks, BS block_size, D head_dim,
-M blocks of a table. q, out [T, H, D]: token s is that of sequence s, other tokens are not touched; cache
-[B, 2, KV, BS, D], keys at 0 and values at 1; context_lens int32 [S], this token included; block_tables int32 [S, M].
-On a GPU a context_len of 0 is padding: nothing is written for it.
+Legend: T tokens, S sequences, H query heads, KV kv heads, G = H / KV; B blocks, BS block_size, D head_dim, M
+blocks of a table. q, out [T, H, D], token s of sequence s, other tokens untouched; cache [B, 2, KV, BS, D],
+keys at 0, values at 1; context_lens int32 [S], this token included, 0 on a GPU: padding, not written;
+block_tables int32 [S, M].
 
-The torch path gathers keys and values with one index_select into [2, S * KV, L, D]. The G heads
-that share a kv head are rows of one GEMM. `decode_index` builds its indices and mask once a step.
-The kernels of paged_decode_triton.py read the block tables themselves, from `decode_tables`.
+Torch gathers keys and values with one index_select into [2, S * KV, L, D]; the G heads of a kv head are rows
+of one GEMM. `decode_index` runs once a step. Triton (paged_decode_triton.py) reads block tables from
+`decode_tables`.
 
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
@@ -25,26 +25,26 @@ import torch
 
 from .tables import DecodeTables
 
-# Programs of a launch on the 132 SMs of an H200. Few sequences: one per SM, as joining more
-# splits costs more than it saves. Many: two waves of the three programs that fit an SM.
+# Programs of a launch on an H200 (132 SMs). Few sequences: one per SM, as joining more splits costs
+# more than it saves. Many: two waves of three programs per SM.
 _FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
-_MAX_SPLITS = 32  # of few sequences; each 16 splits are one more wait for memory when they are joined
-# Tokens of a split, at least: for few sequences, and for many, which have enough programs unless contexts are long.
+_MAX_SPLITS = 32  # of few sequences; each 16 splits add one memory wait to the join
+# Minimum tokens of a split, for few sequences and for many.
 _SHORT_SPLIT, _MEDIUM_SPLIT = 64, 2048
-_LONG_SPLIT = 8192  # at most, or one program is at work after all others
+_LONG_SPLIT = 8192  # maximum, so that no single program runs on after the others
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeIndex:
-    """What torch reads: the cache rows of one step's sequences for one window. L is the longest (windowed) context."""
+    """Torch input: cache rows of a step for one window. L is the longest (windowed) context."""
 
     num_seqs: int  # S
     rows: torch.Tensor  # int64 [2 * S * KV * M], blocks of a cache seen as [B * 2 * KV, BS, D]
     length: int  # L, at most M * BS
-    mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] where every position counts
-    hidden: torch.Tensor | None  # int64 [n], rows of [2 * S * KV * M * BS, D] that are masked
-    # [2 * S * KV * M, BS, D], the gather buffer of every layer. Allocating one per layer costs more than the copy:
-    # 68 us against 20 for 512 KiB on CPU, page faults and a cold cache.
+    mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] without masking
+    hidden: torch.Tensor | None  # int64 [n], masked rows of [2 * S * KV * M * BS, D]
+    # Gather buffer [2 * S * KV * M, BS, D] of all layers. Allocating one per layer costs more than
+    # the copy: 68 us against 20 for 512 KiB on CPU (page faults, cold cache).
     workspace: torch.Tensor
 
 
@@ -57,11 +57,11 @@ def decode_tables(
     window: int | None,
     num_expected: int | None = None,
 ) -> DecodeTables:
-    """The tables of one step, from shapes alone: no value is read from the device.
+    """Build the tables of one step from shapes alone, without a device sync.
 
-    The longest context is taken to fill its table. A small batch is split until every SM has work, a large
-    one only where a context is much longer than the others may be. `num_expected` of the S sequences are taken to be
-    there and not padding; None: all.
+    The longest context is assumed to fill its table. A small batch is split until every SM has work; a large
+    one only where one context may be much longer than others. `num_expected`: sequences that are not padding;
+    None: all S.
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
@@ -85,9 +85,9 @@ def decode_index(
     window: int | None,
     dtype: torch.dtype,
 ) -> DecodeIndex:
-    """The index of one step. Raises ValueError where the tables are too short for the contexts.
+    """Build the index of one step. Raises ValueError where the tables are too short for the contexts.
 
-    In numpy: these are some fifteen operations on a few integers, and torch takes 3 to 10 us for each.
+    numpy: some fifteen operations on a few integers, each 3 to 10 us in torch.
     """
     device = context_lens.device
     lens, tables = context_lens.cpu().numpy().astype(np.int64), block_tables.cpu().numpy()
@@ -116,7 +116,7 @@ def decode_index(
 
 
 def _head_offsets(num_kv_heads: int) -> np.ndarray:
-    """Where the rows of a block's key heads, then of its value heads, begin: [2, 1, KV, 1]."""
+    """Row offsets of a block's key heads, then value heads: [2, 1, KV, 1]."""
     return np.arange(2 * num_kv_heads).reshape(2, 1, num_kv_heads, 1)
 
 
@@ -130,7 +130,7 @@ def paged_decode_ref(
     softcap: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """The formula in fp32, sequence by sequence; result [S, H, D] in q's dtype."""
+    """The formula in fp32 per sequence; result [S, H, D] in q's dtype."""
     block_size, group = cache.shape[3], q.shape[1] // cache.shape[2]
     out = torch.empty_like(q)
     for s, context_len in enumerate(context_lens.tolist()):
@@ -153,7 +153,7 @@ def paged_decode(
     softcap: float | None = None,
     out: torch.Tensor,
 ) -> None:
-    """Decode attention of tokens 0 .. S - 1 of q [T, H, D] over the cache [B, 2, KV, BS, D], into those rows of `out`.
+    """Decode attention of tokens 0 .. S - 1 of q [T, H, D] over the cache [B, 2, KV, BS, D], into `out`.
 
     Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
     """
@@ -168,8 +168,8 @@ def paged_decode(
         paged_decode_triton(q, cache, index, scale=scale, softcap=softcap, out=out)
         return
     k, v = _gather(cache, index, num_seqs * num_kv_heads)
-    # Two batched products and a softmax: half the time of scaled_dot_product_attention for one query per sequence
-    # (8 sequences of 128 tokens, 8 heads on 4, two cores: 31 us against 68).
+    # Half the time of scaled_dot_product_attention for one query per sequence: 31 us against 68 (8
+    # sequences of 128 tokens, 8 heads on 4, two cores).
     packed = q[:num_seqs].reshape(num_seqs * num_kv_heads, -1, head_dim)
     if softcap is None:
         scores = torch.baddbmm(index.mask, packed, k.transpose(1, 2), alpha=scale)
@@ -180,7 +180,7 @@ def paged_decode(
 
 
 def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
-    """Raises ValueError unless `out` is what attention of q is written to."""
+    """Raise ValueError unless `out` fits the attention of q."""
     if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous, of shape {tuple(q.shape)} and {q.dtype}; it is {tuple(out.shape)}, {out.dtype}"
@@ -188,9 +188,9 @@ def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, each [S * KV, L, D] in the workspace, with zeros where masked.
+    """Keys and values, each [S * KV, L, D] in the workspace, zero where masked.
 
-    What lies in a slot that no token of this sequence wrote may be another sequence's NaN, and 0 * NaN is NaN.
+    Unwritten slots may hold another sequence's NaN, and 0 * NaN is NaN.
     """
     block_size, head_dim = cache.shape[3], cache.shape[4]
     gathered = torch.index_select(cache.view(-1, block_size, head_dim), 0, index.rows, out=index.workspace)
@@ -209,7 +209,7 @@ def paged_decode_cost(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> tuple[int, int]:
-    """(bytes, flops): keys and values that are seen, read once; queries and results; two products."""
+    """(bytes, flops): visible keys and values read once; queries and results; two GEMMs."""
     num_seen = sum(context_lens) if window is None else sum(min(length, window) for length in context_lens)
     num_elements = 2 * num_seen * num_kv_heads + 2 * len(context_lens) * num_heads
     return num_elements * head_dim * dtype.itemsize, 4 * num_seen * num_heads * head_dim

@@ -1,21 +1,20 @@
-"""Decode attention on a GPU: the keys of a sequence are split over programs; the last to finish joins the results.
+"""Decode attention on a GPU: the keys of a sequence are split over programs; the last to finish joins the parts.
 
     part[s, h, i] = softmax over the keys of split i . V         lse[s, h, i] = log2 of the sum of 2^score
     out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i      i in order
 
-Legend as in paged_decode.py. Scores are in base 2 (log2 e is part of the scale), sums in fp32. A program reads one kv
-head of a split, block by block, for all G query heads of it: they are the rows of one `tl.dot`, 16 at least.
+Legend as in paged_decode.py. Scores in base 2 (scale includes log2 e), sums in fp32. A program reads one kv
+head of a split, block by block; its G query heads are the rows of one `tl.dot` (at least 16).
 
-How many splits are launched depends on host integers alone; how many of them a sequence uses, and how long they are,
-follows from its context on the device. So a launch stays valid in a CUDA graph: no value comes back to the host, and
-programs beyond the splits in use end at once. A sequence in one split is written directly. With
-several splits each program
-increments `arrivals` once its part is in memory. The last to arrive joins the parts in order and resets the count to 0.
-For a context of 0, the padding of such a graph, nothing is written.
+The number of launched splits depends on host integers; their use and length depend on the context, read on
+the device. So a launch stays valid in a CUDA graph, and unused programs exit at once. A single split is
+written directly. Otherwise each program increments `arrivals` once its part is in memory. The last joins the
+parts in order and resets the count. A context of 0 is padding and is not written.
 
-The kernel starts when those before it have ended, so that it waits for nothing; the one after it may start early.
+The kernel starts after its predecessors end; its successor may start early (PDL).
 
-Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
+Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023,
+crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents
 from .tables import DecodeTables
 
 _LOG2_E = 1 / math.log(2)
-SHARED_BYTES = 220 << 10  # of one sm_90 SM, less what Triton keeps for reductions
-_JOINED_AT_A_TIME = 8192  # numbers of all splits that are read at once, 64 for each thread of four warps
-_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 products hold as much again
+SHARED_BYTES = 220 << 10  # of one sm_90 SM, less Triton's reserve for reductions
+_JOINED_AT_A_TIME = 8192  # numbers read at once, 64 per thread of four warps
+_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; twice that for fp32
 
 
 @triton.jit
 def cap_scores(dots, inner, CAPPED: tl.constexpr):
-    """tanh(scale * dots / softcap) as 1 - 2 / (e^2x + 1), with `inner` 2 log2(e) scale / softcap; else the dots."""
+    """tanh(scale * dots / softcap) as 1 - 2 / (e^2x + 1), `inner` = 2 log2(e) scale / softcap; else dots."""
     if CAPPED:
         return 1.0 - 2.0 / (tl.exp2(dots * inner) + 1.0)
     else:
@@ -58,7 +57,7 @@ def _join_splits(
     PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """All query heads of one kv head; CHUNK splits at a time, in order, whose loads wait for memory together."""
+    """Join all query heads of one kv head, in order; CHUNK splits are loaded together."""
     heads, dims, offsets = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
     tile = heads[:, None] * HEAD_DIM + dims[None, :]
     in_group = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -108,15 +107,15 @@ def _attend(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """Online softmax over blocks begin .. stop - 1: result, sum and maximum of each row."""
+    """Online softmax over blocks begin .. stop - 1: result, sum and maximum per row."""
     ROWS: tl.constexpr = q.shape[0]
     PADDED_DIM: tl.constexpr = q.shape[1]
     slots, in_dim = tl.arange(0, BLOCK_SIZE), tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
-    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    # Finite start of the maximum: -inf minus -inf is NaN.
     highest = tl.full([ROWS], -1.0e30, tl.float32)
-    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: rows are summed once, warps wait for it in each turn
+    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot, summed across warps once at the end
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
+    # Load a block id one iteration ahead, or dependent loads lose two pipeline stages.
     block = tl.load(table_ptr + begin).to(tl.int64)
     for index in range(begin, stop):
         next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
@@ -126,7 +125,7 @@ def _attend(
         if WINDOWED:
             seen &= positions >= context_len - window
         k = tl.load(k_ptrs, mask=in_dim, other=0.0)
-        # A slot that is not seen may hold another sequence's NaN, and 0 * NaN is NaN.
+        # Unseen slots may hold another sequence's NaN, and 0 * NaN is NaN.
         v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -172,7 +171,7 @@ def _paged_decode_kernel(
     """One program per (kv head, sequence, split)."""
     kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
-    first = 0  # block that is seen
+    first = 0  # first visible block
     if WINDOWED:
         first = tl.maximum(context_len - window, 0) // BLOCK_SIZE
     end = tl.cdiv(context_len, BLOCK_SIZE)
@@ -206,7 +205,7 @@ def _paged_decode_kernel(
             lse_ptr += pair * num_splits * GROUP
             tl.store(parts_ptr + split * (GROUP * HEAD_DIM) + tile, acc, mask=in_group)
             tl.store(lse_ptr + split * GROUP + rows, highest + tl.log2(total), mask=rows < GROUP)
-            tl.debug_barrier()  # one thread arrives for all: what they wrote must lie before it
+            tl.debug_barrier()  # one thread arrives for all, after their writes
             if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel", scope="gpu") == num_used - 1:
                 _join_splits(
                     out_ptr, parts_ptr, lse_ptr, num_used, GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, JOIN_CHUNK
@@ -217,14 +216,14 @@ def _paged_decode_kernel(
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """`inner` of `cap_scores`, and what its results are multiplied by to be scores in base 2."""
+    """`inner` of `cap_scores`, and the factor from its results to base-2 scores."""
     if softcap is None:
         return 0.0, scale * _LOG2_E
     return 2 * _LOG2_E * scale / softcap, softcap * _LOG2_E
 
 
 def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
-    """Raises ValueError for what the attention kernels do not read."""
+    """Raise ValueError for operands that the attention kernels do not support."""
     block_size = cache.shape[3]
     if not 16 <= block_size <= 128 or block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size}: attention on a GPU needs 16, 32, 64 or 128")
@@ -241,19 +240,19 @@ def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
 
 
 def padded_dim(head_dim: int) -> int:
-    """Features of a tile: a power of two, at least the 16 that `tl.dot` needs."""
+    """Features of a tile: a power of two, at least 16 for `tl.dot`."""
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """Warps and pipeline stages, chosen so that three programs fit an SM; one block less is in flight."""
+    """(warps, pipeline stages) such that three programs fit an SM; stages - 1 blocks are in flight."""
     block_bytes = 2 * block_size * padded_dim(head_dim) * element_size
     in_flight = min(3, max(1, SHARED_BYTES // 3 // block_bytes))
     return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}
 
 
 def join_chunk(padded_group: int, head_dim: int) -> int:
-    """Splits that are joined at a time."""
+    """Splits joined at a time."""
     return max(1, _JOINED_AT_A_TIME // (padded_group * padded_dim(head_dim)))
 
 
@@ -266,7 +265,7 @@ def paged_decode_triton(
     softcap: float | None,
     out: torch.Tensor,
 ) -> None:
-    """As `paged_decode`, by the kernels of this file; shapes are checked there."""
+    """`paged_decode` for checked shapes."""
     check_operands(q, cache)
     num_seqs, (num_heads, head_dim) = tables.num_seqs, q.shape[1:]
     _, _, num_kv_heads, block_size, _ = cache.shape
@@ -291,9 +290,9 @@ def paged_decode_triton(
         "PADDED_GROUP": padded_group,
         "JOIN_CHUNK": join_chunk(padded_group, head_dim),
         **decode_launch(block_size, head_dim, q.element_size()),
-        # No dependent launch: programs that start early crowd onto the SMs that are free first,
-        # and the others idle. Layer of an 8B model on an H200, with and without: one sequence of 1k
-        # tokens 13.6 and 9.4 us; 32 of them 37.7 and 34.1; eight of 8k 111 and 67.
+        # No dependent launch: early programs crowd onto the first free SMs while others idle. Layer
+        # of an 8B model on an H200, with and without: one sequence of 1k tokens 13.6 and 9.4 us; 32
+        # of them 37.7 and 34.1; eight of 8k 111 and 67.
         "PDL": pdl_launch(q)["PDL"],
     }
     strides = (q.stride(0), q.stride(1), tables.block_tables.stride(0))

@@ -3,17 +3,16 @@
     query i of a slice has position p = context_len - Q + i and sees keys j <= p; with a window W, only j > p - W
     o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
 
-Legend: T tokens of the step, S slices, Q tokens of one slice, H query heads, KV kv heads, G = H / KV; B blocks,
-BS block_size, D head_dim, M blocks of a table. q, out [T, H, D]; starts [S + 1], first token of each slice, then the
-end of the last: other tokens are not touched; cache [B, 2, KV, BS, D], keys at 0 and values at 1; block_tables int32
-[S, M]. A slice's own keys and values are in the cache already. On a GPU a slice may be empty: padding.
+Legend: T tokens, S slices, Q tokens of a slice, H query heads, KV kv heads, G = H / KV; B blocks, BS
+block_size, D head_dim, M blocks of a table. q, out [T, H, D], other tokens untouched; starts [S + 1], first
+token of each slice, then the last's end; cache [B, 2, KV, BS, D], keys at 0, values at 1; block_tables int32
+[S, M]. The cache already holds a slice's own keys and values. On a GPU an empty slice is padding.
 
-The torch path goes through the slices one by one, with what `prefill_index` made once a step for each window. The
-kernel of paged_prefill_triton.py takes the step's own tensors, `PrefillTables`, and all slices at once. Which of the
-two a step is given decides what runs.
+Torch runs slice by slice, with one `prefill_index` per step and window. Triton (paged_prefill_triton.py) runs
+all slices at once from `PrefillTables`. The type of the step's input selects the path.
 
-Batch invariance: the kernel's result for a token is the same bits however its sequence was cut into slices, whatever
-other slices there are. On torch that holds with `invariant` alone.
+Batch invariance: the kernel's bits for a token do not depend on slicing or other slices; torch's only with
+`invariant`.
 
 Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
@@ -33,10 +32,10 @@ from .tables import PrefillTables
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
-    """What torch reads for one slice. L keys, from the first that its first query sees."""
+    """Torch input of one slice: L keys, from the first visible one."""
 
     rows: torch.Tensor  # int64 [2 * KV * M'], blocks of a cache seen as [B * 2 * KV, BS, D]
-    skipped: int  # keys of the first block that lie before all windows
+    skipped: int  # keys of the first block before all windows
     length: int  # L
     start: int  # of the slice in the step
     query_len: int  # Q
@@ -56,8 +55,8 @@ def prefill_index(
 ) -> tuple[PrefillSlice, ...]:
     """One entry per slice, or with `invariant` per token. `starts` [S + 1] and lengths are host integers.
 
-    Torch sums a row of a product in an order that depends on its neighbours: a token by itself, over exactly the keys
-    that it sees, is the same bits in any slice and any step. Each then gathers its own context, a cost for tests only.
+    In torch the summation order of a GEMM row depends on its neighbours. A single token over exactly its
+    visible keys has the same bits in any slice and step. Each token gathers its own context: for tests only.
     Raises ValueError where a slice exceeds its context or table.
     """
     if invariant:
@@ -84,7 +83,6 @@ def prefill_index(
 def _one_token_each(
     starts: Sequence[int], context_lens: Sequence[int], block_tables: torch.Tensor
 ) -> tuple[Sequence[int], Sequence[int], torch.Tensor]:
-    """The same slices cut into slices of one token."""
     query_lens = [end - first for first, end in pairwise(starts)]
     lens = [length - n + i + 1 for n, length in zip(query_lens, context_lens, strict=True) for i in range(n)]
     repeats = torch.tensor(query_lens, device=block_tables.device)
@@ -94,7 +92,7 @@ def _one_token_each(
 def _causal_mask(
     query_len: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[Q, L], 0 where key j is seen by query i and -inf elsewhere; the last query stands at the last key."""
+    """[Q, L]: 0 where query i sees key j, else -inf; the last query is at the last key."""
     position = torch.arange(length - query_len, length, device=device)[:, None]
     key = torch.arange(length, device=device)
     unseen = key > position
@@ -114,7 +112,7 @@ def paged_prefill_ref(
     softcap: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """The formula in fp32, query by query; result [T, H, D] in q's dtype."""
+    """The formula in fp32 per query; result [T, H, D] in q's dtype."""
     block_size, group = cache.shape[3], q.shape[1] // cache.shape[2]
     out = torch.empty_like(q)
     token = 0
@@ -141,7 +139,7 @@ def paged_prefill(
     softcap: float | None = None,
     out: torch.Tensor,
 ) -> None:
-    """Attention of the slices' tokens of q [T, H, D] over the cache [B, 2, KV, BS, D], into their rows of `out`.
+    """Attention of the slices' tokens of q [T, H, D] over the cache [B, 2, KV, BS, D], into `out`.
 
     Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
     """
@@ -196,7 +194,7 @@ def paged_prefill_cost(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> tuple[int, int]:
-    """(bytes, flops): keys and values that any query sees, read once; queries and results; two products per pair."""
+    """(bytes, flops): visible keys and values read once; queries and results; two GEMMs."""
     num_read = num_pairs = 0
     for query_len, context_len in zip(query_lens, context_lens, strict=True):
         reach = context_len if window is None else window

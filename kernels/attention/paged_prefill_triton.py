@@ -1,12 +1,12 @@
 """Prefill attention on a GPU: all slices of a step in one launch.
 
-Legend as in paged_prefill.py. The rows of a tile are tokens times the G query heads of one kv head: BLOCK_ROWS // G
-tokens, so that a block of keys is read once for all of them and the diagonal is short. The last tile of a slice, which
-sees the most keys, starts first. Blocks that every row sees whole come without a mask, before those at the diagonal.
-One loop that skips the mask by a branch runs at 387 TFLOP/s for 492 on an H200; with a third loop, for the left edge of
-a window, ptxas keeps no product asynchronous, so that windows have the masked loop alone.
+Legend as in paged_prefill.py. The rows of a tile are BLOCK_ROWS // G tokens times the G query heads of one kv
+head, so a block of keys is read once for all. The last tile of a slice sees the most keys and starts first.
+Fully visible blocks run unmasked, before those at the diagonal.
+On an H200 one loop that branches around the mask runs at 387 TFLOP/s instead of 492. With a third loop, for a
+window's left edge, ptxas keeps no GEMM asynchronous; so windows use the masked loop alone.
 
-No value comes back to the host. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
+No device sync. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from .tables import PrefillTables
 def _find_tile(starts_ptr, num_slices, program, TOKENS: tl.constexpr):
     """Slice and tile of a program, or slice -1. Slice s has tiles from (its first token // TOKENS) + s on.
 
-    That is enough for its last tokens, and known without the slices between. The last tile comes first; programs
-    beyond the tiles, which padding brings, come last and fill in where others have ended. All starts are compared at
-    once: to halve a range of 256 would be eight loads that wait for each other.
+    This needs no scan of earlier slices. The last tile comes first; surplus programs (padding) come last. All
+    starts are compared at once: a binary search of 256 is eight dependent loads.
     """
     first_token, last_token = tl.load(starts_ptr), tl.load(starts_ptr + num_slices)
     num_used = num_slices * 0
@@ -72,13 +71,13 @@ def _attend_blocks(
 ):
     """Online softmax over blocks begin .. stop - 1 of the table.
 
-    A fully masked block leaves a row's sums bit-equal. A fully visible block gives the same bits
-    with and without the mask. So a row's result does not depend on the other rows of its tile.
+    A fully masked block leaves a row's sums bit-equal, and a fully visible one gives the same bits with and
+    without mask. So a row's result does not depend on the tile's other rows.
     """
     dims, slots = tl.arange(0, q.shape[1])[None, :], tl.arange(0, BLOCK_SIZE)
     in_dim = dims < HEAD_DIM
     tile_ptrs = tile_ptr + slots[:, None] * HEAD_DIM + dims
-    # A block id is loaded one turn ahead, or the loads that need it would be pipelined two stages less.
+    # Load a block id one iteration ahead, or dependent loads lose two pipeline stages.
     block = tl.load(table_ptr + begin, mask=begin < stop, other=0)
     for index in tl.range(begin, stop, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0)
@@ -88,7 +87,7 @@ def _attend_blocks(
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         if MASKED:
             keys = index * BLOCK_SIZE + slots
-            # A slot that no row sees may hold another sequence's NaN, and 0 * NaN is NaN.
+            # Unseen slots may hold another sequence's NaN, and 0 * NaN is NaN.
             read = keys <= last_position
             seen = keys[None, :] <= positions[:, None]
             if WINDOWED:
@@ -158,7 +157,7 @@ def _paged_prefill_kernel(
     tile_ptr = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
     table_ptr = block_tables_ptr + index.to(tl.int64) * stride_table
 
-    # The maximum begins at a finite number: -inf minus -inf would be NaN.
+    # Finite start of the maximum: -inf minus -inf is NaN.
     highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
@@ -177,15 +176,15 @@ def _paged_prefill_kernel(
         window, inner, unit, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, WINDOWED, CAPPED, STAGES, True,
     )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)  # rows beyond the slice may have seen nothing
+    total = tl.where(total == 0.0, 1.0, total)  # rows beyond the slice may see nothing
     out_ptrs = out_ptr + (q_tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
 def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """Rows of a tile, pipeline stages, warps. 128 rows on 8 warps keep wgmma busy without spilling registers.
+    """(rows of a tile, pipeline stages, warps). 128 rows on 8 warps keep wgmma busy without register spills.
 
-    Products in fp32 run on the scalar units, unrolled: larger tiles than 16 rows spill and take minutes to compile.
+    fp32 GEMMs run unrolled on scalar units: above 16 rows they spill and compile for minutes.
     """
     num_rows = max(16 if element_size == 4 else 128, int(triton.next_power_of_2(group)))
     row_bytes = padded_dim(head_dim) * element_size
@@ -204,7 +203,7 @@ def paged_prefill_triton(
     softcap: float | None,
     out: torch.Tensor,
 ) -> None:
-    """As `paged_prefill`, by the kernel of this file; shapes are checked there."""
+    """`paged_prefill` for checked shapes."""
     check_operands(q, cache)
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = cache.shape

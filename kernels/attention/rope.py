@@ -1,11 +1,11 @@
-"""Rotary position embedding, in the rotate-half (NeoX) arrangement, on the first R of D features of each head.
+"""Rotary position embedding, rotate-half (NeoX) form, on the first R of D features of each head.
 
     y[i]       = x[i] * cos[p, i] - x[i + R/2] * sin[p, i]         i < R/2
-    y[i + R/2] = x[i + R/2] * cos[p, i] + x[i] * sin[p, i]         features R..D-1 stay as they are
+    y[i + R/2] = x[i + R/2] * cos[p, i] + x[i] * sin[p, i]         features R..D-1 unchanged
 
-Legend: T tokens, N heads (queries and keys together), D head_dim, R rotated features (even), P positions.
-cache [P, R] fp32 holds cos in its first R/2 columns and sin in the others; positions int64 [T]; x [T, N, D].
-`rope_rows` runs once a step for all layers, `rope` once a layer, in place. On a CUDA device: rope_triton.py.
+Legend: T tokens, N heads (queries and keys), D head_dim, R rotated features (even), P positions. cache [P, R]
+fp32: cos in the first R/2 columns, then sin; positions int64 [T]; x [T, N, D].
+`rope_rows` runs once a step, `rope` once a layer, in place. On CUDA: rope_triton.py.
 
 Called by replicas/layers/attention.py. Paper: Su et al., RoFormer, 2021, arXiv:2104.09864.
 """
@@ -20,14 +20,14 @@ from ..backend import Backend, backend_of
 
 
 class RopeFactors(NamedTuple):
-    """Torch: factors of each token, spread over all R features so that `rope` is a multiplication and a fused one."""
+    """Torch input: factors spread over R features, so that `rope` is one mul and one fused multiply-add."""
 
     cos: torch.Tensor  # [T, 1, R]
     sin: torch.Tensor  # [T, 1, R], negated in the first half
 
 
 class RopeIndex(NamedTuple):
-    """Triton: the kernel finds a token's factors itself."""
+    """Triton input: the kernel looks up a token's factors."""
 
     cache: torch.Tensor  # fp32 [P, R]
     positions: torch.Tensor  # int64 [T]
@@ -47,7 +47,7 @@ def rope_rows(cache: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) 
 
 
 def rope_ref(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The formula in fp32, as a new tensor of x's dtype. x [T, N, D]."""
+    """The formula in fp32, as a new tensor of x's dtype."""
     half = cache.shape[1] // 2
     cos, sin = cache[positions, None, :half].float(), cache[positions, None, half:].float()
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :].float()
@@ -55,7 +55,7 @@ def rope_ref(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> t
 
 
 def rope(x: torch.Tensor, rows: RopeRows) -> torch.Tensor:
-    """Rotates x [T, N, D] in place (it may be a view of the fused projection) and returns it."""
+    """Rotate x [T, N, D] (maybe a view of the fused projection) in place and return it."""
     if isinstance(rows, RopeIndex):
         check_rope(x, rows)
         from .rope_triton import rope_triton
@@ -73,7 +73,7 @@ def rope(x: torch.Tensor, rows: RopeRows) -> torch.Tensor:
 
 
 def check_rope(x: torch.Tensor, index: RopeIndex) -> None:
-    """Raises ValueError where x [T, N, D] and the index are not of one step, or the heads are too small."""
+    """Raise ValueError where x [T, N, D] and the index differ in T, or the heads are too small."""
     num_tokens, num_rotated = index.positions.shape[0], index.cache.shape[1]
     if x.dim() != 3 or x.shape[0] != num_tokens or x.shape[2] < num_rotated:
         raise _unfit(x, num_tokens, num_rotated)
@@ -84,6 +84,6 @@ def _unfit(x: torch.Tensor, num_tokens: int, num_rotated: int) -> ValueError:
 
 
 def rope_cost(num_tokens: int, num_heads: int, num_rotated: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): the rotated features are read and written; the heads of a token share its factors."""
+    """(bytes, flops): rotated features read and written; a token's heads share factors."""
     size = num_tokens * num_heads * num_rotated
     return 2 * size * dtype.itemsize + num_tokens * num_rotated * 4, 3 * size

@@ -1,4 +1,4 @@
-"""Triton kernel of rope.py: a program rotates BLOCK_HEADS heads of one token, in fp32, from the cos/sin cache itself.
+"""Triton kernel of rope.py: a program rotates BLOCK_HEADS heads of one token, in fp32.
 
 Legend: N heads, D head_dim, R = 2 * HALF rotated features. cache [P, R] fp32; positions int64 [T].
 """
@@ -11,16 +11,16 @@ import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
-TILE, NUM_WARPS = 512, 2  # elements of each half in a program: 8 a thread
-# With more tokens than these a program takes twice as much: an H200 SM starts one every 160 ns, the
-# time in which its memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored as they are
-# rotated: 54 us so, 61 us not.
+TILE, NUM_WARPS = 512, 2  # elements of each half: 8 a thread
+# Above this count a program takes twice as much: an H200 SM starts one per 160 ns, in which its
+# memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored when rotated: 54 us so, 61 us
+# not.
 FEW_TOKENS = 512
 
 
 @triton.jit
 def load_halves(x_rows, live, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Both halves, fp32 [heads, BLOCK_HALF], of the first 2 * HALF features of the live heads that begin at x_rows."""
+    """Both halves, fp32 [heads, BLOCK_HALF], of the first 2 * HALF features of live heads at x_rows."""
     i = tl.arange(0, BLOCK_HALF)
     mask = live[:, None] & (i < HALF)[None, :]
     x_ptrs = x_rows[:, None] + i[None, :]
@@ -31,7 +31,7 @@ def load_halves(x_rows, live, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
 
 @triton.jit
 def store_halves(x_rows, live, first, second, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The inverse of `load_halves`, to heads that begin at the pointers x_rows, in their dtype."""
+    """Inverse of `load_halves`: stores to heads at x_rows, in their dtype."""
     i = tl.arange(0, BLOCK_HALF)
     mask = live[:, None] & (i < HALF)[None, :]
     x_ptrs = x_rows[:, None] + i[None, :]
@@ -41,7 +41,7 @@ def store_halves(x_rows, live, first, second, HALF: tl.constexpr, BLOCK_HALF: tl
 
 @triton.jit
 def load_cos_sin(cos_sin_row, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """[1, BLOCK_HALF] each, of a row that holds HALF cosines, then HALF sines."""
+    """[1, BLOCK_HALF] each, from a row of HALF cosines, then HALF sines."""
     i = tl.arange(0, BLOCK_HALF)
     cos = tl.load(cos_sin_row + i, mask=i < HALF, other=1.0)
     sin = tl.load(cos_sin_row + HALF + i, mask=i < HALF, other=0.0)
@@ -77,7 +77,7 @@ def _rope_kernel(
 def launch_parameters(num_tokens: int, num_heads: int, width: int) -> tuple[int, int, int]:
     """(heads, features, num_warps) of a program's tile, for rows of `width` features.
 
-    How a row lies in a program's threads, and so how it is summed, depends on `width` and `num_heads` alone.
+    The thread layout of a row, hence its summation order, depends on `width` and `num_heads` alone.
     """
     block_width = int(triton.next_power_of_2(width))
     most_heads = int(triton.next_power_of_2(num_heads))
@@ -87,7 +87,7 @@ def launch_parameters(num_tokens: int, num_heads: int, width: int) -> tuple[int,
 
 
 def rope_triton(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> None:
-    """Rotates x [T, N, D] in place. Raises ValueError where the features of a head do not lie side by side."""
+    """Rotate x [T, N, D] in place. Raises ValueError where a head's features are not contiguous."""
     num_tokens, num_heads, _ = x.shape
     if x.stride(2) != 1:
         raise ValueError(f"x has strides {x.stride()}; a head's features must lie side by side")

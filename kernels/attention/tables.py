@@ -1,4 +1,4 @@
-"""Inputs of the attention kernels: the tensors of one step that Triton reads. Legends as in paged_decode.py."""
+"""Per-step tensors that the Triton attention kernels read. Legends as in paged_decode.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DecodeTables:
-    """What Triton reads: the step's own tensors, and how many programs may share a sequence."""
+    """Decode input of Triton."""
 
     context_lens: torch.Tensor  # int32 [S]
     block_tables: torch.Tensor  # int32 [S, M]
     window: int | None
-    num_splits: int  # programs launched for each kv head of a sequence
-    min_blocks: int  # blocks of a split, at least
-    arrivals: torch.Tensor  # int32 [S, KV], zeros: splits that are done; each launch leaves it at zeros again
+    num_splits: int  # programs per kv head of a sequence
+    min_blocks: int  # minimum blocks of a split
+    arrivals: torch.Tensor  # int32 [S, KV], finished splits: zeros before and after each launch
 
     @property
     def num_seqs(self) -> int:
@@ -25,7 +25,7 @@ class DecodeTables:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTables:
-    """What Triton reads: the step's own tensors, of S slices."""
+    """Prefill input of Triton, of S slices."""
 
     starts: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]

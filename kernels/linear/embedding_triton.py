@@ -1,4 +1,4 @@
-"""Triton kernel of embedding.py: BLOCK_H features of one token to a program."""
+"""Triton kernel of embedding.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
-BLOCK_H, NUM_WARPS = 1024, 4  # 8 elements a thread: one load of 16 bytes in half precision
+BLOCK_H, NUM_WARPS = 1024, 4  # 8 elements a thread: one 16-byte load in half precision
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])

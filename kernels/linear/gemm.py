@@ -1,17 +1,17 @@
-"""The matrix product of a linear layer, plain or with the gate of a gated MLP in its epilogue.
+"""The GEMM of a linear layer, plain or with a gated MLP's gate in its epilogue.
 
     linear:        y[t, n] = sum_m x[t, m] * weight[n, m] + bias[n]
     gated_linear:  y[t, n] = act(gate[t, n]) * up[t, n]        gate, up: the first and the last N of linear's 2N outputs
 
-Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (gated: [2N, M]), bias like its rows, y [T, N];
-x, weight and bias of one dtype, sums in fp32, y in x's dtype.
-On a CUDA device a GEMM of few tokens is bound by reading the weight. tuning.py selects gemm_triton.py
-where it beats cuBLAS, and cuBLAS elsewhere; `launch_for` asks `backend_of`. Called by quant/methods/unquantized.py.
+Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (gated: [2N, M]), bias like its rows,
+y [T, N]; one dtype, sums in fp32.
+On CUDA a GEMM of few tokens is bound by reading the weight. tuning.py selects gemm_triton.py where it beats
+cuBLAS; `launch_for` asks `backend_of`. Called by quant/methods/unquantized.py.
 
-With `invariant` a row has the same bits whatever the other rows are and however many: one tile shape and one order of
-sums for every T. cuBLAS chooses its kernel by T, so it has no part in that.
+With `invariant` a row's bits do not depend on other rows: one tile shape and summation order for every T.
+cuBLAS selects its kernel by T, so it is not used there.
 
-Paper: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202; for the invariant form: He, Defeating
+Paper: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202; invariant form: He, Defeating
 Nondeterminism in LLM Inference, 2025.
 """
 
@@ -58,7 +58,7 @@ def gated_linear(
     *,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """x [T, M], weight [2N, M], gate rows first -> [T, N]; `activation` is one of silu_mul's ACTIVATIONS."""
+    """x [T, M], weight [2N, M], gate rows first -> [T, N]; `activation` is in silu_mul's ACTIVATIONS."""
     _check(x, weight, bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
@@ -82,12 +82,12 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def linear_cost(num_tokens: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): x and the weight are read once, y is written once."""
+    """(bytes, flops): x and weight read once, y written once."""
     numel = num_outputs * num_inputs + num_tokens * (num_inputs + num_outputs)
     return numel * dtype.itemsize, 2 * num_tokens * num_outputs * num_inputs
 
 
 def gated_linear_cost(num_tokens: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) of `num_outputs` gated outputs, of a weight with twice as many rows."""
+    """(bytes, flops) of `num_outputs` gated outputs; the weight has twice as many rows."""
     numel = 2 * num_outputs * num_inputs + num_tokens * (num_inputs + num_outputs)
     return numel * dtype.itemsize, num_tokens * num_outputs * (4 * num_inputs + 5)

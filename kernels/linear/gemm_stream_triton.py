@@ -1,16 +1,13 @@
-"""The Hopper kernel of gemm.py for few tokens: acc[BLOCK_N, BLOCK_T] = W @ X^T, as gemm_triton.py's, written in Gluon.
+"""Hopper kernel of gemm.py for few tokens, in Gluon: acc[BLOCK_N, BLOCK_T] = W @ X^T, as in gemm_triton.py.
 
-Tiles of W and X go by TMA into a ring of STAGES buffers in shared memory, from where wgmma
-multiplies them. Gluon allows the
-ring to start early: TMA loads of W, a constant, are issued before the kernel waits for its
-predecessor. Triton's own pipeline starts after the wait.
-
-With SPLITS > 1 the inputs of a tile are split over programs. The last to end adds up the parts, in order.
+TMA loads tiles of W and X into a ring of STAGES shared-memory buffers for wgmma. Gluon can issue the loads of
+W, a constant, before the kernel waits for its predecessor; Triton's pipeline starts after the wait.
+With SPLITS > 1 programs split a tile's inputs; the last to end sums the parts in order.
 
 Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (with a gate [2N, M]), y [T, N].
 """
 
-# Gluon's annotations are of what its compiler makes of a call, not of what Python sees.
+# Gluon's annotations describe its compiler's view of a call, not Python's.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportAssignmentType=false, reportIndexIssue=false
 
@@ -34,12 +31,12 @@ from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 from ..pdl_triton import launch_kernel
 from ..tuning import Launch
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
 
 
 @gluon.jit
 def _activate(gate, up, GELU: gl.constexpr):
-    """act(gate) * up; Gluon cannot call the `activate` of ops_triton.py."""
+    """act(gate) * up; Gluon cannot call `activate` of ops_triton.py."""
     if GELU:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
     else:
@@ -49,7 +46,7 @@ def _activate(gate, up, GELU: gl.constexpr):
 
 @gluon.jit
 def _send_weights(w_desc, w_ring, slot, bar, n, m, num_outputs, pred, GATED: gl.constexpr):
-    """Issue TMA loads of one weight tile, or of the gate's and up's; `bar` will count their bytes."""
+    """Issue TMA loads of one weight tile, or of gate's and up's; `bar` counts their bytes."""
     if GATED:
         tma.async_copy_global_to_shared(w_desc, [n, m], bar, w_ring.index(2 * slot), pred=pred)
         tma.async_copy_global_to_shared(w_desc, [num_outputs + n, m], bar, w_ring.index(2 * slot + 1), pred=pred)
@@ -59,7 +56,7 @@ def _send_weights(w_desc, w_ring, slot, bar, n, m, num_outputs, pred, GATED: gl.
 
 @gluon.jit
 def _sum_of_parts(parts, SPLITS: gl.constexpr, SIZE: gl.constexpr):
-    """The partial sums of a tile, added in the order of the splits."""
+    """Sum the parts of a tile in split order."""
     acc = gl.load(parts, cache_modifier=".cg")
     for part in gl.static_range(1, SPLITS):
         acc += gl.load(parts + part * SIZE, cache_modifier=".cg")
@@ -68,7 +65,7 @@ def _sum_of_parts(parts, SPLITS: gl.constexpr, SIZE: gl.constexpr):
 
 @gluon.jit
 def _store_rows(acc, y_ptr, n, t, num_outputs, num_tokens, num_warps: gl.constexpr):
-    """acc [BLOCK_N, BLOCK_T] to y [T, N], 16 bytes of a token's row at a time."""
+    """Store acc [BLOCK_N, BLOCK_T] to y [T, N], 16 bytes of a token's row at a time."""
     BLOCK_N: gl.constexpr = acc.shape[0]
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1])
     rows = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, OUT))
@@ -109,7 +106,7 @@ def _stream_kernel(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     tile, split = gl.program_id(0), gl.program_id(1)
     num_blocks_t = (num_tokens + BLOCK_T - 1) // BLOCK_T
-    n, t = tile // num_blocks_t * BLOCK_N, tile % num_blocks_t * BLOCK_T  # programs side by side share their weights
+    n, t = tile // num_blocks_t * BLOCK_N, tile % num_blocks_t * BLOCK_T  # neighbouring programs share weights
     all_steps = (num_inputs + BLOCK_M - 1) // BLOCK_M
     first = all_steps * split // SPLITS
     num_steps = all_steps * (split + 1) // SPLITS - first
@@ -137,7 +134,7 @@ def _stream_kernel(
             acc, acc_up = warpgroup_mma_wait(0, deps=[acc, acc_up])
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()  # every warp has read the buffers that are filled again
+        barrier()  # all warps have read the buffers before they are refilled
         more = step + STAGES < num_steps
         m = (first + step + STAGES) * BLOCK_M
         mbarrier.expect(bar, BYTES, pred=more)
@@ -154,7 +151,7 @@ def _stream_kernel(
         gl.store(parts + split * SIZE, acc)
         if GATED:
             gl.store(parts + (SPLITS + split) * SIZE, acc_up)
-        barrier()  # all threads have stored before one says so
+        barrier()  # all threads have stored before the arrival
         is_last = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
         if is_last:
             gl.store(arrivals_ptr + tile, 0)
@@ -174,7 +171,7 @@ def _stream_kernel(
 
 
 def ring_layouts(launch: Launch, dtype: Any) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
-    """How a tile of the weight, and one of x, lie in shared memory."""
+    """Shared-memory layouts of a weight tile and an x tile."""
     weight = gl.NVMMASharedLayout.get_default_for([launch.block_n, launch.block_m], dtype)
     return weight, gl.NVMMASharedLayout.get_default_for([launch.block_t, launch.block_m], dtype)
 
@@ -189,7 +186,7 @@ def run_stream(
     launch: Launch,
     constants: dict[str, Any],
 ) -> None:
-    """x [T, M] and weight [N, M], rows of a multiple of 16 bytes, to y; the rest is gemm_triton.py's."""
+    """x [T, M], weight [N, M] -> y; rows are multiples of 16 bytes. gemm_triton.py does the rest."""
     w_layout, x_layout = ring_layouts(launch, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
     w_desc = TensorDescriptor.from_tensor(weight, [launch.block_n, launch.block_m], w_layout)
     x_desc = TensorDescriptor.from_tensor(x, [launch.block_t, launch.block_m], x_layout)

@@ -1,12 +1,11 @@
 """Triton kernels of gemm.py. At few tokens they are bound by reading the weight from HBM, and overlap that read.
 
-`_fma_kernel`: one token. A program multiplies a few rows of the weight by x in registers: 3.3 to
-4.2 instructions of a thread per
-bf16 weight, within a budget of 15.6.
-`_mma_kernel`: acc[BLOCK_N, BLOCK_T] = W @ X^T. The weight is the left operand: the 64 rows of wgmma
-(16 of mma) are outputs, not padding of few tokens. Tiles come by TMA where strides allow it. With SPLITS > 1 the
-inputs are split over programs that store partial sums; the last of a tile to end adds them in the order
-of the splits. So the result does not depend on which one is last.
+`_fma_kernel`: one token. A program multiplies a few weight rows by x in registers: 3.3 to 4.2 instructions of
+a thread per bf16 weight, within a budget of 15.6.
+`_mma_kernel`: acc[BLOCK_N, BLOCK_T] = W @ X^T. The weight is the left operand, so that the 64 rows of wgmma
+(16 of mma) are outputs, not padding. Tiles come by TMA where strides allow it. With SPLITS > 1 programs split
+the inputs and store partial sums. The last to end adds them in split order, so the result does not depend on
+timing.
 
 Weights are constant: a kernel prefetches its first tile before it waits for its predecessor (PDL).
 
@@ -28,14 +27,14 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from ..tuning import Launch
 
 MAX_SPLIT_TILES = 4096
-MAX_STREAMS = 64  # torch has 32 to a device and priority
+MAX_STREAMS = 64  # torch has 32 per device and priority
 
 
 @triton.jit
 def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Prefetch a tile of the weight into L2: one asynchronous bulk copy a row.
+    """Prefetch a weight tile into L2: one asynchronous bulk copy a row.
 
-    Thread i prefetches row i; threads beyond hold copies of rows and are masked by their number.
+    Thread i prefetches row i; threads beyond hold duplicates and are masked by number.
     """
     SIZE: tl.constexpr = COLUMNS * w_ptr.dtype.element_ty.primitive_bitwidth // 8
     if column + COLUMNS <= num_columns:
@@ -54,7 +53,7 @@ def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexp
 
 @triton.jit
 def _low(words, BF16: tl.constexpr):
-    """The first of the two values in each 32-bit word, in fp32."""
+    """The first value of each 32-bit word, in fp32."""
     if BF16:
         return (words << 16).to(tl.float32, bitcast=True)
     else:
@@ -63,7 +62,7 @@ def _low(words, BF16: tl.constexpr):
 
 @triton.jit
 def _high(words, BF16: tl.constexpr):
-    """The second of the two values in each 32-bit word, in fp32."""
+    """The second value of each 32-bit word, in fp32."""
     if BF16:
         return (words & -65536).to(tl.float32, bitcast=True)
     else:
@@ -72,14 +71,14 @@ def _high(words, BF16: tl.constexpr):
 
 @triton.jit
 def _dot_in_threads(w, x_low, x_high, BF16: tl.constexpr):
-    """w [N, M / 2] words -> [N, M / 8]: each thread sums the products of its 16-byte loads, to hold few sums."""
+    """w [N, M / 2] words -> [N, M / 8]: each thread sums its 16-byte loads, to hold few sums."""
     products = _low(w, BF16) * x_low[None, :] + _high(w, BF16) * x_high[None, :]
     return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // 4, 4)), 2)
 
 
 @triton.jit
 def _fma_kernel(
-    w_ptr,  # of 32-bit words, like x: a pair of 16-bit values is unpacked when it is needed, not while it is loaded
+    w_ptr,  # 32-bit words, like x: pairs of 16-bit values, unpacked on use, not on load
     x_ptr,
     bias_ptr,
     y_ptr,
@@ -138,7 +137,7 @@ def _fma_kernel(
 
 @triton.jit
 def _load_tile(
-    source,  # [num_rows, num_columns]: a descriptor, or a pointer
+    source,  # [num_rows, num_columns]: descriptor or pointer
     row,
     column,
     num_rows,
@@ -158,8 +157,8 @@ def _load_tile(
 
 @triton.jit
 def _is_last(arrivals_ptr, SPLITS: tl.constexpr):
-    """Whether the other splits of the tile have stored their sums; if so their counter is zero again."""
-    tl.debug_barrier()  # all threads have stored before one says so
+    """Whether the tile's other splits have stored their sums; if so resets the counter."""
+    tl.debug_barrier()  # all threads have stored before the arrival
     is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.store(arrivals_ptr, 0)
@@ -168,7 +167,7 @@ def _is_last(arrivals_ptr, SPLITS: tl.constexpr):
 
 @triton.jit
 def _sum_of_parts(parts, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-    """The partial sums of a tile, added in the order of the splits."""
+    """Sum the parts of a tile in split order."""
     acc = tl.load(parts, cache_modifier=".cg")
     for i in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
         acc += tl.load(parts + i * SIZE, cache_modifier=".cg")
@@ -201,7 +200,7 @@ def _mma_kernel(
     """Program (p, s) computes split s of output tile p, [BLOCK_N, BLOCK_T]."""
     tile, split = tl.program_id(0), tl.program_id(1)
     num_blocks_t = tl.cdiv(num_tokens, BLOCK_T)
-    n, t = tile // num_blocks_t * BLOCK_N, tile % num_blocks_t * BLOCK_T  # programs side by side share their weights
+    n, t = tile // num_blocks_t * BLOCK_N, tile % num_blocks_t * BLOCK_T  # neighbouring programs share weights
     num_rows = num_outputs * 2 if GATED else num_outputs
     num_steps = tl.cdiv(num_inputs, BLOCK_M)
     first_step, last_step = num_steps * split // SPLITS, num_steps * (split + 1) // SPLITS
@@ -217,7 +216,7 @@ def _mma_kernel(
         m = step * BLOCK_M
         w = _load_tile(w_tiles, n, m, num_rows, num_inputs, BLOCK_N, BLOCK_M, TMA)
         x = _load_tile(x_tiles, t, m, num_tokens, num_inputs, BLOCK_T, BLOCK_M, TMA)
-        acc = tl.dot(w, x.T, acc, input_precision="ieee")  # fp32 is not rounded to tf32
+        acc = tl.dot(w, x.T, acc, input_precision="ieee")  # no tf32 rounding of fp32
         if GATED:
             up = _load_tile(w_tiles, num_outputs + n, m, num_rows, num_inputs, BLOCK_N, BLOCK_M, TMA)
             acc_up = tl.dot(up, x.T, acc_up, input_precision="ieee")
@@ -246,9 +245,9 @@ def _mma_kernel(
 
 
 class _Arrivals:
-    """Counters of splits that ended, one a tile, a row of them for each stream: what shares counters runs in order.
+    """Counters of finished splits, one a tile, a row per stream: users of one row run in order.
 
-    Each product leaves its counters at zero for the next one.
+    Each GEMM leaves its counters at zero.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -272,7 +271,7 @@ def gemm_triton(
 ) -> torch.Tensor:
     """x [T, M], weight [N, M] -> [T, N]; with an activation weight [2N, M], gate rows first.
 
-    Raises ValueError where the weight is not contiguous, or the launch is not for these shapes.
+    Raises ValueError where the weight is not contiguous, or the launch does not fit the shapes.
     """
     if not weight.is_contiguous():
         raise ValueError(f"the weight has strides {weight.stride()}; it must be contiguous")
@@ -295,7 +294,7 @@ def gemm_triton(
 
 
 def _split_buffers(y: torch.Tensor, launch: Launch, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where programs that share a tile's inputs meet: their partial sums, their counters. Unused without splits."""
+    """Partial sums and counters of programs that share a tile's inputs. Unused without splits."""
     if launch.splits == 1:
         return y, y
     num_tiles = -(-y.shape[1] // launch.block_n) * -(-y.shape[0] // launch.block_t)

@@ -3,10 +3,10 @@
     rms_norm(x, w)[t]          = x[t] / sqrt(mean(x[t]^2) + eps) * w
     add_rms_norm(x, r, w)      : r <- r + x, then rms_norm(r, w)
 
-Legend: T rows (any leading axes), N features. x and r [..., N]; w [N]. Sums are taken in fp32. A family whose norm is
-`x * (1 + w)` (Gemma) loads 1 + w, kept in fp32 whatever the model's dtype: bf16 would round the 1 away from the w.
+Legend: T rows (any leading axes), N features. x and r [..., N]; w [N]; sums in fp32. Families with `x * (1 +
+w)` (Gemma) load 1 + w in fp32: bf16 would round w away.
 
-On a CUDA device: rms_norm_triton.py. Called by replicas/layers/norm.py for every norm of a layer, q/k norms included.
+On CUDA: rms_norm_triton.py. Called by replicas/layers/norm.py for every norm, q/k norms included.
 Paper: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
 """
 
@@ -18,13 +18,13 @@ from ..backend import Backend, backend_of
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The formula in fp32. x [..., N], weight [N]; result in x's dtype."""
+    """The formula in fp32; result in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., N] normalised over its last axis and scaled by weight [N]. A new tensor of x's dtype."""
+    """Normalise x [..., N] over its last axis and scale by weight [N]. Returns a new tensor of x's dtype."""
     _check_weight(x, weight)
     if backend_of(x) is not Backend.TORCH:
         from .rms_norm_triton import rms_norm_triton
@@ -39,7 +39,8 @@ def _check_weight(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    # Half the time of torch.nn.functional.rms_norm at one row of 256 on CPU (4 us against 8), which is composite there.
+    # Half the time of torch.nn.functional.rms_norm (composite on CPU) at one row of 256: 4 us
+    # against 8.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     floor = torch.scalar_tensor(eps, dtype=torch.float32, device=x.device)
     scale = torch.addcmul(floor, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
@@ -51,13 +52,13 @@ def _rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 def add_rms_norm_ref(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normalised, new residual), neither input changed."""
+    """(normalised, new residual); inputs unchanged."""
     total = residual + x
     return rms_norm_ref(total, weight, eps), total
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x [..., N] to `residual` in place and returns the normalised sum."""
+    """Add x [..., N] to `residual` in place and return the normalised sum."""
     if x.shape != residual.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, the residual {tuple(residual.shape)}")
     _check_weight(x, weight)
@@ -69,12 +70,12 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 
 
 def rms_norm_cost(num_rows: int, num_features: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): x is read and the result written; the weight is small and stays in the cache."""
+    """(bytes, flops): x read, result written; the small weight stays in cache."""
     size = num_rows * num_features
     return 2 * size * dtype.itemsize, 4 * size
 
 
 def add_rms_norm_cost(num_rows: int, num_features: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): x and the residual are read, the residual and the result written."""
+    """(bytes, flops): x and residual read, residual and result written."""
     size = num_rows * num_features
     return 4 * size * dtype.itemsize, 5 * size

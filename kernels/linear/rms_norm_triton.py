@@ -1,10 +1,9 @@
-"""Triton kernel of rms_norm.py: the norm of each row, with the residual addition before it where there is one.
+"""Triton kernel of rms_norm.py: the norm of each row, optionally after the residual addition.
 
-Legend: N features. Row r of x begins at `r // NUM_INNER * stride_outer + r % NUM_INNER * stride_inner`, so that the
-heads of a fused projection, [T, H, D] with gaps, are read where they are. Residual and result have no gaps.
+Legend: N features. Row r of x begins at `r // NUM_INNER * stride_outer + r % NUM_INNER * stride_inner`, so
+heads of a fused projection [T, H, D] are read in place. Residual and result are contiguous.
 
-How a row is summed depends on N alone, never on how many rows there are: a token's result does not depend on its
-batch.
+The summation order of a row depends on N alone, so results are batch-invariant.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
-MAX_FEATURES = 32768  # a row is held in registers: 64 values a thread
+MAX_FEATURES = 32768  # a row is in registers: 64 values a thread
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -35,7 +34,7 @@ def _rms_norm_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program p normalises rows p * BLOCK_ROWS .., after adding x to the residual where there is one."""
+    """Program p normalises rows p * BLOCK_ROWS .., after an optional residual addition."""
     release_dependents(PDL)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_N)
@@ -48,7 +47,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + packed, mask=mask, other=0.0)
-        # Rounded before it is squared: what is normed is what the next layer finds in the residual.
+        # Rounded before it is squared: the next layer reads the rounded residual.
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + packed, x, mask=mask)
     x = x.to(tl.float32)
@@ -58,11 +57,11 @@ def _rms_norm_kernel(
 
 
 def launch_parameters(num_features: int, *, has_residual: bool) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_N, num_warps): short rows several to a program, long ones with as many threads as help.
+    """(BLOCK_ROWS, BLOCK_N, num_warps): several short rows a program, more threads for long ones.
 
-    Few rows want many threads, many rows small programs; where a row moves the most bytes, 16 warps cost nothing. In
-    bf16 on an H200, with 4, 8, 16 warps: 256 rows of 4096 after an addition 3.4, 3.1, 2.3 us; 8192 of them 0.92 of the
-    memory's speed each time; 8192 rows of 2048 after an addition 0.91, 0.90, 0.85.
+    Few rows want many threads, many rows small programs; where a row moves the most bytes, 16 warps cost
+    nothing. bf16 on an H200, 4, 8, 16 warps: 256 rows of 4096 after an addition 3.4, 3.1, 2.3 us; 8192 of
+    them 0.92 of memory speed each; 8192 rows of 2048 after an addition 0.91, 0.90, 0.85.
     """
     block_n = int(triton.next_power_of_2(num_features))
     block_rows = max(1, 1024 // block_n)
@@ -73,9 +72,9 @@ def launch_parameters(num_features: int, *, has_residual: bool) -> tuple[int, in
 def rms_norm_triton(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The norm of x [..., N], or of `residual` after x was added to it in place. A new tensor of x's dtype.
+    """The norm of x [..., N], or of `residual` after x is added to it in place. A new tensor of x's dtype.
 
-    Raises ValueError for a row too long for the registers, and for a residual with gaps.
+    Raises ValueError for a row that exceeds the registers, and for a non-contiguous residual.
     """
     num_features = x.shape[-1]
     if num_features > MAX_FEATURES:

@@ -1,9 +1,9 @@
-"""The gate of a gated MLP: act(gate) * up, on the output of the fused gate_up projection.
+"""The gate of a gated MLP: act(gate) * up, on the fused gate_up projection.
 
     y[t, i] = act(x[t, i]) * x[t, I + i]         act: SiLU, or GELU in its tanh form
 
 Legend: T tokens, I intermediate features. x [..., 2I], y [..., I].
-On a CUDA device: silu_mul_triton.py. Called by quant/methods/unquantized.py, linear/gemm.py and moe/moe.py.
+On CUDA: silu_mul_triton.py. Called by quant/methods/unquantized.py, linear/gemm.py and moe/moe.py.
 Paper: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202.
 """
 
@@ -27,7 +27,7 @@ def silu_mul_ref(x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
 
 def silu_mul(x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """x [..., 2I] -> [..., I]; `activation` is one of ACTIVATIONS, by their Hugging Face names."""
+    """x [..., 2I] -> [..., I]; `activation` is in ACTIVATIONS (Hugging Face names)."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
     if x.shape[-1] % 2:
@@ -42,6 +42,6 @@ def silu_mul(x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
 
 def silu_mul_cost(num_tokens: int, num_features: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) for x [num_tokens, 2 * num_features]; the exponential counts as one."""
+    """(bytes, flops) for x [num_tokens, 2 * num_features]; an exponential is one flop."""
     size = num_tokens * num_features
     return 3 * size * dtype.itemsize, 5 * size

@@ -1,7 +1,7 @@
-"""The tensors that the model reads in a step, expanded on the device from the step's packed plan.
+"""The model's input tensors of a step, expanded on the device from the step's packed plan.
 
-The host sends one int32 array; positions, cache slots, context lengths and block tables are derived on the device. A
-step costs the host one copy, and a CUDA graph that begins with these kernels runs any plan that fits its shapes.
+The host copies one int32 array a step. A CUDA graph that begins with these kernels runs any plan that fits
+its shapes.
 
     apply:   block_tables[row, index] = block; sampling[row] = parameters                        changes of the plan
     expand:  token t of slice s, at offset o = t - cu_seqlens[s]:
@@ -9,13 +9,12 @@ step costs the host one copy, and a CUDA graph that begins with these kernels ru
              id = token_ids[t], or last_tokens[row[s]] where that is DEVICE_TOKEN
     store:   last_tokens[row[k]] = token[k]; ring[turn, k] = token[k]                            samples of the plan
 
-Letters: R rows (padding samples into the last one), M blocks of a row, BS block_size, T tokens, D decode slices,
-P prefill slices, K samples; S, T', D', K', U, N are the plan's slices, tokens, decodes, samples, block table updates
-and row starts.
+Letters: R rows (the last for padding samples), M blocks of a row, BS block_size, T tokens, D decode slices, P
+prefill slices, K samples; S, T', D', K', U, N are the plan's slices, tokens, decodes, samples, block table
+updates and row starts.
 
-A packed plan is a header and the arrays of PACKED_ARRAYS, one after the other. The header (PLACES) holds the ring's
-turn, the counts and where each array begins. Called by replicas/worker/device_inputs.py. `*_ref` are loops over the
-same packed plan.
+A packed plan is a header (PLACES: the ring's turn, counts, array offsets) and PACKED_ARRAYS, concatenated.
+Called by replicas/worker/device_inputs.py. `*_ref` loop over the same plan.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ import torch
 from ..backend import Backend, backend_of
 from ..sampling.params import SamplingRows
 
-# A row's start: row, temperature, top_k, top_p, min_p (floats by their bits), seed's low and high half.
+# A row start: row, temperature, top_k, top_p, min_p (float bits), seed's low and high half.
 ROW_START = 7
 
-# The arrays of a packed plan, in order, and their lengths. Names are StepPlan's, but for two: cu_seqlens are
-# the running sums of num_tokens, row_starts are ROW_START integers each.
+# Arrays of a packed plan, in order, with lengths. Names are StepPlan's, except cu_seqlens (running
+# sums of num_tokens) and row_starts (ROW_START integers each).
 PACKED_ARRAYS = {
     "rows": "S",
     "starts": "S",
@@ -51,7 +50,7 @@ HEADER = len(PLACES)
 
 
 class RowState(NamedTuple):
-    """State that the device keeps per row from step to step."""
+    """Per-row state that the device keeps between steps."""
 
     block_tables: torch.Tensor  # int32 [R, M]
     last_tokens: torch.Tensor  # int64 [R]
@@ -59,7 +58,7 @@ class RowState(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """The output of `expand`. T, D, P and K are capacities; entries beyond the plan's are padding."""
+    """Output of `expand`. T, D, P and K are capacities; entries beyond the plan's are padding."""
 
     input_ids: torch.Tensor  # int64 [T], 0 is padding
     positions: torch.Tensor  # int64 [T], 0 is padding
@@ -74,7 +73,7 @@ class StepTensors(NamedTuple):
     sample_positions: torch.Tensor  # int64 [K], 0 is padding
 
     def first(self, *, tokens: int, decodes: int, prefills: int, samples: int) -> StepTensors:
-        """The leading entries of each tensor: views of these capacities."""
+        """Views of the leading entries of each tensor."""
         return StepTensors(
             input_ids=self.input_ids[:tokens],
             positions=self.positions[:tokens],
@@ -91,7 +90,7 @@ class StepTensors(NamedTuple):
 
 
 def section(plan: np.ndarray, name: str, count: int) -> np.ndarray:
-    """The first `count` integers of one of the plan's arrays."""
+    """The first `count` integers of a plan array."""
     begin = int(plan[PLACES[name]])
     return plan[begin : begin + count]
 
@@ -150,14 +149,14 @@ def expand_plan_ref(packed: torch.Tensor, state: RowState, block_size: int, out:
 def store_tokens_ref(
     tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
 ) -> None:
-    """One by one, in place. A failed sample (-1) leaves token 0, a valid index of the embedding."""
+    """One by one, in place. A failed sample (-1) stores token 0, a valid id."""
     for k, (token, row) in enumerate(zip(tokens.tolist(), rows.tolist(), strict=True)):
         last_tokens[row] = max(token, 0)
         ring[int(packed[PLACES["turn"]]), k] = token
 
 
 def load_plan(packed: torch.Tensor, state: RowState, block_size: int, out: StepTensors) -> None:
-    """Apply the packed plan to `state` and fill `out` from the two, with padding as in StepTensors.
+    """Apply the packed plan to `state` and fill `out`, with padding as in StepTensors.
 
     Raises ValueError where block_size is not a power of two.
     """
@@ -176,10 +175,10 @@ def load_plan(packed: torch.Tensor, state: RowState, block_size: int, out: StepT
 def store_tokens(
     tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
 ) -> None:
-    """Store tokens int64 [K] (-1: sampling failed) for the next step, and in the ring for the host.
+    """Store tokens int64 [K] (-1: sampling failed) for the next step, and in the host's ring.
 
-    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or in pinned host memory. The
-    packed plan names the turn.
+    rows int64 [K]; last_tokens int64 [R]; ring int64 [turns, >= K], on the device or pinned. The plan names
+    the turn.
     """
     if tokens.shape != rows.shape or len(tokens) > ring.shape[1]:
         raise ValueError(f"{tuple(tokens.shape)} tokens for {tuple(rows.shape)} rows and a ring {tuple(ring.shape)}")

@@ -1,4 +1,4 @@
-"""Triton kernels of step_inputs.py. Counts are read on the device; grids follow from the capacities."""
+"""Triton kernels of step_inputs.py. Counts are read on the device; grids depend on capacities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 from .step_inputs import PLACES, ROW_START, RowState, StepTensors
 
-# A kernel reads globals only as constexpr.
+# Kernels read globals only as constexpr.
 _TURN = tl.constexpr(PLACES["turn"])
 _NUM_SLICES = tl.constexpr(PLACES["num_slices"])
 _NUM_DECODES = tl.constexpr(PLACES["num_decodes"])
@@ -31,12 +31,12 @@ _TABLE_BLOCKS = tl.constexpr(PLACES["table_blocks"])
 _ROW_STARTS = tl.constexpr(PLACES["row_starts"])
 _ROW_START = tl.constexpr(ROW_START)
 
-_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # per program, or per iteration of its loop
+_TOKENS, _COLUMNS, _CHANGES = 128, 256, 1024  # per program or loop iteration
 
 
 @triton.jit
 def _section(packed_ptr, place):
-    """Address of one of the packed plan's arrays."""
+    """Address of one plan array."""
     return packed_ptr + tl.load(packed_ptr + place)
 
 
@@ -53,7 +53,7 @@ def _apply_plan_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program applies all changes, rarely more than a few dozen."""
+    """One program applies all changes (rarely over a few dozen)."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     num_updates, num_starts = tl.load(packed_ptr + _NUM_UPDATES), tl.load(packed_ptr + _NUM_STARTS)
@@ -92,12 +92,12 @@ def _expand_tokens(
     tile, num_rows, num_columns, max_tokens, max_samples, search_steps,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Expand a tile of tokens, and the samples of the same indices."""
+    """Expand a tile of tokens and the samples of the same indices."""
     num_slices, num_tokens = tl.load(packed_ptr + _NUM_SLICES), tl.load(packed_ptr + _NUM_TOKENS)
     rows, starts, cu = _section(packed_ptr, _ROWS), _section(packed_ptr, _STARTS), _section(packed_ptr, _CU_SEQLENS)
     t = tile * TOKENS + tl.arange(0, TOKENS)
     live = t < num_tokens
-    # A token's slice: the last whose first token is not after it. Binary search of all tokens at once.
+    # A token's slice is the last that starts at or before it: binary search of all tokens at once.
     low, high = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32) + num_slices
     for _ in range(search_steps):
         middle = (low + high) // 2
@@ -128,7 +128,7 @@ def _expand_tokens(
 def _copy_table(
     target_ptr, block_tables_ptr, row, length, num_columns, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Copy the blocks of a context; columns beyond them keep their values."""
+    """Copy a context's blocks; later columns keep their values."""
     num_used = tl.cdiv(length, BLOCK_SIZE)
     for begin in range(0, num_used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
@@ -165,7 +165,7 @@ def _expand_plan_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs 0 .. num_tiles - 1 expand tokens and samples, the next a decode slice each, the last prefill slices."""
+    """Programs 0 .. num_tiles - 1 expand tokens and samples, then one per decode slice, then prefill slices."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     program = tl.program_id(0)
@@ -213,7 +213,7 @@ def _store_tokens_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Store a block of samples, each for its row and in the ring."""
+    """Store a block of samples, per row and in the ring."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -261,7 +261,7 @@ def expand_plan_triton(packed: torch.Tensor, state: RowState, block_size: int, o
 def store_tokens_triton(
     tokens: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor
 ) -> None:
-    """As `store_tokens_ref`. Padding may write the last row more than once: it is never read."""
+    """As `store_tokens_ref`. Padding may write the last row repeatedly; it is never read."""
     launch: dict[str, Any] = {"BLOCK": 256, **pdl_launch(packed)}
     launch_kernel(
         _store_tokens_kernel,
