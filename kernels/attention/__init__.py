@@ -1,1 +1,1 @@
-"""Paged attention and what prepares it: RoPE, the KV store and block copies."""
+"""Paged attention, RoPE, the KV store and block copies."""

@@ -21,7 +21,7 @@ def block_copy_ref(cache: torch.Tensor, source: torch.Tensor, target: torch.Tens
 
 
 def block_copy(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy in place. Raises ValueError where source and target differ in length."""
+    """Copy in place. Raises ValueError unless source and target are vectors of one length."""
     if source.shape != target.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must be equal vectors")
     if backend_of(cache) is not Backend.TORCH:

@@ -1,7 +1,7 @@
 """Triton kernel of block_copy.py: sources and targets may overlap.
 
-Each program copies BLOCK_N columns of all copies. It loads every source into registers, waits for all its
-warps, then writes. This needs no buffer and no order among programs, as long as the copies fit one tile.
+A program copies BLOCK_N columns of all copies: it loads every source, waits for its warps, then writes. So
+copies that fit one tile need no buffer and no order among programs.
 """
 
 from __future__ import annotations

@@ -70,8 +70,7 @@ def rope_kv_store(
 ) -> None:
     """`rope` of the queries and keys of qkv [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
 
-    With weights q_norm and k_norm [D], `rms_norm` of each query and key head comes first. The keys are
-    defined in the cache only, not in qkv.
+    Weights q_norm and k_norm [D] apply `rms_norm` per head first. Afterwards qkv's keys are undefined.
     """
     norms = _norm_weights(q_norm, k_norm, qkv.shape[-1])
     num_turned = num_heads + cache.shape[2]

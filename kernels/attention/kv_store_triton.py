@@ -1,10 +1,9 @@
 """Triton kernels of kv_store.py: store one token's heads, with or without RoPE.
 
-Legend: T tokens, H query heads, KV kv heads, B blocks, BS block_size, D head_dim, R = 2 * HALF rotated
-features. cache [B, 2, KV, BS, D] contiguous; slot_mapping int64 [T], negative: padding, not stored; cos/sin
-cache [P, R] fp32; positions int64 [T]; norm weights [D].
+Legend as in kv_store.py and rope.py; H query heads, R = 2 * HALF rotated features. cache contiguous; cos/sin cache [P, R]
+fp32; positions int64 [T]; norm weights [D]. A negative slot is padding and is not stored.
 
-The summation order of a norm depends on head size and count, never on T. More tokens use more warps, not more
+A norm's summation order depends on head size and count, never on T: more tokens use more warps, not more
 features per thread.
 """
 
@@ -174,7 +173,7 @@ def rope_kv_store_triton(
 ) -> None:
     """Rotate the queries of qkv [T, H + 2 KV, D] in place; write rotated keys, and values, to the cache only.
 
-    `norms`: weights of the q and k norms before the rotation.
+    `norms`: weights of the q and k norms.
     """
     _check(qkv, cache, slot_mapping)
     if qkv.numel() == 0:

@@ -57,11 +57,10 @@ def decode_tables(
     window: int | None,
     num_expected: int | None = None,
 ) -> DecodeTables:
-    """Build the tables of one step from shapes alone, without a device sync.
+    """Build one step's tables from shapes alone, without a device sync.
 
-    The longest context is assumed to fill its table. A small batch is split until every SM has work; a large
-    one only where one context may be much longer than others. `num_expected`: sequences that are not padding;
-    None: all S.
+    The longest context is assumed to fill its table. Small batches are split until every SM has work, large
+    ones only for long tables. `num_expected`: sequences that are not padding; None: all S.
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
@@ -190,7 +189,7 @@ def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
 def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, each [S * KV, L, D] in the workspace, zero where masked.
 
-    Unwritten slots may hold another sequence's NaN, and 0 * NaN is NaN.
+    Unwritten slots may hold another sequence's NaN; 0 * NaN is NaN.
     """
     block_size, head_dim = cache.shape[3], cache.shape[4]
     gathered = torch.index_select(cache.view(-1, block_size, head_dim), 0, index.rows, out=index.workspace)

@@ -6,12 +6,12 @@
 Legend as in paged_decode.py. Scores in base 2 (scale includes log2 e), sums in fp32. A program reads one kv
 head of a split, block by block; its G query heads are the rows of one `tl.dot` (at least 16).
 
-The number of launched splits depends on host integers; their use and length depend on the context, read on
-the device. So a launch stays valid in a CUDA graph, and unused programs exit at once. A single split is
-written directly. Otherwise each program increments `arrivals` once its part is in memory. The last joins the
-parts in order and resets the count. A context of 0 is padding and is not written.
+The number of launched splits depends on host integers. Their use and length depend on contexts read on the
+device, so a launch stays valid in a CUDA graph; unused programs exit at once. A single split is written
+directly. Otherwise each program increments `arrivals` once its part is in memory; the last joins the parts in
+order and resets the count.
 
-The kernel starts after its predecessors end; its successor may start early (PDL).
+The kernel starts after its predecessors end; its successor may start early.
 
 Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023,
 crfm.stanford.edu/2023/10/12/flashdecoding.html.
@@ -33,7 +33,7 @@ from .tables import DecodeTables
 _LOG2_E = 1 / math.log(2)
 SHARED_BYTES = 220 << 10  # of one sm_90 SM, less Triton's reserve for reductions
 _JOINED_AT_A_TIME = 8192  # numbers read at once, 64 per thread of four warps
-_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; twice that for fp32
+_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 GEMMs need as much again
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _attend(
     slots, in_dim = tl.arange(0, BLOCK_SIZE), tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
     # Finite start of the maximum: -inf minus -inf is NaN.
     highest = tl.full([ROWS], -1.0e30, tl.float32)
-    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot, summed across warps once at the end
+    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: one sum per row at the end, as each makes warps wait
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     # Load a block id one iteration ahead, or dependent loads lose two pipeline stages.
     block = tl.load(table_ptr + begin).to(tl.int64)
@@ -125,7 +125,7 @@ def _attend(
         if WINDOWED:
             seen &= positions >= context_len - window
         k = tl.load(k_ptrs, mask=in_dim, other=0.0)
-        # Unseen slots may hold another sequence's NaN, and 0 * NaN is NaN.
+        # Unseen slots may hold another sequence's NaN; 0 * NaN is NaN.
         v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -245,7 +245,7 @@ def padded_dim(head_dim: int) -> int:
 
 
 def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """(warps, pipeline stages) such that three programs fit an SM; stages - 1 blocks are in flight."""
+    """Warps and pipeline stages such that three programs fit an SM; stages - 1 blocks are in flight."""
     block_bytes = 2 * block_size * padded_dim(head_dim) * element_size
     in_flight = min(3, max(1, SHARED_BYTES // 3 // block_bytes))
     return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}

@@ -9,7 +9,7 @@ token of each slice, then the last's end; cache [B, 2, KV, BS, D], keys at 0, va
 [S, M]. The cache already holds a slice's own keys and values. On a GPU an empty slice is padding.
 
 Torch runs slice by slice, with one `prefill_index` per step and window. Triton (paged_prefill_triton.py) runs
-all slices at once from `PrefillTables`. The type of the step's input selects the path.
+all slices at once from `PrefillTables`. The input's type selects the path.
 
 Batch invariance: the kernel's bits for a token do not depend on slicing or other slices; torch's only with
 `invariant`.
@@ -55,8 +55,8 @@ def prefill_index(
 ) -> tuple[PrefillSlice, ...]:
     """One entry per slice, or with `invariant` per token. `starts` [S + 1] and lengths are host integers.
 
-    In torch the summation order of a GEMM row depends on its neighbours. A single token over exactly its
-    visible keys has the same bits in any slice and step. Each token gathers its own context: for tests only.
+    In torch a GEMM row's summation order depends on its neighbours. A single token over exactly its visible
+    keys has the same bits in any slice and step; gathering each context is for tests only.
     Raises ValueError where a slice exceeds its context or table.
     """
     if invariant:
@@ -157,7 +157,6 @@ def paged_prefill(
 
 
 def _gather(cache: torch.Tensor, entry: PrefillSlice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one slice, each [1, KV, L, D]."""
     _, _, num_kv_heads, block_size, head_dim = cache.shape
     gathered = cache.view(-1, block_size, head_dim).index_select(0, entry.rows).view(2, 1, num_kv_heads, -1, head_dim)
     k, v = gathered[..., entry.skipped : entry.skipped + entry.length, :].unbind()

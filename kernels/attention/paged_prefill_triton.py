@@ -1,8 +1,8 @@
 """Prefill attention on a GPU: all slices of a step in one launch.
 
-Legend as in paged_prefill.py. The rows of a tile are BLOCK_ROWS // G tokens times the G query heads of one kv
-head, so a block of keys is read once for all. The last tile of a slice sees the most keys and starts first.
-Fully visible blocks run unmasked, before those at the diagonal.
+Legend as in paged_prefill.py. A tile's rows are BLOCK_ROWS // G tokens times the G query heads of one kv
+head. So a block of keys is read once for all. A slice's last tile sees the most keys and starts first. Fully
+visible blocks run unmasked, before those at the diagonal.
 On an H200 one loop that branches around the mask runs at 387 TFLOP/s instead of 492. With a third loop, for a
 window's left edge, ptxas keeps no GEMM asynchronous; so windows use the masked loop alone.
 
@@ -27,8 +27,8 @@ from .tables import PrefillTables
 def _find_tile(starts_ptr, num_slices, program, TOKENS: tl.constexpr):
     """Slice and tile of a program, or slice -1. Slice s has tiles from (its first token // TOKENS) + s on.
 
-    This needs no scan of earlier slices. The last tile comes first; surplus programs (padding) come last. All
-    starts are compared at once: a binary search of 256 is eight dependent loads.
+    The last tile comes first, surplus programs (padding) last. All starts are compared at once: a binary
+    search of 256 is eight dependent loads.
     """
     first_token, last_token = tl.load(starts_ptr), tl.load(starts_ptr + num_slices)
     num_used = num_slices * 0
@@ -71,8 +71,8 @@ def _attend_blocks(
 ):
     """Online softmax over blocks begin .. stop - 1 of the table.
 
-    A fully masked block leaves a row's sums bit-equal, and a fully visible one gives the same bits with and
-    without mask. So a row's result does not depend on the tile's other rows.
+    A fully masked block leaves a row's sums bit-equal; a fully visible one gives equal bits with and without
+    mask. So a row's result does not depend on the tile's other rows.
     """
     dims, slots = tl.arange(0, q.shape[1])[None, :], tl.arange(0, BLOCK_SIZE)
     in_dim = dims < HEAD_DIM
@@ -87,7 +87,7 @@ def _attend_blocks(
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         if MASKED:
             keys = index * BLOCK_SIZE + slots
-            # Unseen slots may hold another sequence's NaN, and 0 * NaN is NaN.
+            # Unseen slots may hold another sequence's NaN; 0 * NaN is NaN.
             read = keys <= last_position
             seen = keys[None, :] <= positions[:, None]
             if WINDOWED:
@@ -182,7 +182,7 @@ def _paged_prefill_kernel(
 
 
 def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """(rows of a tile, pipeline stages, warps). 128 rows on 8 warps keep wgmma busy without register spills.
+    """Tile rows, pipeline stages and warps. 128 rows on 8 warps keep wgmma busy without register spills.
 
     fp32 GEMMs run unrolled on scalar units: above 16 rows they spill and compile for minutes.
     """

@@ -1,7 +1,4 @@
-"""Triton kernel of rope.py: a program rotates BLOCK_HEADS heads of one token, in fp32.
-
-Legend: N heads, D head_dim, R = 2 * HALF rotated features. cache [P, R] fp32; positions int64 [T].
-"""
+"""Triton kernel of rope.py, in fp32. Legend as there; R = 2 * HALF."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 
 TILE, NUM_WARPS = 512, 2  # elements of each half: 8 a thread
 # Above this count a program takes twice as much: an H200 SM starts one per 160 ns, in which its
-# memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored when rotated: 54 us so, 61 us
-# not.
+# memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored while rotated: 54 us so, 61 us not.
 FEW_TOKENS = 512
 
 
@@ -77,7 +73,7 @@ def _rope_kernel(
 def launch_parameters(num_tokens: int, num_heads: int, width: int) -> tuple[int, int, int]:
     """(heads, features, num_warps) of a program's tile, for rows of `width` features.
 
-    The thread layout of a row, hence its summation order, depends on `width` and `num_heads` alone.
+    A row's thread layout and summation order depend on `width` and `num_heads` alone.
     """
     block_width = int(triton.next_power_of_2(width))
     most_heads = int(triton.next_power_of_2(num_heads))

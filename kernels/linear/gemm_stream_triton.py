@@ -2,9 +2,7 @@
 
 TMA loads tiles of W and X into a ring of STAGES shared-memory buffers for wgmma. Gluon can issue the loads of
 W, a constant, before the kernel waits for its predecessor; Triton's pipeline starts after the wait.
-With SPLITS > 1 programs split a tile's inputs; the last to end sums the parts in order.
-
-Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (with a gate [2N, M]), y [T, N].
+With SPLITS > 1 programs split a tile's inputs; the last to end sums the parts in order. Legend as in gemm.py.
 """
 
 # Gluon's annotations describe its compiler's view of a call, not Python's.

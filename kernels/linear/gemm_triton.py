@@ -4,12 +4,10 @@
 a thread per bf16 weight, within a budget of 15.6.
 `_mma_kernel`: acc[BLOCK_N, BLOCK_T] = W @ X^T. The weight is the left operand, so that the 64 rows of wgmma
 (16 of mma) are outputs, not padding. Tiles come by TMA where strides allow it. With SPLITS > 1 programs split
-the inputs and store partial sums. The last to end adds them in split order, so the result does not depend on
-timing.
+the inputs; the last to end adds the partial sums in split order, so timing does not change the result.
 
 Weights are constant: a kernel prefetches its first tile before it waits for its predecessor (PDL).
-
-Legend: T tokens, M features in, N features out. x [T, M], weight [N, M] (with a gate [2N, M]), y [T, N].
+Legend as in gemm.py.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ MAX_STREAMS = 64  # torch has 32 per device and priority
 def _prefetch(w_ptr, first_row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Prefetch a weight tile into L2: one asynchronous bulk copy a row.
 
-    Thread i prefetches row i; threads beyond hold duplicates and are masked by number.
+    Thread i prefetches row i; surplus threads hold duplicates and are masked.
     """
     SIZE: tl.constexpr = COLUMNS * w_ptr.dtype.element_ty.primitive_bitwidth // 8
     if column + COLUMNS <= num_columns:
@@ -245,10 +243,7 @@ def _mma_kernel(
 
 
 class _Arrivals:
-    """Counters of finished splits, one a tile, a row per stream: users of one row run in order.
-
-    Each GEMM leaves its counters at zero.
-    """
+    """Counters of finished splits, one a tile, a row per stream, zero between GEMMs. Users of a row run in order."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -3,8 +3,8 @@
     rms_norm(x, w)[t]          = x[t] / sqrt(mean(x[t]^2) + eps) * w
     add_rms_norm(x, r, w)      : r <- r + x, then rms_norm(r, w)
 
-Legend: T rows (any leading axes), N features. x and r [..., N]; w [N]; sums in fp32. Families with `x * (1 +
-w)` (Gemma) load 1 + w in fp32: bf16 would round w away.
+Legend: T rows (any leading axes), N features. x and r [..., N]; w [N]; sums in fp32. A Gemma norm, `x * (1 +
+w)`, loads 1 + w in fp32: bf16 would lose w's low bits.
 
 On CUDA: rms_norm_triton.py. Called by replicas/layers/norm.py for every norm, q/k norms included.
 Paper: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.

@@ -1,1 +1,1 @@
-"""Expansion of a step's packed plan into the tensors that the model reads."""
+"""Expansion of a step's packed plan into model inputs."""
