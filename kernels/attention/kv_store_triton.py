@@ -1,7 +1,7 @@
 """Triton kernels of kv_store.py: store one token's heads, with or without RoPE.
 
-Legend as in kv_store.py and rope.py; H query heads, R = 2 * HALF rotated features. cache contiguous; cos/sin cache [P, R]
-fp32; positions int64 [T]; norm weights [D]. A negative slot is padding and is not stored.
+Legend as in kv_store.py and rope.py; H query heads, R = 2 * HALF rotated features. cache contiguous;
+cos/sin cache [P, R] fp32; positions int64 [T]; norm weights [D]. A negative slot is padding and is not stored.
 
 A norm's summation order depends on head size and count, never on T: more tokens use more warps, not more
 features per thread.

@@ -60,7 +60,8 @@ def decode_tables(
     """Build one step's tables from shapes alone, without a device sync.
 
     The longest context is assumed to fill its table. Small batches are split until every SM has work, large
-    ones only for long tables. `num_expected`: sequences that are not padding; None: all S.
+    ones only where one context may be much longer than others. `num_expected`: sequences that are not padding;
+    None: all S.
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
