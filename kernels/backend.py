@@ -1,11 +1,10 @@
 """Which implementation of an operator runs: plain torch, Triton on the device, or Triton's interpreter.
 
-Operators ask `backend_of(tensor)` when they are called: Triton for a CUDA tensor, torch for any other. Only a `with
-use_backend(...)` changes that, for the code inside it and the thread it runs in: tests send CPU tensors through the
-interpreter, benchmarks compare Triton with torch on one device.
+`backend_of(tensor)` is Triton for a CUDA tensor, else torch. `with use_backend(...)` overrides that for its
+body and thread: tests run CPU tensors in the interpreter, benchmarks compare Triton with torch on one device.
 
-Triton kernels stand in files of their own, `<operator>_triton.py`, which the operator imports inside the branch that
-needs them. So a CPU process never loads Triton, and Shoal imports where there is none.
+Triton kernels are in `<operator>_triton.py`, imported inside the branch that needs them. So a CPU process
+never loads Triton, and Shoal imports without it.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ def backend_of(tensor: torch.Tensor) -> Backend:
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Operators called inside run on `backend`, whatever their tensors' device.
+    """Run operators inside on `backend`, whatever their tensors' device.
 
-    Raises RuntimeError for INTERPRET where Triton was imported without TRITON_INTERPRET=1: the variable decides what
-    `triton.jit` makes of a kernel, so it must be set before.
+    Raises RuntimeError for INTERPRET if Triton was imported without TRITON_INTERPRET=1, which `triton.jit`
+    reads.
     """
     if backend is Backend.INTERPRET:
         from triton import knobs

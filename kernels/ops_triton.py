@@ -1,4 +1,4 @@
-"""Device functions that several kernels share."""
+"""Device functions shared by several kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 def activate(gate, up, GELU: tl.constexpr):
     """act(gate) * up: SiLU, or GELU in its tanh form.
 
-    0.5 * (1 + tanh(u)) = sigmoid(2u), which every backend of Triton has.
+    0.5 * (1 + tanh(u)) = sigmoid(2u), which every Triton backend has.
     """
     if GELU:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)

@@ -1,11 +1,11 @@
-"""Which kernel runs a GEMM, and its launch parameters: decided by host shapes alone, never measured here.
+"""Which kernel runs a GEMM, and its launch parameters, from host shapes alone.
 
-`kernels/tuned/<device>.json`, written by `python -m benchmarks.tune` on that device, has for each (outputs, inputs) the
-choice for each bucket of tokens: launch parameters of gemm_triton.py, or null where cuBLAS was faster. A product of T
-tokens takes the choice of the first bucket that is not smaller; beyond the last one it is cuBLAS's. Shapes that the
-table lacks, and devices without a table from Hopper on, take `default_launch`; older devices take cuBLAS.
+`kernels/tuned/<device>.json`, written by `python -m benchmarks.tune`, maps (outputs, inputs) and a bucket of
+tokens to launch parameters, or null where cuBLAS was faster. T tokens take the first bucket that is not
+smaller; beyond the last one, cuBLAS. Other shapes, and devices from Hopper on without a table, take
+`default_launch`; older devices take cuBLAS.
 
-The tables are for 16-bit dtypes. fp32 is cuBLAS's: where its inputs are not rounded to tf32 there are no tensor cores.
+The tables are for 16-bit dtypes. fp32 takes cuBLAS: without rounding to tf32 there are no tensor cores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ TOKEN_BUCKETS = (1, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One way to run a product.
+    """One way to run a GEMM.
 
-    `kernel` is "fma" (one token) or "mma", both in gemm_triton.py, or "stream", gemm_stream_triton.py, on Hopper. A
-    program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead; `splits`
-    programs share the inputs of a tile. fma and mma kernels prefetch `prefetch` inputs of each
-    weight row into L2 before
-    they wait for their predecessor.
+    `kernel` is "fma" (one token) or "mma" (gemm_triton.py), or "stream" (gemm_stream_triton.py, on Hopper). A
+    program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead;
+    `splits` programs share a tile's inputs. fma and mma prefetch `prefetch` inputs of each weight row into L2
+    before they wait for their predecessor.
     """
 
     kernel: str
@@ -48,8 +47,8 @@ class Launch:
 def invariant_launch(itemsize: int, num_tokens: int, *, gated: bool) -> Launch:
     """A launch for any shape, of a family in which a row's bits do not depend on T.
 
-    The inputs of an output are summed in one order, by the same instruction, in any of them. BLOCK_T only says how many
-    tokens share that instruction, and on an H200 no bit of a token depends on it (tests/kernels/linear/test_gemm.py).
+    An output's inputs are summed in one order by one instruction. BLOCK_T sets only how many tokens share it;
+    on an H200 no bit of a token depends on it (tests/kernels/linear/test_gemm.py).
     """
     if itemsize == 4:
         return Launch("mma", 32, 32, 32, num_warps=4, num_stages=3)  # no tensor cores: fp32 is not rounded to tf32
@@ -63,7 +62,7 @@ def invariant_launch(itemsize: int, num_tokens: int, *, gated: bool) -> Launch:
 
 
 def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant: bool) -> Launch | None:
-    """How x [T, M] is multiplied by weight [N, M] (gated: [2N, M]); None for torch's own product."""
+    """The launch of x [T, M] by weight [N, M] (gated: [2N, M]); None for torch's GEMM."""
     if backend_of(x) is Backend.TORCH or x.shape[0] == 0:
         return None
     if invariant:
@@ -76,7 +75,7 @@ def launch_for(x: torch.Tensor, weight: torch.Tensor, *, gated: bool, invariant:
 def _chosen(
     device: torch.device, dtype: torch.dtype, num_outputs: int, num_inputs: int, num_tokens: int, gated: bool
 ) -> Launch | None:
-    """Asked for at every eager product, so remembered: 0.7 us on a CPU core, the question included."""
+    """Cached, as every eager GEMM calls it: 0.7 us on a CPU core, lookup included."""
     if dtype.itemsize != 2 or num_tokens > TOKEN_BUCKETS[-1] or num_inputs % 8:
         return None
     table = tuned(device)
@@ -89,7 +88,7 @@ def _chosen(
 
 
 def default_launch(num_outputs: int, num_inputs: int, num_tokens: int, *, gated: bool) -> Launch | None:
-    """A sound choice for a shape that was not tuned."""
+    """A sound launch for an untuned shape."""
     if num_tokens == 1:
         num_warps = 4 if num_inputs >= 1024 else 1
         return Launch("fma", 2, 1, 256 * num_warps, num_warps=num_warps)
@@ -105,13 +104,13 @@ def shape_key(num_outputs: int, num_inputs: int, gated: bool) -> str:
 
 
 def table_name(device_name: str) -> str:
-    """The file of a device's table, by the name that CUDA gives the device."""
+    """File name of a device's table, from CUDA's device name."""
     return f"{device_name.lower().replace(' ', '-')}.json"
 
 
 @cache
 def tuned(device: torch.device) -> dict[str, dict[int, Launch | None]]:
-    """The device's table: choices by bucket, in order of buckets, by shape. Empty where none is shipped."""
+    """The device's table: choices by ascending bucket, by shape. Empty if none is shipped."""
     if device.type != "cuda":
         return {}
     file = TABLES / table_name(torch.cuda.get_device_name(device))

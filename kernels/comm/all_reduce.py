@@ -1,17 +1,18 @@
-"""The sum over ranks of a tensor that each of them has, alone or with the residual addition and norm that follow it.
+"""The sum of a tensor over ranks, alone or with the residual addition and norm that follow it.
 
     all_reduce(x)                     : x[rank] <- sum over r of x[r], on every rank
     all_reduce_add_rms_norm(x, y, w)  : y <- y + sum over r of x[r], then rms_norm(y, w)
 
-Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. The sum is taken in
-fp32 in the order of ranks, x[0] + x[1] + ..., and rounded once to x's dtype: every rank has the same bits, whatever the
-algorithm, and a row's bits do not depend on the rows beside it.
+Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. The sum is
+taken in fp32 in rank order and rounded once to x's dtype. So every rank has the same bits with either
+algorithm, and a row's bits do not depend on other rows.
 
-Two algorithms over symmetric memory, memory of every rank that the others can write (all_reduce_triton.py):
-one-shot      every rank sends x to all others and sums what it receives: one way over the link, (W - 1) n bytes;
-two-shot      rank r sums slice r of all and sends it to the others: two ways, 2 (W - 1) / W n bytes.
-Whatever is larger than `choose` allows is NCCL's. Called by replicas/parallel/symmetric.py, which owns the memory.
-Paper: Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter, all-gather).
+Two algorithms over symmetric memory, which the other ranks can write (all_reduce_triton.py):
+    one-shot      every rank sends x to all others and sums what it receives: one hop, (W - 1) n bytes;
+    two-shot      rank r sums slice r of all and sends it to the others: two hops, 2 (W - 1) / W n bytes.
+
+NCCL takes what is larger than `choose` allows. replicas/parallel/symmetric.py owns the memory. Paper: Thakur
+et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter, all-gather).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond. Measured on two H200s over NVLink: both send
-# as much there, and NCCL takes 1.2 times as long at 16 MiB. Of 4 and 8 ranks: where what one-shot sends more takes as
-# long as the way that it saves, 2 us.
+# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond. Measured on two H200s over NVLink:
+# both send equally much there, and NCCL takes 1.2 times as long at 16 MiB. For 4 and 8 ranks: where
+# one-shot's extra bytes take as long as the hop that it saves, 2 us.
 LIMITS_KIB = {2: (2048, 16384), 4: (512, 4096), 8: (128, 4096)}
-# What is larger travels in 8 bits where that is asked for. Two H200s: 2 MiB take as long as in bf16, 4 MiB take 0.75.
+# Larger messages travel in 8 bits if enabled. Two H200s: 2 MiB take as long as in bf16, 4 MiB take 0.75.
 INT8_ABOVE_KIB = 2048
 
 
 def choose(num_bytes: int, world_size: int) -> Algorithm | None:
-    """The fastest way to sum messages of `num_bytes`; None is NCCL's."""
+    """The fastest algorithm for `num_bytes`; None is NCCL."""
     one_shot, two_shot = LIMITS_KIB.get(world_size, (0, 0))
     if num_bytes <= one_shot << 10:
         return Algorithm.ONE_SHOT
@@ -46,7 +47,7 @@ def choose(num_bytes: int, world_size: int) -> Algorithm | None:
 
 
 def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the ranks' tensors, in their order in fp32."""
+    """The sum of the ranks' tensors, in rank order in fp32."""
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
@@ -54,11 +55,11 @@ def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum as `all_reduce_int8` takes it: what is sent is rounded to 255 steps of its group of 128 elements.
+    """The sum of `all_reduce_int8`: sent values are rounded to 255 steps of their group of 128 elements.
 
-    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. Let a[r] be a
-    group's largest magnitude in rank r's
-    part, and s in the sum. The error is at most (sum of the others' a[r] + s) / 254.
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. Let a[r] be a group's
+    largest magnitude in rank r's part, and s in the sum. The error is at most (sum of the others' a[r] + s) /
+    254.
     """
     flat = [part.float().flatten() for part in parts]
     numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE
@@ -83,14 +84,14 @@ def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
 def all_reduce_add_rms_norm_ref(
     parts: Sequence[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normalised, new residual), no input changed."""
+    """(normalised, new residual), out of place."""
     return add_rms_norm_ref(all_reduce_ref(parts), residual, weight, eps)
 
 
 def all_reduce(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
-    """The sum over the ranks of x, in place; every rank calls it with the same shape, dtype and algorithm.
+    """Sum x over the ranks in place; every rank passes the same shape, dtype and algorithm.
 
-    Raises ValueError for an x that is not contiguous, of none of DTYPES, not on a GPU, or too large for a buffer.
+    Raises ValueError unless x is contiguous, of one of DTYPES, on a GPU, and fits a buffer.
     """
     _check(x, exchange)
     from .all_reduce_triton import all_reduce_triton
@@ -106,9 +107,9 @@ def all_reduce_add_rms_norm(
     exchange: Exchange,
     algorithm: Algorithm,
 ) -> torch.Tensor:
-    """Adds the ranks' sum of x [..., N] to `residual` [..., N] in place and returns it normalised, weight [N] applied.
+    """Add the ranks' sum of x [..., N] to `residual` [..., N] in place; returns its norm with weight [N].
 
-    x stays as it is. Raises ValueError as `all_reduce` does, and for shapes that do not go together.
+    x is unchanged. Raises ValueError as `all_reduce` does, and for mismatched shapes.
     """
     _check(x, exchange)
     if x.shape != residual.shape or not residual.is_contiguous():
@@ -124,9 +125,9 @@ def all_reduce_add_rms_norm(
 
 
 def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The sum over the ranks, in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
+    """Sum over the ranks in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
 
-    Half the bytes of a 16-bit sum: for messages that the link's speed limits. Raises ValueError as `all_reduce` does.
+    Half the bytes of a 16-bit sum, for messages bound by bandwidth. Raises ValueError as `all_reduce` does.
     """
     _check(x, exchange)
     from .all_reduce_int8_triton import all_reduce_int8_triton
@@ -146,7 +147,7 @@ def _check(x: torch.Tensor, exchange: Exchange) -> None:
 
 
 def all_reduce_cost(num_bytes: int, world_size: int, algorithm: Algorithm) -> int:
-    """Bytes that a rank sends over its link, as many as it receives."""
+    """Bytes that a rank sends; it receives as many."""
     if algorithm is Algorithm.ONE_SHOT:
         return (world_size - 1) * num_bytes
     return 2 * (world_size - 1) * num_bytes // world_size

@@ -1,22 +1,22 @@
-"""How ranks write into each other's memory, and wait for no flag but the data itself; for kernels of all_reduce.py.
+"""Device functions of the all-reduce kernels that exchange data through symmetric memory without flags.
 
-A rank's buffers are filled with words that no message has, all bits set, which in every floating type is a NaN; a NaN
-with these bits is sent as another. A rank pushes its words into the others' buffers and reads its own until no word is
-missing: one way over the link, with neither barrier nor flag. (Reading the others' memory instead
-takes a flag and a round trip.)
+A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type. A NaN with these
+bits is sent as another. A rank pushes its words into the others' buffers and polls its own until no word is
+missing: one hop, without barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
 
-Three buffers take turns. While a rank reads the buffer of step s, a faster rank may already write
-that of s + 1. So step s empties the buffer of s - 1: no rank writes it before s + 2. Step s + 2
-starts on no rank before this rank has started s + 1. What was written there is known from the
-state: the size of a message is free at every step.
+Three buffers rotate. While a rank reads the buffer of step s, a faster rank may already write that of s + 1.
+So step s empties the buffer of s - 1: no rank writes it before s + 2, which starts on no rank before this
+rank has started s + 1. The state holds each buffer's written bytes, so the size of a message may change at
+every step.
 
-The step is counted on the device, or a captured graph could not be replayed. All programs of a launch draw tickets from
-one counter, together always TICKETS, so that a ticket tells the step; no program has to be the last one, and all of
-them draw while the kernel before theirs still runs. State, int64: tickets drawn | bytes written in each of three
-buffers | 1 once something did not arrive.
+The device counts the steps, so that a captured graph can be replayed. All programs of a launch draw tickets
+from one counter, together always TICKETS, so a ticket gives the step. They draw while the preceding kernel
+still runs. State, int64: tickets drawn | bytes written in each of three buffers | 1 once something did not
+arrive.
 
-No loop is endless. After `spin_limit` turns, some 0.5 us each on an H200, the kernel records the
-failure in its state and in host-visible memory. It continues with the missing words, NaN; later waits return at once.
+No loop is endless. After `spin_limit` iterations, some 0.5 us each on an H200, the kernel records the failure
+in its state and in host-visible memory. It continues with NaN for the missing words; later waits return at
+once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FAILED = tl.constexpr(1 + NUM_BUFFERS)
 
 @triton.jit
 def sendable(value):
-    """The bits of `value` as integers, the NaN that means "not there yet" replaced by the largest positive one."""
+    """The bits of `value` as integers, with MISSING replaced by the largest positive one (also NaN)."""
     if value.dtype.primitive_bitwidth == 32:
         words = value.to(tl.int32, bitcast=True)
         return tl.where(words == MISSING, 0x7FFFFFFF, words)
@@ -54,8 +54,9 @@ def pointers_to_words(addresses, x_ptr):
 
 @triton.jit
 def draw_step(state_ptr):
-    """(buffer of this step, buffer to empty). To be called before `release_dependents`: the next step's programs then
-    draw after all of this one's, and may do so before they wait for it."""
+    """(buffer of this step, buffer to empty). Call it before `release_dependents`, so that the next step's
+    programs draw after all of this one's.
+    """
     num_programs = tl.num_programs(0)
     share = TICKETS // num_programs
     drawn = tl.where(tl.program_id(0) == 0, TICKETS - share * (num_programs - 1), share)
@@ -75,7 +76,7 @@ def begin_step(state_ptr, current, before, num_bytes, spin_limit):
 
 @triton.jit
 def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
-    """Make the first `num_words` of a buffer missing, each program its share."""
+    """Set the first `num_words` of a buffer to MISSING, each program its share."""
     for start in range(tl.program_id(0) * BLOCK_N, num_words, tl.num_programs(0) * BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         tl.store(buffer_ptr + places, MISSING, mask=places < num_words)
@@ -89,7 +90,7 @@ def _missing(words):
 
 @triton.jit
 def arrived(pointers, mask, own, state_ptr, alarm_ptr, spin_limit):
-    """(the words there once none is missing, spin limit from now on). Where `mask` is false: `own`."""
+    """(the words once all have arrived, remaining spin limit). Where `mask` is false: `own`."""
     words = tl.load(pointers, mask=mask, other=own, volatile=True)
     missing = _missing(words)
     spins = 0

@@ -1,8 +1,8 @@
-"""Triton kernel of all_reduce_int8: two shots over symmetric memory with 8 bits an element on the link.
+"""Triton kernel of all_reduce_int8: two-shot over symmetric memory with 8 bits an element.
 
-Legend: W ranks. The message is cut into pieces of PIECE elements, a slice of them for each rank. A piece on its way is
-PIECE bytes and then, for each of its GROUPS groups of 128 elements, a scale in fp32. A byte is the value in units of
-its group's scale, plus 127: 0 to 254, never 255, which is the byte that is not there yet.
+Legend: W ranks. The message is cut into pieces of PIECE elements, a slice of them for each rank. A sent piece
+is PIECE bytes, then an fp32 scale for each of its GROUPS groups of 128 elements. A byte is the value in units
+of its group's scale, plus 127: 0 to 254; 255 is MISSING.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PIECE = tl.constexpr(INT8_PIECE)
 GROUP = tl.constexpr(INT8_GROUP)
 LEAST_SCALE = tl.constexpr(INT8_LEAST_SCALE)
 GROUPS = tl.constexpr(INT8_PIECE // INT8_GROUP)
-STRIDE = tl.constexpr(INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))  # bytes of a piece on its way
+STRIDE = tl.constexpr(INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))  # bytes of a sent piece
 
 
 @triton.jit
 def _send(value, to):
     """Quantise a piece, fp32 [PIECE], and store it at the addresses `to` [R]; address 0 is skipped."""
     groups = tl.reshape(value, (GROUPS, GROUP))
-    # As integers, for a NaN is the largest of them; as numbers it would be passed over.
+    # Compared as integers, where NaN is the largest; a float maximum would skip it.
     largest = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
     scale = tl.where(largest < float("inf"), largest * (1.0 / 127), float("nan"))
     inverse = tl.where(scale > LEAST_SCALE, 1 / scale, 0.0)
@@ -43,7 +43,7 @@ def _send(value, to):
 
 @triton.jit
 def _receive(at, state_ptr, alarm_ptr, limit):
-    """(the piece at address `at`, fp32 [PIECE], spin limit from now on); NaN where it did not arrive."""
+    """(the piece at address `at`, fp32 [PIECE], remaining spin limit); NaN where it did not arrive."""
     source = tl.multiple_of(at.to(tl.pointer_type(tl.int8)), 16) + tl.arange(0, PIECE)[None, :]
     bytes, limit = arrived(  # pyright: ignore[reportGeneralTypeIssues]
         source, tl.full((1, PIECE), True, tl.int1), 0, state_ptr, alarm_ptr, limit
@@ -113,7 +113,7 @@ def _all_reduce_int8_kernel(
 
 
 def all_reduce_int8_triton(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The sum over ranks of x, contiguous, in place. Raises ValueError for a message that a buffer does not hold."""
+    """Sum contiguous x over ranks in place. Raises ValueError if a buffer is too small."""
     world_size, numel = exchange.world_size, x.numel()
     slot = int8_slot_bytes(numel, world_size)
     if 2 * world_size * slot > exchange.capacity:

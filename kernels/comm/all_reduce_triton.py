@@ -1,8 +1,8 @@
-"""Triton kernels of all_reduce.py, by the means of all_reduce_exchange_triton.py.
+"""Triton kernels of all_reduce.py, built on all_reduce_exchange_triton.py.
 
-Legend: W ranks, N features (or the elements of a piece, where rows mean nothing). Tiles are [W, BLOCK_N], or a GROUP of
-the ranks at a time: the words of one row from, or for, every rank. Each rank's programs wait only for the others'
-programs of the same number, and no more of them are started than run at once.
+Legend: W ranks, N features (or elements of a piece, without a norm). Tiles are [W, BLOCK_N], or a GROUP of
+the ranks at a time: the words of one row from, or for, every rank. A program waits only for the other ranks'
+programs of the same number, and all programs of a launch are resident.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from .all_reduce_exchange_triton import arrived, begin_step, draw_step, empty_buffer, pointers_to_words, sendable
 from .exchange import Algorithm, Exchange, as_rows, buffer_bytes, slot_size
 
-MAX_TILE = 2048  # bytes of the ranks' words that a warp holds: 4 vectors a thread
+MAX_TILE = 2048  # bytes of the ranks' words per warp: 4 vectors a thread
 
 
 @triton.jit
 def _within(offsets, numel, HAS_NORM: tl.constexpr):
-    """Whether an element of a row is one of the message: the last row may be short where rows mean nothing."""
+    """Whether an element belongs to the message: without a norm the last row may be short."""
     if HAS_NORM:
         return tl.full(offsets.shape, True, tl.int1)
     else:
@@ -31,11 +31,11 @@ def _within(offsets, numel, HAS_NORM: tl.constexpr):
 def _sum_of_slots(
     slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD: tl.constexpr, GROUP: tl.constexpr
 ):
-    """(sum of all ranks' words [N], rounded to x's dtype, spin limit from now on).
+    """(sum of all ranks' words [N], rounded to x's dtype, remaining spin limit).
 
-    `slots` are the places of rank 0's words, those of the others `stride_slot` further each; `own` are this rank's.
+    `slots` point to rank 0's words, each further rank's `stride_slot` later; `own` are this rank's.
     """
-    total = tl.full(own.shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # -0: adding to it leaves all bits
+    total = tl.full(own.shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # -0: adding to it keeps all bits
     for first in range(0, WORLD, GROUP):
         ranks = first + tl.arange(0, GROUP)[:, None]
         wanted = mask[None, :] & (ranks != rank)
@@ -44,7 +44,7 @@ def _sum_of_slots(
             slot, wanted, own[None, :], state_ptr, alarm_ptr, limit
         )
         for i in tl.static_range(GROUP):
-            # A rank's words lie in registers of their own, so that picking them costs nothing.
+            # A rank's words have their own registers, so selecting them is free.
             picked = tl.sum(tl.where(ranks == first + i, words, 0), axis=0).to(words.dtype)
             total += picked.to(x_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
     return total.to(x_ptr.dtype.element_ty), limit
@@ -52,7 +52,7 @@ def _sum_of_slots(
 
 @triton.jit
 def _residual(residual_ptr, offsets, mask, HAS_NORM: tl.constexpr):
-    """What the sums are added to, on its way while the others' words are waited for."""
+    """The residual to add to, prefetched while the words arrive."""
     if HAS_NORM:
         return tl.load(residual_ptr + offsets, mask=mask, other=0.0)
     else:
@@ -72,7 +72,7 @@ def _finish(
     NUM_FEATURES: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """Store sums [R, N]; with a norm add them to the residual and store what `add_rms_norm` does."""
+    """Store sums [R, N]; with a norm add them to the residual and store as `add_rms_norm`."""
     if HAS_NORM:
         rounded = (residual.to(tl.float32) + total.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + offsets, rounded, mask=mask)
@@ -105,7 +105,7 @@ def _one_shot_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every rank sends its whole message to every other and sums all of them. A buffer: [W slots, stride_slot]."""
+    """Every rank sends its message to every other and sums all. A buffer: [W slots, stride_slot]."""
     current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
@@ -175,7 +175,7 @@ def _two_shot_kernel(
 ):
     """Rank r sums slice r of all messages, `slice_rows` rows, and sends the sums to every other.
 
-    A buffer: [W slots, stride_slot] of what is to be summed here, by sender, then as many of sums, by slice.
+    A buffer: [W slots, stride_slot] to be summed here, by sender, then as many of sums, by slice.
     """
     current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
@@ -208,7 +208,7 @@ def _two_shot_kernel(
             slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD, GROUP
         )
         words = sendable(total)
-        for first in range(0, WORLD, GROUP):  # itself too: the loop below finds all slices in one place
+        for first in range(0, WORLD, GROUP):  # includes its own: the loop below reads all slices from one place
             peers = pointers_to_words(tl.load(peers_ptr + first + tl.arange(0, GROUP)), x_ptr)
             to = peers + current * stride_buffer + (WORLD + rank) * stride_slot
             tl.store(to[:, None] + place[None, :], words[None, :], mask=mask[None, :])
@@ -228,10 +228,10 @@ def _two_shot_kernel(
 def launch_parameters(
     block_n: int, itemsize: int, world_size: int, *, norms_slices: bool = False
 ) -> tuple[int, int, int]:
-    """(ranks whose words are held at a time, warps, registers of a thread).
+    """(ranks held at a time, warps, registers of a thread).
 
-    Each thread takes one 16-byte vector of a row, or few more. Left to itself the compiler spills some registers to
-    keep below 64. norms_slices: rows of several ranks are normed at a time, which takes more.
+    Each thread takes one 16-byte vector of a row, or few more. By default the compiler spills some registers
+    to keep below 64. norms_slices: rows of several ranks are normed at a time, which takes more.
     """
     num_warps = min(max(block_n * itemsize // 512, 4), 16)
     group = max(1, min(world_size, MAX_TILE * num_warps // (block_n * itemsize)))
@@ -240,12 +240,12 @@ def launch_parameters(
 
 
 def max_programs(num_sms: int, num_warps: int, num_registers: int) -> int:
-    """How many programs run at once, whatever else does: each of them may wait for what the others' send."""
+    """Programs that are resident at once: each may wait for another rank's."""
     return num_sms * (65536 // (32 * num_warps * num_registers))
 
 
 def all_reduce_triton(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
-    """The sum over ranks of x, contiguous, in place."""
+    """Sum contiguous x over ranks in place."""
     if x.numel():
         _launch(x, x, None, None, 0.0, exchange, algorithm, *as_rows(x.numel()))
     return x
@@ -259,7 +259,7 @@ def all_reduce_add_rms_norm_triton(
     exchange: Exchange,
     algorithm: Algorithm,
 ) -> torch.Tensor:
-    """The norm of `residual` after the sum over ranks of x was added to it in place. A new tensor."""
+    """Add the sum of x over ranks to `residual` in place; returns its norm."""
     out = torch.empty_like(x)
     if x.numel():
         num_features = x.shape[-1]
@@ -278,7 +278,7 @@ def _launch(
     num_rows: int,
     num_features: int,
 ) -> None:
-    """Raises ValueError for a message that a buffer does not hold."""
+    """Raises ValueError if a buffer is too small for the message."""
     world_size, numel = exchange.world_size, x.numel()
     needed = buffer_bytes(algorithm, num_rows, num_features, x.itemsize, world_size)
     if needed > exchange.capacity:

@@ -1,6 +1,5 @@
-"""The symmetric memory of the all-reduce kernels: its layout, the size of a message in it, and one rank's view of it.
-
-Legends as in all_reduce.py.
+"""Symmetric memory of the all-reduce kernels: layout, message sizes, and one rank's view. Legends as in
+all_reduce.py.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import torch
 
 NUM_BUFFERS = 3
 STATE_SIZE = 2 + NUM_BUFFERS  # tickets drawn, bytes written in each buffer, failed
-_ALIGNMENT = 16  # elements: a slot begins where a wide store may
+_ALIGNMENT = 16  # elements: alignment of a slot for wide stores
 INT8_GROUP = 128  # elements that share a scale
-INT8_PIECE = 4096  # elements that travel together
-INT8_LEAST_SCALE = 1e-37  # its inverse is finite; what is smaller is sent as zero
-_PIECES = (1024, 2048)  # elements of what is a row where a message is not normed: of small messages, of large ones
+INT8_PIECE = 4096  # elements sent together
+INT8_LEAST_SCALE = 1e-37  # its inverse is finite; smaller values are sent as zero
+_PIECES = (1024, 2048)  # elements of a row without a norm: for small messages, for large ones
 _SMALL = 1 << 18  # elements
 
 
@@ -28,12 +27,11 @@ class Algorithm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What one rank's kernels know of the ranks' memory.
+    """One rank's view of the symmetric memory.
 
-    Every rank has NUM_BUFFERS buffers of `capacity` bytes one after the other, all bits set at the start: `memory` is
-    its own. `peers` [W] int64: where they begin for each rank, as addresses valid on this device. `state` [STATE_SIZE]
-    int64, zeros at the start. `alarm` [1] int32, where the host reads it without a copy: not 0 once a wait ended after
-    `spin_limit` turns. `num_sms`: SMs of this device.
+    Every rank has NUM_BUFFERS contiguous buffers of `capacity` bytes, initially all bits set: `memory` is its
+    own. `peers` [W] int64: each rank's memory as addresses valid on this device. `state` [STATE_SIZE] int64,
+    initially 0. `alarm` [1] int32 in host-visible memory: not 0 once a wait exceeded `spin_limit` iterations.
     """
 
     rank: int
@@ -48,29 +46,29 @@ class Exchange:
 
 
 def as_rows(numel: int) -> tuple[int, int]:
-    """(rows, elements of each) of a message that is not normed; the last row may be short."""
+    """(rows, elements per row) of a message without a norm; the last row may be short."""
     piece = min(_PIECES[numel > _SMALL], max(_ALIGNMENT, 1 << (numel - 1).bit_length()))
     return math.ceil(numel / piece), piece
 
 
 def slot_size(algorithm: Algorithm, num_rows: int, num_features: int, world_size: int) -> int:
-    """Elements of one slot of a buffer: a message of [num_rows, num_features], or a rank's slice of it."""
+    """Elements of a slot: a message of [num_rows, num_features], or a rank's slice of it."""
     rows = num_rows if algorithm is Algorithm.ONE_SHOT else math.ceil(num_rows / world_size)
     return math.ceil(rows * num_features / _ALIGNMENT) * _ALIGNMENT
 
 
 def buffer_bytes(algorithm: Algorithm, num_rows: int, num_features: int, itemsize: int, world_size: int) -> int:
-    """Bytes of a buffer that a message of [num_rows, num_features] takes."""
+    """Bytes of a buffer for a message of [num_rows, num_features]."""
     slots = world_size if algorithm is Algorithm.ONE_SHOT else 2 * world_size
     return slots * slot_size(algorithm, num_rows, num_features, world_size) * itemsize
 
 
 def int8_slot_bytes(numel: int, world_size: int) -> int:
-    """Bytes of one slot of a buffer, a rank's slice of a message of `numel` elements in 8 bits with its scales."""
+    """Bytes of a slot: a rank's slice of `numel` elements in 8 bits with scales."""
     pieces = math.ceil(numel / INT8_PIECE)
     return math.ceil(pieces / world_size) * (INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))
 
 
 def int8_part_size(capacity: int, world_size: int) -> int:
-    """Elements of the largest message that buffers of `capacity` bytes hold in 8 bits."""
+    """The most elements that buffers of `capacity` bytes hold in 8 bits."""
     return capacity // (2 * int8_slot_bytes(INT8_PIECE, world_size) * world_size) * world_size * INT8_PIECE

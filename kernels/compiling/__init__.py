@@ -1,1 +1,1 @@
-"""Compilation of Triton kernels ahead of the first request, in processes of its own."""
+"""Ahead-of-time compilation of Triton kernels in separate processes."""

@@ -1,7 +1,6 @@
-"""A process that compiles kernels, as its owner sees it.
+"""Owner's handle on a process that compiles kernels (compile_worker_triton.py).
 
-It is started before there is anything to compile: until it has imported what compiling takes some seconds pass, which
-its owner has other uses for. What runs in it is compile_worker_triton.py. Nothing is imported here that takes time.
+It starts early, as its imports take some seconds. This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _WORKER = f"{__package__}.compile_worker_triton"
 
 
 class Specialization(NamedTuple):
-    """A kernel as one kind of launch needs it: its module and name, and Triton's description of the kind, in JSON."""
+    """One specialisation of a kernel: its module, name, and Triton's description in JSON."""
 
     module: str
     name: str
@@ -27,7 +26,7 @@ class Specialization(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for, as Triton's GPUTarget has it."""
+    """The compilation target, as Triton's GPUTarget."""
 
     backend: str
     arch: int | str
@@ -35,14 +34,14 @@ class Target(NamedTuple):
 
 
 class CompilationFailed(RuntimeError):
-    """A compiling process failed; the launch of the kernel will tell whether the kernel is at fault."""
+    """The compile process failed; launching the kernel shows whether the kernel is at fault."""
 
 
 class CompileProcess:
-    """Compiles once, and is to be closed whether it has or not. A context that closes it."""
+    """A context manager around a process that compiles once."""
 
     def __init__(self) -> None:
-        # It forks once torch is imported, and a library's threads would not be there in what it forks.
+        # It forks after importing torch; a library's threads would not survive the fork.
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", _WORKER],
@@ -51,31 +50,31 @@ class CompileProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            process_group=0,  # of its own, with what it forks
+            process_group=0,  # its own group, shared with its forks
         )
 
     def start(self, kernels: Sequence[Specialization], target: Target, num_at_once: int) -> None:
-        """Begin to compile the kernels into Triton's cache on disk."""
-        # The stream stays open until close(): by its end the process knows that its owner is gone.
-        with suppress(BrokenPipeError):  # it has ended, and wait() says why
+        """Start compiling the kernels into Triton's cache on disk."""
+        # The stream stays open until close(): its end signals that the owner is gone.
+        with suppress(BrokenPipeError):  # it has ended; wait() reports why
             print(json.dumps([target, num_at_once, kernels]), file=self._process.stdin, flush=True)
 
     def wait(self) -> None:
-        """Returns once all kernels are compiled.
+        """Return once all kernels are compiled.
 
-        Raises CompilationFailed with the compiler's message where one does not compile.
+        Raises CompilationFailed with the compiler's message.
         """
         assert self._process.stderr is not None
-        said = self._process.stderr.read()  # its end is that of all that were forked, too
+        said = self._process.stderr.read()  # ends when all forks have ended
         if status := self._process.wait():
             reason = said.strip()[-2000:] or f"its process ended with status {status}"
             raise CompilationFailed(f"a kernel does not compile: {reason}")
 
     def close(self) -> None:
-        """End the process and those that it has forked, whatever they do."""
-        if self._process.returncode is None:  # else the group's number may be another's
+        """Kill the process and its forks."""
+        if self._process.returncode is None:  # else the group id may have been reused
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(BrokenPipeError), self._process:  # closes the streams; what was not read is of no use
+        with suppress(BrokenPipeError), self._process:  # closes the streams, discarding what was not read
             pass
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
-"""Kernels compiled before their first launch, many at a time.
+"""Parallel compilation of kernels before their first launch.
 
-Triton compiles a kernel at its first launch, a second each and one at a time. A model has some fifty,
-and the GPU would wait for them. `dry_run` notes what would be launched, without launching or compiling anything;
-`compile_kernels` has it compiled on all cores, into Triton's cache on disk, where the launch then finds it.
+Triton compiles a kernel at its first launch, a second each, one at a time; a model has some fifty. `dry_run`
+records the launches without compiling; `compile_kernels` compiles them on all cores into Triton's cache on
+disk.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .compile_process import CompileProcess, Specialization, Target
 
 @contextmanager
 def dry_run() -> Iterator[set[Specialization]]:
-    """Inside, no Triton kernel of this process is launched: those that were not compiled yet are noted in the result.
+    """Inside, this process launches no Triton kernel; uncompiled ones are recorded in the result.
 
-    What they would have written stays undefined; operators must not read it on the host. Triton has a hook for what it
-    is about to compile, and launches "for warm-up" that end before the launch; it is asked for the second here.
+    Outputs stay undefined; operators must not read them on the host. Uses Triton's hook before compilation,
+    and its warm-up launches, which end before the launch.
     """
     noted: set[Specialization] = set()
 
     def note(*, fn: Any, compile: Any, **_: Any) -> bool:
         noted.add(Specialization(fn.module, fn.name, compile["specialization_data"]))
-        return True  # as if there were nothing to compile
+        return True  # skip compilation
 
     def warm_up(self: JITFunction[Any], grid: Any) -> Any:
         return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=True, **kwargs)
@@ -53,10 +53,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def compile_kernels(kernels: set[Specialization], process: CompileProcess, num_at_once: int) -> int:
-    """Compile into the cache on disk what is not there; returns how many kernels that were.
+    """Compile what the cache on disk lacks; returns the number of kernels compiled.
 
-    process: one that has compiled nothing yet. Raises CompilationFailed with the compiler's message where one does not
-    compile.
+    process: an unused one. Raises CompilationFailed with the compiler's message.
     """
     current: GPUTarget = triton.runtime.driver.active.get_current_target()  # pyright: ignore[reportAssignmentType]
     target = Target(current.backend, current.arch, current.warp_size)
@@ -64,17 +63,18 @@ def compile_kernels(kernels: set[Specialization], process: CompileProcess, num_a
     missing = sorted(kernels - done.find(kernels))
     if missing:
         process.start(missing, target, min(num_at_once, len(missing)))
-        triton_key()  # the first launch would ask for it: it takes most of a second, and is kept
+        triton_key()  # cached; otherwise the first launch computes it, most of a second
         process.wait()
         done.add(missing)
     return len(missing)
 
 
 class _Ledger:
-    """Which kernels the cache on disk has, by a file for each beside it: to ask the cache itself takes 20 ms a kernel.
+    """Marker files beside the cache on disk, one per cached kernel: querying the cache itself takes 20 ms a
+    kernel.
 
-    A file's name is the hash of the kernel, of the source of all of them, of the target and of Triton's version. It
-    goes with the cache when that is removed.
+    A file's name hashes the kernel, all kernels' source, the target and Triton's version. It is removed with
+    the cache.
     """
 
     def __init__(self, target: Target) -> None:

@@ -1,8 +1,8 @@
-"""The process that compiles kernels; compile_process.py starts it with `python -m`.
+"""The process that compiles kernels, started by compile_process.py with `python -m`.
 
-What to compile comes on its standard input, as a line; what goes wrong is said on its standard error, and the status is
-then 1. When the input ends this process does too, with those that it has forked: it leads a process group of its own.
-All that a compilation needs is imported before the first one is known, once, and processes that share it are forked.
+It reads the kernels as one line from standard input, and reports errors on standard error with status 1. It
+leads a process group and ends with its forks when the input ends. Imports happen once, before the line
+arrives and the forks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INDEX_BYTES = 2
 
 
 def compile_kernel(kernel: Specialization, target: GPUTarget) -> None:
-    """As Triton itself does it for a launch, on no device: the cache then has the launch's own key."""
+    """Compile as Triton does for a launch, without a device: the cache gets the launch's key."""
     data = json.loads(kernel.data)
     function = getattr(importlib.import_module(kernel.module), kernel.name)
     constants = {
@@ -44,7 +44,8 @@ def compile_kernel(kernel: Specialization, target: GPUTarget) -> None:
     source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     if hasattr(nvidia, "make_launcher"):
-        # Before 3.7 Triton has the system's C compiler make a launcher for each signature, at the first launch.
+        # Before 3.7 Triton compiles a launcher for each signature with the system's C compiler, at the first
+        # launch.
         nvidia.CudaLauncher(source, compiled.metadata)
 
 
@@ -64,11 +65,11 @@ def _get_ready() -> None:
     for path in sorted(kernels.rglob("*_triton.py")):
         inside = path.relative_to(kernels).with_suffix("").parts
         importlib.import_module(".." + ".".join(inside), __package__)
-    triton_key()  # a hash over all of Triton, part of every kernel's key: most of a second, and kept
+    triton_key()  # a hash over all of Triton, part of every kernel's key: most of a second, then cached
 
 
 def _compile_all(kernels: Sequence[Specialization], target: GPUTarget, num_processes: int) -> bool:
-    """Whether all compile. Each process takes the next kernel once it has done one: some take ten times as long."""
+    """Whether all compile. Processes take kernels one by one: some take ten times as long."""
     taken, given = os.pipe()
     os.write(given, b"".join(index.to_bytes(_INDEX_BYTES) for index in range(len(kernels))))
     os.close(given)

@@ -3,13 +3,11 @@
     p = softmax(router logits);  experts e_1..e_k of token t are those of the largest p;  w_i = p[e_i] (/ sum_i p[e_i])
     y[t] = sum_i w_i * down[e_i] @ silu_mul(gate_up[e_i] @ x[t])
 
-Legend: T tokens, E experts, k experts per token, H hidden features, I intermediate features.
-x [T, H]; router logits [T, E]; gate_up [E, 2I, H] (gate rows first); down [E, H, I]; weights and expert ids [T, k].
+Legend: T tokens, E experts, k experts per token, H hidden features, I intermediate features. x [T, H]; router
+logits [T, E]; gate_up [E, 2I, H] (gate rows first); down [E, H, I]; weights and expert ids [T, k].
 
-On a CUDA device moe_route_triton.py chooses and sorts, moe_triton.py multiplies, moe_one_triton.py does so for one
-token; all can stand in a CUDA graph.
-Called by replicas/layers/moe.py. Papers: Shazeer et al., 2017, arXiv:1701.06538; Jiang et al., Mixtral, 2024,
-arXiv:2401.04088.
+On CUDA: moe_route_triton.py, moe_triton.py, and moe_one_triton.py for one token; all work in a CUDA graph.
+Papers: Shazeer et al., 2017, arXiv:1701.06538; Jiang et al., Mixtral, 2024, arXiv:2401.04088.
 """
 
 from __future__ import annotations
@@ -32,10 +30,11 @@ def route_ref(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[t
 
 
 def route(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, k] in the logits' dtype, expert ids int64 [T, k]) from router logits [T, E]; softmax in fp32.
+    """(weights [T, k] in the logits' dtype, expert ids int64 [T, k]) from router logits [T, E]; softmax in
+    fp32.
 
-    The largest first. Of equal probabilities the kernel takes the lowest expert first; torch's order is its own.
-    A token whose logits are NaN gets some experts, each of them once.
+    The largest first. Among ties the kernel takes the lowest expert; torch's order is unspecified. A token
+    with NaN logits gets k distinct experts.
     """
     if not 0 < top_k <= logits.shape[-1]:
         raise ValueError(f"top_k {top_k} is outside 1..{logits.shape[-1]}, the number of experts")
@@ -76,9 +75,9 @@ def moe_mlp(
     *,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts, [T, H]. Tokens are sorted by expert, one pair of products each.
+    """The weighted sum of each token's experts, [T, H].
 
-    With `invariant` the kernels' tiles are the same for any T, so that a token's bits do not depend on the others.
+    With `invariant` the kernels' tiles are the same for any T, so a token's bits do not depend on the batch.
     """
     if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != x.shape[1] or experts.shape != weights.shape:
         raise ValueError(
@@ -114,7 +113,7 @@ def moe_mlp(
 def moe_mlp_cost(
     num_tokens: int, num_experts: int, top_k: int, num_hidden: int, num_inner: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """(bytes, flops) of moe_mlp: the weights of the experts that are touched, x and the result once."""
+    """(bytes, flops) of moe_mlp: the activated experts' weights, x and the result once."""
     weights = expected_experts(num_tokens, num_experts, top_k) * 3 * num_hidden * num_inner
     return (
         round((weights + 2 * num_tokens * num_hidden) * dtype.itemsize),
@@ -123,6 +122,6 @@ def moe_mlp_cost(
 
 
 def route_cost(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) of route: the logits, the weights and the ids; the exponential counts as one."""
+    """(bytes, flops) of route: logits, weights and ids; an exponential counts as one."""
     size = num_tokens * num_experts
     return size * dtype.itemsize + num_tokens * top_k * (dtype.itemsize + 8), (4 + top_k) * size

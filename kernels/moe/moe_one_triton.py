@@ -1,9 +1,8 @@
-"""Triton kernels of moe.py for one token: its experts' weights come from memory once, and nothing is sorted.
+"""Triton kernels of moe.py for one token: its experts' weights are read once, without sorting.
 
-Legend as in moe.py. Both kernels multiply in registers, where a load of 16 bytes is eight products: few instructions,
-no tile of rows that one token would leave empty, and many small programs, whose loads keep the memory busy. The next
-weights are loaded before the present ones are used. A program of the second kernel
-loops over all k experts of its features, so their sum needs no further kernel or buffer.
+Legend as in moe.py. Both kernels multiply on CUDA cores, 16-byte loads (eight products) at a time; many small
+programs keep the memory busy. The next weights are loaded before the current ones are used. A program of the
+second kernel loops over all k experts of its features, so their sum needs no other kernel or buffer.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 
 @triton.jit
 def _products(w, x):
-    """w [features, inner] * x [inner] -> [features, inner / 8]: sums of each thread's eight, to hold few of them."""
+    """w [features, inner] * x [inner] -> [features, inner / 8]: sums of eight, to save registers."""
     products = w.to(tl.float32) * x[None, :]
     return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // 8, 8)), 2)
 
@@ -80,7 +79,7 @@ def _down_few_experts_kernel(
     BLOCK_INNER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = the sum over i of down[e_i] @ hidden[i], first expert to last."""
+    """out = the sum over i of down[e_i] @ hidden[i], in order."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     features = tl.program_id(0) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
@@ -105,7 +104,7 @@ def _down_few_experts_kernel(
 
 
 def one_token_launch(num_inner: int, *, gated: bool) -> dict[str, int]:
-    """16 bytes of each row and 4 rows to a thread in 16-bit dtypes; rows shorter than 1024 take fewer warps."""
+    """16 bytes of each row and 4 rows per thread in 16-bit dtypes; fewer warps for rows shorter than 1024."""
     block_inner = max(256, min(1024, int(triton.next_power_of_2(num_inner))))
     return {"BLOCK_FEATURES": 2 if gated else 4, "BLOCK_INNER": block_inner, "num_warps": block_inner // 256}
 
@@ -118,7 +117,7 @@ def moe_one_token_triton(
     experts: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """`moe_mlp` of x [1, H]; shapes are checked there."""
+    """`moe_mlp` of checked x [1, H]."""
     _, num_hidden, num_inner = down.shape
     top_k = experts.shape[1]
     hidden = torch.empty(top_k, num_inner, dtype=torch.float32, device=x.device)

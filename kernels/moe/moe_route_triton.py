@@ -1,11 +1,11 @@
-"""Triton kernels of moe.py that choose experts and sort what was chosen, with no value coming back to the host.
+"""Triton kernels of moe.py that choose experts and sort the slots, without a host sync.
 
 Legend: T tokens, E experts, k experts per token; slot t * k + i is token t's i-th expert, S = T * k slots.
 
-The slots are sorted by expert, stably. Each expert's run is cut into tiles of at most `tile_rows`
-rows. `order` int32 [S] holds the sorted slots. `tiles` int32 [1 + 3 N] holds the number of tiles,
-then three arrays [N]: each tile's expert; its first sorted row; the end of its expert's rows. N is
-the most tiles that S slots can make, so grids follow from shapes alone. Nothing depends on which program runs first.
+The slots are sorted by expert, stably. Each expert's run is cut into tiles of at most `tile_rows` rows.
+`order` int32 [S]: the sorted slots. `tiles` int32 [1 + 3 N]: the number of tiles, then three arrays [N]: each
+tile's expert; its first sorted row; the end of its expert's rows. N is the most tiles that S slots can make,
+so grids follow from shapes alone. Results do not depend on the order of programs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
-CHUNK = 4096  # pairs of token and expert in a program that sorts; where one does not hold all, another kernel counts
+CHUNK = 4096  # pairs of token and expert in a sorting program; beyond one program, another kernel counts
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -47,8 +47,7 @@ def _route_experts_kernel(
     logits = tl.where(real, logits.to(tl.float32), float("-inf"))
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
-    # One number that orders as p does (not negative, so as its bits do), then as the lowest expert: one maximum finds
-    # both. NaN, which padding may be, is the largest p.
+    # One key that orders by p (its bits, as p >= 0), then by lowest expert. NaN (padding) is the largest p.
     bits = (p.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
     keys = tl.where(real, (bits << 16) | (0xFFFF - columns)[None, :], -1)
     places = tl.arange(0, BLOCK_K)
@@ -69,7 +68,7 @@ def _route_experts_kernel(
 
 @triton.jit
 def _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(chose, slot), int32 [BLOCK_T, BLOCK_E] both: 1 where a token of the chunk chose an expert, and in which slot."""
+    """(chose, slot), int32 [BLOCK_T, BLOCK_E]: 1 where a token of the chunk chose an expert, and its slot."""
     tokens = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_E)[None, :]
     chose = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -115,12 +114,12 @@ def _sort_experts_kernel(
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Places the slots of one chunk of tokens, and writes its share of `tiles`."""
+    """Places the slots of one chunk of tokens and writes its share of `tiles`."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_E)
-    before = tl.zeros([BLOCK_E], tl.int32)  # how many slots of earlier chunks chose each expert
+    before = tl.zeros([BLOCK_E], tl.int32)  # slots of earlier chunks, by expert
     chose, slot = _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
     if ALONE:
         counts = tl.sum(chose, 0)
@@ -151,7 +150,7 @@ def _sort_experts_kernel(
 
 
 def route_launch(num_experts: int, top_k: int) -> dict[str, int]:
-    """256 logits to a program of one warp, which waits for no other to find a row's maximum."""
+    """256 logits per one-warp program, so that a row's maximum needs no barrier."""
     block_e = int(triton.next_power_of_2(num_experts))
     return {
         "BLOCK_ROWS": max(1, 256 // block_e),
@@ -162,7 +161,7 @@ def route_launch(num_experts: int, top_k: int) -> dict[str, int]:
 
 
 def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, k], expert ids int64 [T, k]) of logits [T, E] whose rows have no gaps."""
+    """(weights [T, k], expert ids int64 [T, k]) of logits [T, E] with contiguous rows."""
     num_tokens, num_experts = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -182,20 +181,20 @@ def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tupl
 
 
 def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
-    """The most tiles that so many slots can make: every expert that is chosen may leave one tile unfilled."""
+    """The most tiles for these slots: each chosen expert may leave one partly filled."""
     chosen = min(num_slots, num_experts)
     return min(num_slots, (num_slots + chosen * (tile_rows - 1)) // tile_rows)
 
 
 def sort_launch(num_tokens: int, num_experts: int) -> dict[str, int]:
-    """A chunk is as many tokens as make CHUNK pairs of token and expert, or 16 where there are no more."""
+    """A chunk has the tokens that make CHUNK pairs of token and expert, at least 16."""
     block_e = max(16, int(triton.next_power_of_2(num_experts)))
     block_t = 16 if num_tokens <= 16 else max(16, CHUNK // block_e)
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": max(4, block_t * block_e // 512)}
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, tiles) of the experts int64 [T, k] chosen: 0 .. num_experts - 1, a token's k all distinct."""
+    """(order, tiles) of chosen experts int64 [T, k], distinct per token."""
     num_tokens, top_k = experts.shape
     shape = sort_launch(num_tokens, num_experts)
     launch: dict[str, Any] = {"TOP_K": top_k, **shape, **pdl_launch(experts)}

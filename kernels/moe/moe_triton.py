@@ -1,14 +1,13 @@
-"""Triton kernels of moe.py: the two products of every chosen expert, and the sum of a token's experts.
+"""Triton kernels of moe.py: the two GEMMs of every chosen expert, and the sum of a token's experts.
 
-Legend as in moe.py, S = T * k slots; `order` and `tiles` as in moe_route_triton.py. hidden [S, I] stands in sorted
-order, so that the second product reads whole blocks; parts [S, H] is in slot order: a token's k rows are
-adjacent, and a third kernel adds them in a fixed order, in fp32.
+Legend as in moe.py, S = T * k slots; `order` and `tiles` as in moe_route_triton.py. hidden [S, I] is in
+sorted order, so the second GEMM reads whole blocks. parts [S, H] is in slot order: a token's k rows are
+adjacent, and a third kernel adds them in a fixed order in fp32.
 
-Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Tensor cores of Hopper
-take 64 left rows and as few as 8 right columns, so few tokens waste nothing. A row of
-padding, NaN as it may be, is a column of acc and touches no other; neither do rows of the next expert, which the
-second product reads behind the last row of a tile and does not store. Blocks come by TMA where strides allow it, only
-the gathered rows of x do not: on an H200 that is 1 to 20 % of a product's time, the more the more rows there are.
+Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Hopper's tensor
+cores take 64 left rows and as few as 8 right columns, so few tokens waste nothing. A padding row, possibly NaN,
+is a column of acc and affects no other. The next expert's rows, read behind a tile, are not stored. Blocks come by
+TMA where strides allow it, except the gathered rows of x: 1 to 20 % of a GEMM's time on an H200, growing with rows.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from .expected_experts import expected_experts
 from .moe_route_triton import most_tiles, sort_by_expert
 
-COMBINE_N, COMBINE_WARPS = 1024, 4  # features of a program of the last kernel: 16 bytes of bf16 a thread and expert
+COMBINE_N, COMBINE_WARPS = 1024, 4  # features of a program of the last kernel: 16 bytes of bf16 per thread and expert
 
 
 @triton.jit
 def _program_tile(max_tiles, num_features, BLOCK_FEATURES: tl.constexpr, GROUP: tl.constexpr):
-    """(tile, block of features). GROUP tiles share a block of weights in the L2 cache before the next one is read."""
+    """(tile, block of features). GROUP tiles share a block of weights in L2 before the next is read."""
     num_blocks = tl.cdiv(num_features, BLOCK_FEATURES)
     program = tl.program_id(0)
     first = program // (GROUP * num_blocks) * GROUP
@@ -51,7 +50,7 @@ def _load_block(
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The block at (row, column), zero behind the last column. Its rows behind last_row are never used."""
+    """The block at (row, column), zero beyond the last column. Rows beyond last_row are unused."""
     if TMA:
         return source.load([row, column])
     else:
@@ -159,7 +158,7 @@ def _down_experts_kernel(
 def _combine_experts_kernel(
     parts_ptr, out_ptr, num_features, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):
-    """out[t] = the sum of parts[t * k .. t * k + k - 1], first to last."""
+    """out[t] = the sum of parts[t * k .. t * k + k - 1], in order."""
     wait_for_inputs(PDL)
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -174,7 +173,7 @@ def _combine_experts_kernel(
 
 @dataclass(frozen=True, slots=True)
 class MoeLaunch:
-    """Rows of a tile, and the launch parameters of the two products."""
+    """Rows of a tile, and the launch parameters of the two GEMMs."""
 
     tile_rows: int
     gate_up: dict[str, int]
@@ -188,21 +187,21 @@ def _gemm(features: int, inner: int, num_warps: int, num_stages: int, group: int
     }  # fmt: skip
 
 
-# Rows of a tile -> the two products, the fastest of those tried on an H200 for the layers of Mixtral-8x7B and
-# Qwen3-30B-A3B. Few rows: memory bound, so small blocks of weights, that many programs load at once. Many rows: 2 x 128
-# x 128 or 256 x 128 accumulators on eight warps keep wgmma fed from 4 x 48 KB of stages.
+# Rows of a tile -> the two GEMMs, the fastest tried on an H200 for Mixtral-8x7B and Qwen3-30B-A3B. Few rows
+# are memory bound: small blocks of weights, loaded by many programs at once. Many rows: accumulators of 2 x
+# 128 x 128 or 256 x 128 on eight warps keep wgmma fed from 4 x 48 KB of stages.
 _PRODUCTS = {
     16: (_gemm(64, 128, 4, 3, 64), _gemm(64, 128, 4, 4, 64)),
     32: (_gemm(64, 64, 4, 4, 64), _gemm(64, 128, 4, 4, 64)),
     64: (_gemm(128, 64, 8, 4, 16), _gemm(256, 64, 8, 4, 16)),
     128: (_gemm(128, 64, 8, 4, 16), _gemm(256, 64, 8, 4, 16)),
 }
-_FP32 = (_gemm(32, 32, 4, 2, 16), _gemm(32, 32, 4, 2, 16))  # on the scalar units, unrolled: larger tiles would spill
+_FP32 = (_gemm(32, 32, 4, 2, 16), _gemm(32, 32, 4, 2, 16))  # on CUDA cores, unrolled: larger tiles would spill
 _INVARIANT = MoeLaunch(64, _gemm(64, 64, 4, 4, 16), _gemm(128, 64, 4, 4, 16))
 
 
 def moe_launch(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, *, invariant: bool) -> MoeLaunch:
-    """Tiles at least 4/3 as high as the rows that a chosen expert gets when all are as likely, but of 128 at most."""
+    """Tiles of at least 4/3 of an expert's expected rows, at most 128."""
     if dtype == torch.float32:
         return MoeLaunch(16, *_FP32)
     if invariant:
@@ -213,7 +212,7 @@ def moe_launch(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype
 
 
 def _in_blocks(matrices: list[tuple[torch.Tensor, tuple[int, int]]]) -> tuple[list[Any], bool]:
-    """(the matrices as descriptors of blocks of the given shapes, True) where TMA can read all, (themselves, False)."""
+    """(block descriptors of the matrices, True) where TMA can read all, else (the matrices, False)."""
     if any(each.data_ptr() % 16 or each.shape[1] * each.itemsize % 16 for each, _ in matrices):
         return [each for each, _ in matrices], False
     return [TensorDescriptor.from_tensor(each, list(block)) for each, block in matrices], True
@@ -230,7 +229,7 @@ def moe_mlp_triton(
     invariant: bool,
     launch: MoeLaunch | None = None,
 ) -> torch.Tensor:
-    """As `moe_mlp`; shapes are checked there. `launch` overrides the choice made from the shapes."""
+    """`moe_mlp` for checked shapes. `launch` overrides the default."""
     num_tokens, num_hidden = x.shape
     num_experts, _, num_inner = down.shape
     top_k = experts.shape[1]

@@ -1,4 +1,4 @@
-"""Parameters of sampling and penalties, as tensors with one entry per row or slot."""
+"""Sampling and penalty parameters as tensors with one entry per row or slot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SamplingRows(NamedTuple):
 
 
 class PenaltySlots(NamedTuple):
-    """What was seen in each slot, and its penalties."""
+    """Token history and penalties by slot."""
 
     history: torch.Tensor  # int32 [S, V]
     repetition: torch.Tensor  # float32 [S]; 1 changes nothing

@@ -1,14 +1,14 @@
-"""Repetition, frequency and presence penalties, of many sequences at once.
+"""Repetition, frequency and presence penalties of many sequences at once.
 
     x'[k, v] = x[k, v] / r  where x > 0,  x[k, v] * r  elsewhere        for tokens v of the prompt or emitted
     x[k, v] <- x' - f * n[k, v] - p * (n[k, v] > 0)                     n: how often v was emitted
 
-Legend: K rows of logits, V vocabulary, S slots. A sequence with penalties has a slot of `history` int32 [S, V], which
-says of each token 0: never seen, 1: in the prompt alone, 2 n + 1: emitted n times. One word a token, 0.5 MB for a slot
-of 128,256, so slots are made for sequences that ask for penalties alone. r, f, p [S] are the slots' penalties.
+Legend: K rows of logits, V vocabulary, S slots. A sequence with penalties has a slot of `history` int32 [S,
+V]. Each token's entry is 0: never seen, 1: in the prompt alone, 2 n + 1: emitted n times. A slot takes 0.5 MB
+for a vocabulary of 128,256, so only sequences with penalties have one. r, f, p [S] are the slots' penalties.
 
-On a CUDA device: penalties_triton.py. Called by the sampler for rows with penalties: `apply_penalties` before a token
-is chosen, `count_tokens` after. Papers: Keskar et al., CTRL, 2019, arXiv:1909.05858 (repetition).
+On CUDA: penalties_triton.py. The sampler calls `apply_penalties` before it samples, `count_tokens` after.
+Paper: Keskar et al., CTRL, 2019, arXiv:1909.05858 (repetition).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .params import PenaltySlots
 
 
 def empty_slots(num_slots: int, vocab_size: int, device: torch.device) -> PenaltySlots:
-    """Slots in which nothing was seen, with penalties that change nothing."""
+    """Empty slots with neutral penalties."""
     zeros = torch.zeros(num_slots, device=device)
     history = torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device)
     return PenaltySlots(history, torch.ones_like(zeros), zeros, zeros.clone())
 
 
 def begin_history(history: torch.Tensor, prompt_ids: torch.Tensor, emitted_ids: torch.Tensor) -> None:
-    """Make `history` int32 [V], one slot's, that of a sequence: ids int64 [any], on its device."""
+    """Fill one slot's `history` int32 [V] from the ids int64 of a sequence."""
     history.zero_()
     history.index_add_(0, emitted_ids, torch.full_like(emitted_ids, 2, dtype=torch.int32))
     for ids in (prompt_ids, emitted_ids):
@@ -48,7 +48,7 @@ def apply_penalties_ref(logits: torch.Tensor, slots: torch.Tensor, penalties: Pe
 
 
 def apply_penalties(logits: torch.Tensor, slots: torch.Tensor, penalties: PenaltySlots) -> None:
-    """Change `logits` float32 [K, V] in place by the slot of each row, int64 [K]; a row with slot -1 stays as it is."""
+    """Penalise `logits` float32 [K, V] in place by each row's slot, int64 [K]; slot -1 changes nothing."""
     history = penalties.history
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.shape[1] != history.shape[1]:
         raise ValueError(
@@ -71,9 +71,9 @@ def count_tokens_ref(history: torch.Tensor, slots: torch.Tensor, token_ids: torc
 
 
 def count_tokens(history: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """Note in `history` int32 [S, V] that token_ids int64 [K] were emitted in `slots` int64 [K].
+    """Count in `history` int32 [S, V] the emitted token_ids int64 [K] of `slots` int64 [K].
 
-    A slot stands at most once. Pairs with a negative slot or token are left out.
+    Slots are distinct. Pairs with a negative slot or token are skipped.
     """
     if slots.shape != token_ids.shape or slots.dim() != 1:
         raise ValueError(f"slots {list(slots.shape)} and token_ids {list(token_ids.shape)} must both be [K]")

@@ -1,6 +1,6 @@
-"""Triton kernels of penalties.py: BLOCK_V tokens of one row to a program; the emitted tokens of a step in one program.
+"""Triton kernels of penalties.py: BLOCK_V tokens of a row per program; one program counts a step's tokens.
 
-Products and differences are rounded one by one (no fused multiply-add), so that the CPU's logits come out bit by bit.
+Each operation is rounded (no fused multiply-add), so logits equal the CPU's bit for bit.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""Choosing tokens: temperature, min-p, top-k and top-p, then Gumbel-max with counter-based noise.
+"""Sampling: temperature, min-p, top-k and top-p, then Gumbel-max with counter-based noise.
 
     z[k, v]  = logits[k, v] / temperature[k], with tokens outside min-p, top-k and top-p at -inf
     u[k, v]  = Philox4x32-10(key = seed[k], counter = (v // 4, position[k], 0, 0))[v % 4], in (0, 1)
     token[k] = argmax_v z[k, v] - log(-log(u[k, v]))          (argmax_v logits[k, v] where temperature is 0)
 
-Adding Gumbel noise and taking the argmax draws from softmax(z) exactly (Maddison et al., "A* Sampling", 2014). The
-noise is a function of (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-2011). So a token does not depend on the rest of
-the batch, and a stream can be replayed from any position.
+The argmax with Gumbel noise samples softmax(z) exactly (Maddison et al., "A* Sampling", 2014). Noise depends
+on (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). So a
+token does not depend on the batch, and a stream can be replayed from any position.
 
-Letters: K rows to sample, V vocabulary, R rows that parameters are kept for. Called by the sampler of each shard.
-On a CUDA device: sample_triton.py and sample_limits_triton.py.
+Legend: K rows to sample, V vocabulary, R rows of parameters. On CUDA: sample_triton.py and
+sample_limits_triton.py.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, first_counter: int = 0) -> torch.Tensor:
-    """Philox4x32-10 words, int64 [K, num_counters, 4] with values below 2**32, of counters from `first_counter` on.
+    """Philox4x32-10 words, int64 [K, num_counters, 4] below 2**32, of counters from `first_counter` on.
 
     seeds: int64 [K], the bit pattern of the 64-bit key; positions: int64 [K].
     """
@@ -39,7 +38,7 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, firs
     c3 = torch.zeros_like(c0)
     k0, k1 = (seeds & _MASK32).unsqueeze(1), (seeds >> 32 & _MASK32).unsqueeze(1)
     for _ in range(_ROUNDS):
-        # A 32 x 32 bit product wraps in int64 but keeps its bit pattern; the mask undoes the sign of the shift.
+        # A 32 x 32 bit product wraps in int64 but keeps its bits; the mask clears the shift's sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32 & _MASK32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = k0 + _WEYL[0] & _MASK32, k1 + _WEYL[1] & _MASK32
@@ -47,22 +46,21 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, firs
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, first_token: int = 0) -> torch.Tensor:
-    """Standard Gumbel noise, float32 [K, num_tokens], of (seed, position, token) alone.
+    """Standard Gumbel noise, float32 [K, num_tokens], of tokens from `first_token` on.
 
-    The tokens are those from `first_token` on, which must be a multiple of the four that share a counter.
+    `first_token` is a multiple of the four tokens that share a counter.
     """
     words = philox(seeds, positions, -(-num_tokens // 4), first_token // 4).flatten(1)[:, :num_tokens]
-    # 23 bits and a half: the largest uniform is 1 - 2**-24, the last float32 below one, so both logs are finite.
+    # 23.5 bits: the largest uniform is 1 - 2**-24, the last float32 below one, so both logs are finite.
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 
 def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """`logits` [K, V] with every token outside min-p, top-k and top-p at -inf, applied in this order.
+    """`logits` [K, V] with every token outside min-p, top-k and top-p (in this order) at -inf.
 
-    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative
-    to the most probable token.
-    Tokens that tie with the last one that stays are kept. The most probable token always stays.
+    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the most
+    probable token. Ties with the last kept token are kept, and the most probable token always.
     """
     vocab_size = logits.shape[1]
     floor = logits.amax(dim=1, keepdim=True) + torch.log(min_p).unsqueeze(1)
@@ -71,8 +69,8 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     last = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size).long() - 1
     kth = ordered.gather(1, last.unsqueeze(1))
     probs = ordered.masked_fill(ordered < kth, float("-inf")).softmax(dim=1)
-    # A token stays while the mass before it is below top_p, so the one that crosses the line stays too. top_p = 1
-    # must keep all even where rounding carries the sum past one.
+    # A token stays while the mass before it is below top_p, so the one that crosses it stays too. top_p = 1
+    # must keep all even if rounding carries the sum past one.
     outside = (probs.cumsum(dim=1) - probs >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
     outside[:, 0] = False
     lowest = ordered.masked_fill(outside, float("inf")).amin(dim=1, keepdim=True)
@@ -84,8 +82,8 @@ def sample_rows(
 ) -> torch.Tensor:
     """One token for each row of `logits`, int64 [K]; -1 where a row holds NaN or +inf, or -inf alone.
 
-    logits: float32, bfloat16 or float16 [K, V], whose rows may have gaps between them. rows: int64 [K], which of
-    `params` a row follows; a negative one is padding, and gives -1. positions: int64 [K] of the tokens to be chosen.
+    logits: float32, bfloat16 or float16 [K, V]; rows may be strided. rows: int64 [K], each row's index in
+    `params`; negative is padding and gives -1. positions: int64 [K] of the sampled tokens.
     """
     check_logits(logits, rows, positions)
     if backend_of(logits) is Backend.TORCH:
@@ -96,7 +94,7 @@ def sample_rows(
 
 
 def check_logits(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
-    """Raises ValueError for arguments that do not belong together."""
+    """Raises ValueError for arguments that do not fit together."""
     if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.stride(1) != 1:
         raise ValueError(
             f"logits must be [K, V] in float32, bfloat16 or float16 without gaps in a row, got {logits.dtype} "
@@ -111,7 +109,7 @@ def check_logits(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tens
 def sample_rows_ref(
     logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
 ) -> torch.Tensor:
-    """`sample_rows` in plain torch, with a sort. It looks at the parameters, to leave out what no row asks for."""
+    """`sample_rows` by a sort. It reads the parameters, to skip filters that no row uses."""
     wide = logits.float()
     usable = wide.amax(dim=1).isfinite() & (rows >= 0)
     tokens = wide.argmax(dim=1)
@@ -130,6 +128,6 @@ def sample_rows_ref(
 
 
 def sample_rows_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): the logits are read once; noise takes 90 operations a token, 40 of them Philox."""
+    """(bytes, flops): logits are read once; noise takes 90 operations a token, 40 of them Philox."""
     size = num_rows * vocab_size
     return size * dtype.itemsize, 90 * size

@@ -1,11 +1,11 @@
-"""Triton kernels that narrow down where the filters of a row cut, for sample_limits_triton.py.
+"""Triton kernels that bracket a row's filter cuts, for sample_limits_triton.py.
 
-    profile   grid [P, K]   how many tokens, or how much mass exp(z - max z), lie at or above each of 16 pivots; then
-                            once more, with 16 pivots between the two that the cuts lie between, unless few tokens do
-    gather    grid [P, K]   the logits of the tokens that are left between two pivots
+    profile   grid [P, K]   count or mass exp(z - max z) of the tokens at or above each of 16 pivots; repeated with
+                            16 pivots inside the bracket, unless few tokens are left
+    gather    grid [P, K]   the logits inside the bracket
 
-Legend: K rows, V vocabulary, C chunks of CHUNK tokens in a row, dealt out to P programs; z = logit / temperature. Sums
-are taken by chunk, in one order, whatever the batch.
+Legend: K rows, V vocabulary, C chunks of CHUNK tokens in a row, dealt out to P programs; z = logit /
+temperature. Sums are taken by chunk, in one order for any batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _first_pivots(highest, temperature):
 
 @triton.jit
 def _second_pivots(bottom, top, temperature):
-    """Logits from `top` down to `bottom`, which is the last; ever farther apart where `bottom` is -inf."""
+    """Logits from `top` down to `bottom`; ever farther apart where `bottom` is -inf."""
     distance = (tl.arange(0, PIVOTS) + 1).to(tl.float32)
     even = top - (top - bottom) * (distance * 0.0625)
     pivots = tl.where(bottom == float("-inf"), top - temperature * (distance * distance * 0.25), even)
@@ -76,7 +76,7 @@ def _second_pivots(bottom, top, temperature):
 
 @triton.jit
 def _chunk_sums(sums_ptr, k, num_chunks, CHUNKS: tl.constexpr):
-    """The sums [PIVOTS] of a row, of those of its chunks."""
+    """A row's sums [PIVOTS] over its chunks."""
     chunks = tl.arange(0, CHUNKS)[:, None]
     offsets = (k * num_chunks + chunks) * PIVOTS + tl.arange(0, PIVOTS)[None, :]
     return tl.sum(tl.load(sums_ptr + offsets, mask=chunks < num_chunks, other=0.0), axis=0)
@@ -86,11 +86,12 @@ def _chunk_sums(sums_ptr, k, num_chunks, CHUNKS: tl.constexpr):
 def first_bracket(
     count_ptr, mass_ptr, k, num_chunks, highest, temperature, top_k, top_p, FEW: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """(bottom, top, count, mass, total, by_k, few) after the first profile: of counts for top-k, else of masses.
+    """(bottom, top, count, mass, total, by_k, few) after the first profile: of counts for top-k, else of
+    masses.
 
-    The cuts lie in [bottom, top); `count` and `mass` are what is at or above `top`, `total` is all mass, where it was
-    summed. by_k: the row has as many tokens as top-k keeps. few: there are at most FEW tokens at or above `bottom`, and
-    none above `top`, so that all of top-p follows from them.
+    The cuts lie in [bottom, top); `count` and `mass` are those at or above `top`, `total` is all mass, if
+    summed. by_k: the row has at least top-k tokens. few: at most FEW tokens are at or above `bottom` and none
+    above `top`, so they decide top-p.
     """
     index, last = tl.arange(0, PIVOTS), PIVOTS - 1
     pivots = _first_pivots(highest, temperature)
@@ -127,20 +128,20 @@ def bracket(
     FEW: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """`first_bracket`, narrowed by the second profile unless there are few tokens in it."""
+    """`first_bracket`, narrowed by the second profile unless few tokens are left."""
     bottom, top, count, mass, total, by_k, few = first_bracket(  # pyright: ignore[reportGeneralTypeIssues]
         count_ptr, mass_ptr, k, num_chunks, highest, temperature, top_k, top_p, FEW, CHUNKS
     )
     if not few:
-        # Counts are known of rows with top-k, masses of rows with top-p; without, they are garbage, and decide nothing.
+        # Rows with top-k have counts, rows with top-p masses; the others are garbage and unused.
         counts = _chunk_sums(count_ptr + stride_round, k, num_chunks, CHUNKS)
         masses = _chunk_sums(mass_ptr + stride_round, k, num_chunks, CHUNKS)
         pivots = _second_pivots(bottom, tl.minimum(top, highest), temperature)
         index, last = tl.arange(0, PIVOTS), PIVOTS - 1
         low_k = tl.where(by_k, tl.min(tl.where(counts >= top_k, index, last), axis=0), last)
-        # Without as many tokens as top-k keeps, `bottom` was -inf, and all mass is summed now.
+        # With fewer tokens than top-k, `bottom` was -inf, and all mass is summed now.
         total = tl.where((top_k > 0) & (not by_k), _at(masses, last), total)
-        # The mass that top-p has its share of is that of the tokens top-k keeps: not known yet, but at least this.
+        # top-p's total is the mass of the tokens that top-k keeps: not known yet, but at least this.
         least = tl.where(by_k, tl.where(low_k > 0, _at(masses, low_k - 1), mass), total)
         high_p = tl.min(tl.where(masses >= top_p * least, index, last), axis=0) - 1
         low_p = tl.min(tl.where(masses >= top_p * total, index, last), axis=0)
@@ -166,7 +167,7 @@ def _sums_above(
     TURN: tl.constexpr,
 ):
     """Count or mass of a chunk's tokens at or above each pivot, float32 [PIVOTS]."""
-    # Pivots stand first, so that a thread holds all of them for its tokens and needs each token's mass once.
+    # Pivots come first, so that a thread holds all of them for its tokens and computes each mass once.
     sums = tl.zeros((PIVOTS, TURN), tl.float32)
     for start in tl.static_range(0, CHUNK, TURN):
         tokens = first + start + tl.arange(0, TURN)

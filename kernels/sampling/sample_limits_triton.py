@@ -1,11 +1,11 @@
-"""Where min-p, top-k and top-p cut a row, found without a sort: Triton kernels of sample.py for filtered rows.
+"""Triton kernels of sample.py that find the cuts of min-p, top-k and top-p in a row without a sort.
 
-    profile, profile, gather   sample_bracket_triton.py: the few logits among which the cuts are
-    limits   grid [K]          the cuts themselves, by search among those
+    profile, profile, gather   sample_bracket_triton.py: the few candidate logits
+    limits   grid [K]          the cuts, by search among the candidates
 
-Legend: K rows, V vocabulary, C chunks of a row. Both cuts are of one form: the highest logit t such that the tokens at
-or above it number top_k, or hold top_p of the mass. So all that tie with t stay. Where more than CAPACITY tokens of a
-chunk were left (most logits equal), the search reads the row itself: slow, and as exact.
+Legend: K rows, V vocabulary, C chunks of a row. A cut is the highest logit t such that the tokens at or above
+it number top_k, or hold top_p of the mass; so ties with t stay. If a chunk leaves more than CAPACITY tokens
+(most logits equal), the search reads the row itself: slow, but exact.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .sample_bracket_triton import (
 )
 from .sample_triton import best_of_parts, is_filtered, num_programs
 
-CHUNK, TURN = 4096, 512  # tokens of a chunk, and those that a program compares with the pivots at a time
+CHUNK, TURN = 4096, 512  # tokens of a chunk, and those compared with the pivots at a time
 CAPACITY = 512  # of the 4096; 8 MB for 256 rows of 128,256 logits in half precision
 PROGRAMS = 132 * 4
 PROFILE_WARPS, GATHER_WARPS, LIMITS_WARPS = 8, 8, 8
-SEARCH_WIDTH = 16  # candidates of each chunk that one turn of the search looks at
+SEARCH_WIDTH = 16  # candidates of each chunk per iteration of the search
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that are 0 in float32
 
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    """A number of int32 that orders as x does. SHIFT: the low bits that no x of its dtype uses."""
+    """An int32 that orders as x. SHIFT: low bits that x's dtype leaves 0."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
@@ -70,7 +70,7 @@ def _sums(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Count or mass of the candidates whose key is at or above each of `pivots` [PIVOTS]."""
+    """Count or mass of the candidates at or above each of `pivots` [PIVOTS]."""
     chunks, columns = tl.arange(0, CHUNKS).to(tl.int64), tl.arange(0, WIDTH)
     sums = tl.zeros((PIVOTS, CHUNKS * WIDTH), tl.float32)
     for start in range(0, longest, WIDTH):
@@ -104,7 +104,7 @@ def _search(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The highest key in [low_key, high_key) with `above` and the candidates from it on together reaching `target`."""
+    """The highest key in [low_key, high_key) at which `above` plus the candidates from it on reach `target`."""
     index = tl.arange(0, PIVOTS)
     low, high = low_key, high_key
     while high - low > 1:
@@ -148,7 +148,7 @@ def _sample_limits_kernel(
     SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program k searches the lowest logit that the filters of row k keep."""
+    """Program k finds the lowest logit that row k's filters keep."""
     k = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -161,7 +161,7 @@ def _sample_limits_kernel(
         return
     highest, best_token = best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS)
     if best_token < 0:
-        tl.store(limits_ptr + 2 * k, float("nan"))  # what the first pass found stands
+        tl.store(limits_ptr + 2 * k, float("nan"))  # keep the first pass's result
         return
     floor = lowest_inside(highest, temperature, min_p)
     tl.store(limits_ptr + 2 * k + 1, floor)
@@ -198,8 +198,8 @@ def _sample_limits_kernel(
             bottom, top, highest, temperature, floor, True, CHUNKS, WIDTH, SHIFT,
         )  # fmt: skip
     lowest = _logit(cut.to(tl.int32), SHIFT)
-    # The most probable token always stays, also where top_p is 0. Where top_k exceeds the number of
-    # tokens, and nothing else cuts, the cut is still where it began.
+    # The most probable token always stays, even if top_p is 0. If top_k exceeds the number of tokens and
+    # nothing else cuts, the cut is still its initial value.
     tl.store(limits_ptr + 2 * k, tl.minimum(lowest, highest))
 
 
@@ -213,13 +213,13 @@ def find_limits(
 ) -> torch.Tensor:
     """Limits float32 [K, 2] of the filtered rows: the lowest logit that stays, and min-p's lowest z.
 
-    scores, tokens [K, parts]: the first pass, whose best is the row's maximum; parts are at most `most_parts`, a power
+    scores, tokens [K, parts]: the first pass; its best is the row's maximum. parts <= `most_parts`, a power
     of two. A row without usable logits gets NaN.
     """
     num_rows, vocab_size = logits.shape
     num_parts, num_chunks = scores.shape[1], -(-vocab_size // CHUNK)
     device = logits.device
-    # By round, row and chunk. Counts are whole numbers that float32 holds exactly.
+    # By round, row and chunk. float32 holds the counts exactly.
     counts, masses = (
         torch.empty((2, num_rows, num_chunks, PIVOTS.value), dtype=torch.float32, device=device) for _ in range(2)
     )

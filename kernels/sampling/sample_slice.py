@@ -1,14 +1,12 @@
-"""Choosing tokens where each rank has the logits of one slice of the vocabulary, for rows that nothing filters.
+"""Sampling of unfiltered rows where each rank has the logits of one slice of the vocabulary.
 
-    key[k]   = the best of a slice: its score, as sample.py takes the argmax of it, and its token
+    key[k]   = score and token of a slice's argmax, by sample.py's score
     token[k] = that of the highest key over all ranks
 
-A key is an int64 that orders as sample.py chooses: by the score, among equal ones the lowest token first. So what ranks
-exchange is eight bytes a row, and the token is that of the whole vocabulary, bit for bit: noise belongs to a token, not
-to its place in a slice.
+A key is an int64 ordered by score, then by lowest token. Ranks exchange eight bytes a row, and the token is
+that of the whole vocabulary bit for bit: noise depends on the token, not on its place in a slice.
 
-Letters: K rows, V tokens of a slice, R ranks. On a CUDA device: sample_slice_triton.py. Called by the sampler of shards
-with tensor parallelism.
+Legend: K rows, V tokens of a slice, R ranks. On CUDA: sample_slice_triton.py. For tensor parallelism.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from ..backend import Backend, backend_of
 from .sample import SamplingRows, check_logits, gumbel_noise
 
 LAST_TOKEN = 2**31 - 1
-UNUSABLE = LAST_TOKEN << 32  # above the key of any score: a row of NaN or +inf, or padding
-NOTHING = -(2**31 - 2**23 + 1)  # the high half of a key whose score is -inf: no token can be chosen
+UNUSABLE = LAST_TOKEN << 32  # above any score's key: a row of NaN or +inf, or padding
+NOTHING = -(2**31 - 2**23 + 1)  # high half of a key whose score is -inf: no token is possible
 SHARED_NOISE = 4  # tokens that share a counter of the noise
 
 
@@ -29,8 +27,8 @@ def best_keys(
 ) -> torch.Tensor:
     """The key of each row's best token of a slice, int64 [K]; arguments as those of `sample.sample_rows`.
 
-    logits [K, V] are of the tokens from `first_token`, a multiple of SHARED_NOISE, on; V may be 0. What `params` says
-    of top-k, top-p and min-p is not looked at. Raises ValueError for arguments of other shapes or dtypes.
+    logits [K, V] begin at `first_token`, a multiple of SHARED_NOISE; V may be 0. top-k, top-p and min-p of
+    `params` are ignored. Raises ValueError for arguments of other shapes or dtypes.
     """
     check_logits(logits, rows, positions)
     if first_token % SHARED_NOISE:
@@ -63,19 +61,19 @@ def best_keys_ref(
 
 def make_keys(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Keys int64 of scores float32 and tokens int64 of one shape."""
-    bits = (scores + 0.0).view(torch.int32).long()  # of equal zeros there is one: +0
+    bits = (scores + 0.0).view(torch.int32).long()  # -0 becomes +0
     return (torch.where(bits < 0, bits ^ LAST_TOKEN, bits) << 32) + (LAST_TOKEN - tokens)
 
 
 def read_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores and tokens that keys were made of."""
+    """The scores and tokens of keys."""
     ordered = keys >> 32
     bits = torch.where(ordered < 0, ordered ^ LAST_TOKEN, ordered).int()
     return bits.view(torch.float32), LAST_TOKEN - (keys & LAST_TOKEN)
 
 
 def winners(keys: torch.Tensor) -> torch.Tensor:
-    """The tokens int64 [K] of keys int64 [R, K], one slice's in each row; -1 as `sample.sample_rows` says.
+    """The tokens int64 [K] of keys int64 [R, K], one row per slice; -1 as in `sample.sample_rows`.
 
     Raises ValueError for keys of another form.
     """
@@ -96,6 +94,6 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
 
 
 def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) of sampled rows: logits are read once and keys written; noise takes 90 operations a token."""
+    """(bytes, flops) of sampled rows: logits are read and keys written once; noise takes 90 operations a token."""
     size = num_rows * slice_size
     return size * dtype.itemsize + 8 * num_rows, 90 * size

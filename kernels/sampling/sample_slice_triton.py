@@ -2,7 +2,7 @@
 
 Legend: K rows, V tokens of a slice, P parts of a row, each of every P-th chunk, R ranks.
 
-    choose    grid [P, K]   (score, token) of the best of a part, as in sample_triton.py
+    choose    grid [P, K]   (score, token) of a part's best, as in sample_triton.py
     join      grid [K]      the best of the parts, as a key
     winners   grid [K / B]  the token of the highest key of B rows
 """
@@ -77,7 +77,7 @@ def _slice_join_kernel(
         tl.store(key_ptr + k, unusable)
         return
     best, token = best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS)
-    bits = tl.where(best == 0.0, 0.0, best).to(tl.int32, bitcast=True)  # of equal zeros there is one: +0
+    bits = tl.where(best == 0.0, 0.0, best).to(tl.int32, bitcast=True)  # -0 becomes +0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     key = (ordered << 32) + (0x7FFFFFFF - first_token - token).to(tl.int64)
     tl.store(key_ptr + k, tl.where(token < 0, unusable, key))
@@ -94,7 +94,7 @@ def _winners_kernel(key_ptr, out_ptr, num_rows, num_ranks, BLOCK: tl.constexpr, 
     for rank in range(1, num_ranks):
         highest = tl.maximum(highest, tl.load(key_ptr + rank * num_rows + rows, mask=mask, other=0))
     score, token = (highest >> 32).to(tl.int32), 0x7FFFFFFF - (highest & 0x7FFFFFFF)
-    nothing = (score == 0x7FFFFFFF) | (score == -2139095041)  # a row that cannot be used, or whose best is -inf
+    nothing = (score == 0x7FFFFFFF) | (score == -2139095041)  # an unusable row, or one whose best is -inf
     tl.store(out_ptr + rows, tl.where(nothing, -1, token), mask=mask)
 
 

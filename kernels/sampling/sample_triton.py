@@ -1,16 +1,16 @@
-"""Triton kernels of sample.py: scores and the best token of each chunk of a row, then the best of the row.
+"""Triton kernels of sample.py: the best token of each part of a row, then of the row.
 
-Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k of the logits is at `k * stride_row`.
+Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k starts at `k * stride_row`.
 
-    choose          grid [P, K]   (score, token) of the best of a part: the logit itself, or the logit over the
-                                  temperature plus noise; of filtered rows the logit: the row's maximum is needed
-    (limits)        sample_limits_triton.py: where the filters of a row cut, for rows that have any
-    choose inside   grid [P, K]   once more, for filtered rows alone, among the tokens inside the limits
+    choose          grid [P, K]   (score, token) of a part's best: the logit (greedy and filtered rows), or the logit
+                                  over the temperature plus noise
+    (limits)        sample_limits_triton.py: the cuts of filtered rows
+    choose inside   grid [P, K]   filtered rows again, among the tokens inside the limits
     join            grid [K]      the best of the parts
 
-A token id of -1 marks a part that holds NaN or +inf. All rows pass through all launches, so that one CUDA graph serves
-every mixture; a program that has nothing to do reads its row's parameters and ends. What a row gives depends on its own
-logits and parameters alone: parts of another size find the same maximum.
+A token id of -1 marks a part that holds NaN or +inf. All rows pass through all launches, so one CUDA graph
+serves every mixture; an idle program reads its row's parameters and ends. A row's result depends on its own
+logits and parameters alone: the size of a part does not matter.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from .params import SamplingRows
 
 NUM_WARPS = 8
-LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small where few rows would leave SMs idle
+LARGE_CHUNK, SMALL_CHUNK = 2048, 1024  # tokens at a time; small if few rows would leave SMs idle
 FEW_ROWS = 8
 PROGRAMS = 132 * 8
 
 
 @triton.jit
 def is_filtered(temperature, top_k, top_p, min_p, vocab_size):
-    """Whether a row draws from less than the whole vocabulary."""
+    """Whether a row has a filter."""
     return (temperature != 0.0) & (((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0))
 
 
 @triton.jit
 def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
-    """(score, token) of a row from those of its parts; the token is -1 where a part's is, the lowest among ties."""
+    """(score, token) of a row from its parts; token -1 if any part's is, the lowest among ties."""
     parts = tl.arange(0, PARTS)
     scores = tl.load(score_ptr + k * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
     tokens = tl.load(token_ptr + k * num_parts + parts, mask=parts < num_parts, other=2147483647)
@@ -48,21 +48,21 @@ def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
 @triton.jit
 def _gumbel(word):
     """Standard Gumbel noise of 32 random bits, by the formula of `sample.gumbel_noise`."""
-    # 23 bits as the mantissa of a number in [1, 2); less 1 - 2**-24 they are the uniform, exactly.
+    # 23 bits as the mantissa of a number in [1, 2); minus 1 - 2**-24 they are the uniform, exactly.
     uniform = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
 def _better(score, token, other, other_token):
-    """The higher of two scores with its token, the first where they tie."""
+    """The higher score with its token, the first among ties."""
     return tl.where(other > score, other, score), tl.where(other > score, other_token, token)
 
 
 @triton.jit
 def _perturb(scaled, seed, position, first_counter, chunk, score, token, CHUNK: tl.constexpr):
-    """The best (score, token) [CHUNK // 4] so far and of `scaled` [CHUNK], after noise was added to it."""
-    # Philox gives four words for four consecutive tokens; the first token of a slice has counter `first_counter`.
+    """The best (score, token) [CHUNK // 4] so far and of `scaled` [CHUNK] plus noise."""
+    # Philox gives four words for four consecutive tokens; `first_counter` is the slice's first.
     counters = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, first_counter + counters, low, high, 0)  # pyright: ignore[reportGeneralTypeIssues]
@@ -92,13 +92,13 @@ def _load_chunk(row_ptr, chunk, vocab_size, CHUNK: tl.constexpr):
 
 @triton.jit
 def choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CHUNK: tl.constexpr):
-    """Stores the best logit of this program's part of a row."""
+    """Stores the best logit of this program's part."""
     columns = tl.arange(0, CHUNK)
     scores, best = tl.full((CHUNK,), float("-inf"), tl.float32), columns
     unusable = tl.zeros((CHUNK,), tl.int32)
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
-        unusable |= (x < float("inf")).to(tl.int32) ^ 1  # NaN and +inf alone are not below infinity
+        unusable |= (x < float("inf")).to(tl.int32) ^ 1  # only NaN and +inf are not below infinity
         scores, best = _better(scores, best, x, chunk * CHUNK + columns)
     _store_best(score_ptr, token_ptr, part, scores, best, unusable)
 
@@ -120,7 +120,7 @@ def choose_perturbed(
     FILTERED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Stores the best perturbed logit of this program's part of a row, FILTERED: among those inside the limits."""
+    """Stores the best perturbed logit of this program's part, FILTERED: inside the limits."""
     inverse = tl.div_rn(1.0, temperature)
     scores, best = tl.full((CHUNK // 4,), float("-inf"), tl.float32), tl.zeros((CHUNK // 4,), tl.int32)
     unusable = tl.zeros((CHUNK,), tl.int32)
@@ -128,7 +128,7 @@ def choose_perturbed(
         x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
         if FILTERED:
             inside = (x >= lowest) & (x * inverse >= floor)
-            if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks hold no token that stays, and need no noise
+            if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks keep no token and need no noise
                 scaled = tl.where(inside, x * inverse, float("-inf"))
                 scores, best = _perturb(scaled, seed, position, first_counter, chunk, scores, best, CHUNK)
         else:
@@ -209,12 +209,12 @@ def chunk_size(num_rows: int) -> int:
 
 
 def num_programs(num_rows: int, num_chunks: int, programs: int) -> int:
-    """Programs of a row: as many as fill the device, so that a launch that has nothing to do ends at once."""
+    """Programs of a row: enough to fill the device, so that an idle launch ends at once."""
     return min(max(programs // num_rows, 1), num_chunks)
 
 
 def padded_parts(num_rows: int, num_chunks: int) -> int:
-    """PARTS of all batches with chunks of one size: few kernels, which are all there before a step needs one."""
+    """PARTS of all batches of one chunk size: few variants, all compiled before the first step."""
     fewest = 1 if num_rows <= FEW_ROWS else FEW_ROWS + 1
     return int(triton.next_power_of_2(num_programs(fewest, num_chunks, PROGRAMS)))
 

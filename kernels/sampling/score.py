@@ -1,11 +1,11 @@
-"""Log-probabilities of chosen tokens, their ranks, and the top-N tokens beside them.
+"""Log-probabilities and ranks of chosen tokens, and the top-N tokens.
 
     logprob[p] = x[p, token[p]] - log(sum_v exp(x[p, v]))
     rank[p]    = 1 + the number of v with x[p, v] > x[p, token[p]]       (ties rank equal)
 
-Legend: P rows of logits, V vocabulary, N top tokens. Sums are taken in fp32 whatever the logits' dtype.
-On a CUDA device: score_triton.py for all but the top N, which use torch's topk. Called for rows with logprobs, and
-for prompts. Where a rank has a slice of the vocabulary, `score_slice` gives its share of the same.
+Legend: P rows of logits, V vocabulary, N top tokens. Sums are in fp32 for any dtype of the logits. On CUDA:
+score_triton.py, and torch's topk for the top N. For rows with logprobs, and for prompts. `score_slice` gives
+the share of a slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Scores(NamedTuple):
 
 class SliceScores(NamedTuple):
     totals: torch.Tensor  # float32 [P], the slice's log-sum-exp
-    above: torch.Tensor  # int64 [P], its tokens that are likelier than the chosen one
-    top_ids: torch.Tensor  # int64 [P, N], its top N, counted from its first token
+    above: torch.Tensor  # int64 [P], its tokens more probable than the chosen one
+    top_ids: torch.Tensor  # int64 [P, N], its top N, relative to its first token
     top_logits: torch.Tensor  # float32 [P, N]
 
 
@@ -41,11 +41,9 @@ def score_ref(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sc
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
-    """Scores of token_ids int64 [P] under logits [P, V] of any float dtype, with the `num_top` <= V
-    most probable of each.
+    """Scores of token_ids int64 [P] under float logits [P, V], with the `num_top` <= V most probable of each.
 
-    A row of `logits` has no gaps; there may be gaps between rows. For a token of -1, no token, the scores of token 0
-    are given.
+    A row of `logits` is contiguous; rows may be strided. Token -1 (none) gets the scores of token 0.
     """
     if logits.dim() != 2 or logits.stride(1) != 1 or token_ids.shape != logits.shape[:1]:
         raise ValueError(
@@ -64,7 +62,7 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores
 
 
 def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> SliceScores:
-    """What a slice's logits [P, V] add to the scores of tokens whose logits are `chosen` float32 [P].
+    """A slice's share, from its logits [P, V], of the scores of tokens with logits `chosen` float32 [P].
 
     The tokens may be of other slices. `num_top` <= V; a slice may be empty.
     """
@@ -86,6 +84,6 @@ def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Sli
 
 
 def score_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): the logits are read once, and once more for the top N."""
+    """(bytes, flops): logits are read once, and once more for the top N."""
     size = num_rows * vocab_size
     return 2 * size * dtype.itemsize, 4 * size

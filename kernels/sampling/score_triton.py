@@ -1,7 +1,7 @@
-"""Triton kernels of score.py: each chunk's share of the log-sum-exp and of the rank, then their sum.
+"""Triton kernels of score.py: each chunk's share of log-sum-exp and rank, then their sum.
 
-Legend: P rows, V vocabulary, C chunks of CHUNK tokens in a row. Chunks are summed in one order, whatever P is.
-SLICE: what `chosen_ptr` gives of a row is the chosen token's logit, which another slice may have, and not its id.
+Legend: P rows, V vocabulary, C chunks of CHUNK tokens in a row, summed in one order for any P. SLICE:
+`chosen_ptr` holds the chosen token's logit (maybe another slice's) instead of its id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK, NUM_WARPS = 4096, 8
 
 @triton.jit
 def _chosen_logit(row_ptr, chosen_ptr, p, SLICE: tl.constexpr):
-    """The chosen token's logit in row p: given, or looked up by its id."""
+    """The chosen token's logit in row p: given, or read by its id."""
     if SLICE:
         return tl.load(chosen_ptr + p)
     else:
@@ -46,7 +46,7 @@ def _score_chunks_kernel(
     x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
     chosen = _chosen_logit(row_ptr, chosen_ptr, p, SLICE)
     highest = tl.max(x, axis=0)
-    # A chunk of -inf alone has no mass; less its maximum it would be NaN.
+    # A chunk of -inf alone has no mass; subtracting its maximum would give NaN.
     mass = tl.sum(tl.exp(x - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
     part = p * tl.num_programs(0) + tl.program_id(0)
     tl.store(highest_ptr + part, highest)
@@ -80,7 +80,7 @@ def _score_join_kernel(
     mass = tl.load(mass_ptr + parts, mask=mask, other=0.0)
     peak = tl.max(highest, axis=0)
     above = tl.sum(tl.load(above_ptr + parts, mask=mask, other=0), axis=0)
-    # A slice of -inf alone has no mass; less its maximum it would be NaN.
+    # As for a chunk of -inf alone.
     scale = tl.where(peak == float("-inf"), 0.0, peak) if SLICE else peak
     total = scale + tl.log(tl.sum(mass * tl.exp(highest - scale), axis=0))
     chosen = _chosen_logit(logits_ptr + p * stride_row, chosen_ptr, p, SLICE)

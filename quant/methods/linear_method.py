@@ -1,8 +1,5 @@
 """A weight's storage scheme: one LinearMethod per scheme, one WeightSpec per stored tensor.
 
-A WeightSpec maps a tensor's axes to the layer's features, so that one shard arithmetic serves
-packed, grouped and plain weights.
-
 Legend: M features in, N features out (of the layer or of a rank's part).
 """
 
@@ -45,8 +42,9 @@ class LayerKind(StrEnum):
 class WeightSpec:
     """One stored tensor of a layer, `<layer>.<suffix>` in the checkpoint.
 
-    `out_axis`, `in_axis`: the axes along outputs and inputs (None: no such axis). A unit is the
-    features per index of the axis (8 for eight 4-bit values in an int32).
+    `out_axis`, `in_axis`: the axes along outputs and inputs, or None. A unit is the features per index of the
+    axis (8 for eight 4-bit values in an int32). One sharding rule so serves packed, grouped and plain
+    weights.
     """
 
     suffix: str
@@ -63,12 +61,12 @@ class WeightSpec:
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """Dtypes that a checkpoint may store, as safetensors spells them; floats are cast."""
+        """Checkpoint dtypes, as safetensors spells them; floats are cast."""
         return STORED_FLOATS if self.dtype in _CAST else (_EXACT[self.dtype],)
 
     @property
     def finite(self) -> bool:
-        """Whether to check the values for NaN and infinity."""
+        """Whether to check for NaN and infinity."""
         return self.dtype.is_floating_point and self.dtype.itemsize > 1
 
     def index(self, outputs: slice, inputs: slice) -> tuple[slice, ...]:
@@ -96,7 +94,7 @@ class LinearMethod(Protocol):
     """Storage and GEMM of one layer's weight. `weights` maps suffixes to tensors."""
 
     def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
-        """The tensors to allocate and to load, for a model that computes in `dtype`."""
+        """The tensors to allocate and load, for a model that computes in `dtype`."""
         ...
 
     def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,25 +102,21 @@ class LinearMethod(Protocol):
         ...
 
     def apply(self, weights: Mapping[str, torch.Tensor], x: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, M], or what `input_quantizer` makes of it -> [T, N]. weights: what `prepare` returned."""
+        """x [T, M], or `input_quantizer`'s result -> [T, N]. weights: from `prepare`."""
         ...
 
     def apply_gated(
         self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, activation: str, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x [T, M] -> [T, N], act(gate) * up: 2N outputs, gate first. Override it if one kernel
-        does both.
-        """
+        """x [T, M] -> [T, N], act(gate) * up: 2N outputs, gate first. Override it if one kernel does both."""
         return silu_mul(self.apply(weights, x, bias), activation)
 
     def input_quantizer(self) -> Callable[[torch.Tensor], QuantizedActivation] | None:
-        """Applied to the norm's result before QKV and GATE_UP layers; None: `apply` reads a plain
-        tensor.
-        """
+        """Applied to the norm's result before QKV and GATE_UP layers; None: `apply` reads a plain tensor."""
         return None
 
     def prepare_experts(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `prepare`, for stacked tensors [experts, ...] that `apply_experts` reads."""
+        """`prepare` for stacked tensors [experts, ...] that `apply_experts` reads."""
         return dict(weights)
 
     def apply_experts(
@@ -134,13 +128,12 @@ class LinearMethod(Protocol):
         chosen: torch.Tensor,
         activation: str,
     ) -> torch.Tensor:
-        """x [T, M] -> [T, M]: the sum of the experts `chosen` [T, top_k], times `weights` [T,
-        top_k].
+        """x [T, M] -> [T, M]: the sum of the experts `chosen` [T, top_k], times `weights` [T, top_k].
 
         Expert e's gated MLP is gate_up[e] [2N, M], then down[e] [M, N].
         """
         ...
 
 
-# (name, kind) -> method. name: without the checkpoint's prefix, such as layers.3.self_attn.qkv_proj or lm_head.
+# (name, kind) -> method. name: without the checkpoint's prefix, such as layers.3.self_attn.qkv_proj.
 MethodFor = Callable[[str, LayerKind], LinearMethod]

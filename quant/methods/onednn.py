@@ -1,7 +1,4 @@
-"""Private oneDNN operators of torch, all in this file: another version of torch may change them.
-
-torch.compile's CPU backend uses the same operators.
-"""
+"""Torch's private oneDNN operators, which torch.compile's CPU backend uses; other torch versions may change them."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import torch
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN takes this weight: on CPU, in fp32, or in bf16 if the processor has instructions for it."""
+    """Whether oneDNN takes this weight: on CPU, in fp32, or in bf16 with the processor's support."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -18,7 +15,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [N, M] in oneDNN's blocked layout, which only `linear_packed` reads."""
+    """weight [N, M] in oneDNN's blocked layout, for `linear_packed`."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
 
