@@ -1,10 +1,9 @@
 """Which implementation of an operator runs: plain torch, Triton on the device, or Triton's interpreter.
 
-`backend_of(tensor)` is Triton for a CUDA tensor, else torch. `with use_backend(...)` overrides that for its
-body and thread: tests run CPU tensors in the interpreter, benchmarks compare Triton with torch on one device.
+`backend_of(tensor)` is Triton for a CUDA tensor, else torch. `with use_backend(...)` overrides it for its body and
+thread, for tests in the interpreter and benchmarks.
 
-Triton kernels are in `<operator>_triton.py`, imported inside the branch that needs them. So a CPU process
-never loads Triton, and Shoal imports without it.
+Triton kernels are in `<operator>_triton.py`, imported only where they run: a CPU process never loads Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 class Backend(Enum):
     TORCH = "torch"
     TRITON = "triton"
-    INTERPRET = "interpret"  # the Triton kernels as Python on CPU tensors, 100 to 1000 times slower than torch
+    INTERPRET = "interpret"  # Triton kernels as Python on CPU tensors, 100 to 1000 times slower than torch
 
 
 _FORCED: ContextVar[Backend | None] = ContextVar("shoal_kernel_backend", default=None)

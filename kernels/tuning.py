@@ -31,7 +31,7 @@ class Launch:
     `kernel` is "fma" (one token) or "mma" (gemm_triton.py), or "stream" (gemm_stream_triton.py, on Hopper). A
     program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead;
     `splits` programs share a tile's inputs. fma and mma prefetch `prefetch` inputs of each weight row into L2
-    before they wait for their predecessor.
+    before they wait.
     """
 
     kernel: str

@@ -3,16 +3,17 @@
     all_reduce(x)                     : x[rank] <- sum over r of x[r], on every rank
     all_reduce_add_rms_norm(x, y, w)  : y <- y + sum over r of x[r], then rms_norm(y, w)
 
-Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. The sum is
-taken in fp32 in rank order and rounded once to x's dtype. So every rank has the same bits with either
-algorithm, and a row's bits do not depend on other rows.
+Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. Sums are in fp32
+in rank order, rounded once to x's dtype. So both algorithms give every rank the same bits, independent of other
+rows.
 
-Two algorithms over symmetric memory, which the other ranks can write (all_reduce_triton.py):
+Algorithms over symmetric memory, which the other ranks can write (all_reduce_triton.py); NCCL takes larger
+messages:
     one-shot      every rank sends x to all others and sums what it receives: one hop, (W - 1) n bytes;
     two-shot      rank r sums slice r of all and sends it to the others: two hops, 2 (W - 1) / W n bytes.
 
-NCCL takes what is larger than `choose` allows. replicas/parallel/symmetric.py owns the memory. Paper: Thakur
-et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter, all-gather).
+Paper: Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005 (reduce-scatter,
+all-gather).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def choose(num_bytes: int, world_size: int) -> Algorithm | None:
 
 
 def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the ranks' tensors, in rank order in fp32."""
+    """The sum of the ranks' tensors in fp32."""
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
@@ -57,9 +58,8 @@ def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of `all_reduce_int8`: sent values are rounded to 255 steps of their group of 128 elements.
 
-    Rank r sums slice r, its own part unrounded, and sends the rounded sum to all. Let a[r] be a group's
-    largest magnitude in rank r's part, and s in the sum. The error is at most (sum of the others' a[r] + s) /
-    254.
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum. With a[r] a group's largest magnitude in
+    rank r's part, and s in the sum, the error is at most (sum of the others' a[r] + s) / 254.
     """
     flat = [part.float().flatten() for part in parts]
     numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE
@@ -109,7 +109,7 @@ def all_reduce_add_rms_norm(
 ) -> torch.Tensor:
     """Add the ranks' sum of x [..., N] to `residual` [..., N] in place; returns its norm with weight [N].
 
-    x is unchanged. Raises ValueError as `all_reduce` does, and for mismatched shapes.
+    Raises ValueError as `all_reduce` does, and for mismatched shapes.
     """
     _check(x, exchange)
     if x.shape != residual.shape or not residual.is_contiguous():
@@ -125,9 +125,9 @@ def all_reduce_add_rms_norm(
 
 
 def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """Sum over the ranks in place, with 8 bits an element on the link: see `all_reduce_int8_ref`.
+    """Sum over the ranks in place with 8 bits an element: see `all_reduce_int8_ref`.
 
-    Half the bytes of a 16-bit sum, for messages bound by bandwidth. Raises ValueError as `all_reduce` does.
+    For messages bound by bandwidth. Raises ValueError as `all_reduce` does.
     """
     _check(x, exchange)
     from .all_reduce_int8_triton import all_reduce_int8_triton

@@ -1,22 +1,19 @@
 """Device functions of the all-reduce kernels that exchange data through symmetric memory without flags.
 
-A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type. A NaN with these
-bits is sent as another. A rank pushes its words into the others' buffers and polls its own until no word is
-missing: one hop, without barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
+A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type, which is sent as another
+NaN. A rank pushes its words into the others' buffers and polls its own until no word is missing: one hop, without
+barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
 
-Three buffers rotate. While a rank reads the buffer of step s, a faster rank may already write that of s + 1.
-So step s empties the buffer of s - 1: no rank writes it before s + 2, which starts on no rank before this
-rank has started s + 1. The state holds each buffer's written bytes, so the size of a message may change at
-every step.
+Three buffers rotate. While a rank reads the buffer of step s, a faster rank may already write that of s + 1. Step s
+empties the buffer of s - 1: no rank writes it before s + 2, which starts only after this rank has started s + 1.
+The state holds each buffer's written bytes, so the size of a message may change at every step.
 
-The device counts the steps, so that a captured graph can be replayed. All programs of a launch draw tickets
-from one counter, together always TICKETS, so a ticket gives the step. They draw while the preceding kernel
-still runs. State, int64: tickets drawn | bytes written in each of three buffers | 1 once something did not
-arrive.
+The device counts the steps, so that a captured graph can be replayed. A launch's programs draw TICKETS tickets from
+one counter, so a ticket gives the step. They draw while the preceding kernel still runs. State, int64: tickets
+drawn | bytes written in each of three buffers | 1 once something did not arrive.
 
-No loop is endless. After `spin_limit` iterations, some 0.5 us each on an H200, the kernel records the failure
-in its state and in host-visible memory. It continues with NaN for the missing words; later waits return at
-once.
+No loop is endless. After `spin_limit` iterations, some 0.5 us each on an H200, the kernel sets the failure in its
+state and in host-visible memory. It continues with NaN for the missing words; later waits return at once.
 """
 
 from __future__ import annotations
@@ -28,13 +25,13 @@ from .exchange import NUM_BUFFERS
 
 TICKETS = tl.constexpr(1 << 16)
 BUFFERS = tl.constexpr(NUM_BUFFERS)
-MISSING = tl.constexpr(-1)  # the word that is never sent, in int8, int16 and int32
+MISSING = tl.constexpr(-1)  # never sent, in int8, int16 and int32
 FAILED = tl.constexpr(1 + NUM_BUFFERS)
 
 
 @triton.jit
 def sendable(value):
-    """The bits of `value` as integers, with MISSING replaced by the largest positive one (also NaN)."""
+    """The bits of `value` as integers, with MISSING replaced by another NaN, the largest positive integer."""
     if value.dtype.primitive_bitwidth == 32:
         words = value.to(tl.int32, bitcast=True)
         return tl.where(words == MISSING, 0x7FFFFFFF, words)
@@ -54,9 +51,7 @@ def pointers_to_words(addresses, x_ptr):
 
 @triton.jit
 def draw_step(state_ptr):
-    """(buffer of this step, buffer to empty). Call it before `release_dependents`, so that the next step's
-    programs draw after all of this one's.
-    """
+    """(buffer of this step, buffer to empty). Call it before `release_dependents`: the next step must draw later."""
     num_programs = tl.num_programs(0)
     share = TICKETS // num_programs
     drawn = tl.where(tl.program_id(0) == 0, TICKETS - share * (num_programs - 1), share)
@@ -66,7 +61,7 @@ def draw_step(state_ptr):
 
 @triton.jit
 def begin_step(state_ptr, current, before, num_bytes, spin_limit):
-    """(bytes to empty, spin limit); notes that the step writes `num_bytes`."""
+    """(bytes to empty, spin limit); records that the step writes `num_bytes`."""
     to_empty = tl.multiple_of(tl.load(state_ptr + 1 + before).to(tl.int32), 32)  # slots have multiples of 16 words
     failed = tl.load(state_ptr + FAILED)
     if tl.program_id(0) == 0:
@@ -76,7 +71,7 @@ def begin_step(state_ptr, current, before, num_bytes, spin_limit):
 
 @triton.jit
 def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
-    """Set the first `num_words` of a buffer to MISSING, each program its share."""
+    """Set the first `num_words` of a buffer to MISSING, split over programs."""
     for start in range(tl.program_id(0) * BLOCK_N, num_words, tl.num_programs(0) * BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         tl.store(buffer_ptr + places, MISSING, mask=places < num_words)
@@ -84,7 +79,7 @@ def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _missing(words):
-    """1 where any of the words has not arrived, else 0."""
+    """1 if any word has not arrived, else 0."""
     return tl.max(tl.max((words == MISSING).to(tl.int32), axis=0), axis=0)
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of all_reduce.py, built on all_reduce_exchange_triton.py.
 
-Legend: W ranks, N features (or elements of a piece, without a norm). Tiles are [W, BLOCK_N], or a GROUP of
-the ranks at a time: the words of one row from, or for, every rank. A program waits only for the other ranks'
-programs of the same number, and all programs of a launch are resident.
+Legend: W ranks, N features (or elements of a piece, without a norm). Tiles are [W, BLOCK_N], or a GROUP of ranks at
+a time: one row's words from, or for, every rank. A program waits only for the other ranks' programs of the same
+number; all programs of a launch are resident.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _one_shot_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every rank sends its message to every other and sums all. A buffer: [W slots, stride_slot]."""
+    """Every rank sends its message to all others and sums all. A buffer: [W slots, stride_slot]."""
     current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
@@ -230,8 +230,8 @@ def launch_parameters(
 ) -> tuple[int, int, int]:
     """(ranks held at a time, warps, registers of a thread).
 
-    Each thread takes one 16-byte vector of a row, or few more. By default the compiler spills some registers
-    to keep below 64. norms_slices: rows of several ranks are normed at a time, which takes more.
+    Each thread takes one 16-byte vector of a row, or few more. By default the compiler spills to keep below 64
+    registers. norms_slices: norm the rows of several ranks at a time, which takes more.
     """
     num_warps = min(max(block_n * itemsize // 512, 4), 16)
     group = max(1, min(world_size, MAX_TILE * num_warps // (block_n * itemsize)))
@@ -240,7 +240,7 @@ def launch_parameters(
 
 
 def max_programs(num_sms: int, num_warps: int, num_registers: int) -> int:
-    """Programs that are resident at once: each may wait for another rank's."""
+    """Resident programs: each may wait for another rank's."""
     return num_sms * (65536 // (32 * num_warps * num_registers))
 
 

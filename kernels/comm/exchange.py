@@ -12,7 +12,7 @@ import torch
 
 NUM_BUFFERS = 3
 STATE_SIZE = 2 + NUM_BUFFERS  # tickets drawn, bytes written in each buffer, failed
-_ALIGNMENT = 16  # elements: alignment of a slot for wide stores
+_ALIGNMENT = 16  # elements, for wide stores
 INT8_GROUP = 128  # elements that share a scale
 INT8_PIECE = 4096  # elements sent together
 INT8_LEAST_SCALE = 1e-37  # its inverse is finite; smaller values are sent as zero
@@ -29,9 +29,9 @@ class Algorithm(Enum):
 class Exchange:
     """One rank's view of the symmetric memory.
 
-    Every rank has NUM_BUFFERS contiguous buffers of `capacity` bytes, initially all bits set: `memory` is its
-    own. `peers` [W] int64: each rank's memory as addresses valid on this device. `state` [STATE_SIZE] int64,
-    initially 0. `alarm` [1] int32 in host-visible memory: not 0 once a wait exceeded `spin_limit` iterations.
+    `memory`: this rank's NUM_BUFFERS contiguous buffers of `capacity` bytes, initially all bits set. `peers` [W]
+    int64: each rank's memory as addresses valid on this device. `state` [STATE_SIZE] int64, initially 0. `alarm`
+    [1] int32 in host-visible memory: not 0 once a wait exceeded `spin_limit` iterations.
     """
 
     rank: int

@@ -1,6 +1,6 @@
 """Owner's handle on a process that compiles kernels (compile_worker_triton.py).
 
-It starts early, as its imports take some seconds. This module imports nothing slow.
+Start it early, as its imports take seconds. This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CompilationFailed(RuntimeError):
 
 
 class CompileProcess:
-    """A context manager around a process that compiles once."""
+    """Context manager of a process that compiles once."""
 
     def __init__(self) -> None:
         # It forks after importing torch; a library's threads would not survive the fork.

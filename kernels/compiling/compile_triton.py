@@ -70,11 +70,10 @@ def compile_kernels(kernels: set[Specialization], process: CompileProcess, num_a
 
 
 class _Ledger:
-    """Marker files beside the cache on disk, one per cached kernel: querying the cache itself takes 20 ms a
-    kernel.
+    """Marker files beside the cache on disk, one per cached kernel: querying the cache takes 20 ms a kernel.
 
-    A file's name hashes the kernel, all kernels' source, the target and Triton's version. It is removed with
-    the cache.
+    A file's name hashes the kernel, all kernels' source, the target and Triton's version. It is removed with the
+    cache.
     """
 
     def __init__(self, target: Target) -> None:

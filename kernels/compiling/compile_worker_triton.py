@@ -1,8 +1,7 @@
 """The process that compiles kernels, started by compile_process.py with `python -m`.
 
-It reads the kernels as one line from standard input, and reports errors on standard error with status 1. It
-leads a process group and ends with its forks when the input ends. Imports happen once, before the line
-arrives and the forks.
+It reads the kernels as one line from standard input and reports errors on standard error, with status 1. It leads a
+process group, which ends with its input. Imports run once, before the line arrives and before the forks.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def compile_kernel(kernel: Specialization, target: GPUTarget) -> None:
     source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     if hasattr(nvidia, "make_launcher"):
-        # Before 3.7 Triton compiles a launcher for each signature with the system's C compiler, at the first
-        # launch.
+        # Before 3.7 Triton compiles a launcher per signature with the system's C compiler, at the first launch.
         nvidia.CudaLauncher(source, compiled.metadata)
 
 

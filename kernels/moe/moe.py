@@ -30,11 +30,10 @@ def route_ref(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[t
 
 
 def route(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, k] in the logits' dtype, expert ids int64 [T, k]) from router logits [T, E]; softmax in
-    fp32.
+    """(weights [T, k] in the logits' dtype, expert ids int64 [T, k]) of router logits [T, E], softmax in fp32.
 
-    The largest first. Among ties the kernel takes the lowest expert; torch's order is unspecified. A token
-    with NaN logits gets k distinct experts.
+    The largest first. Among ties the kernel takes the lowest expert; torch's order is unspecified. A token with NaN
+    logits gets k distinct experts.
     """
     if not 0 < top_k <= logits.shape[-1]:
         raise ValueError(f"top_k {top_k} is outside 1..{logits.shape[-1]}, the number of experts")

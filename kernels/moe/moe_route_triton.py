@@ -187,14 +187,14 @@ def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
 
 
 def sort_launch(num_tokens: int, num_experts: int) -> dict[str, int]:
-    """A chunk has the tokens that make CHUNK pairs of token and expert, at least 16."""
+    """A chunk's tokens make CHUNK pairs of token and expert; at least 16."""
     block_e = max(16, int(triton.next_power_of_2(num_experts)))
     block_t = 16 if num_tokens <= 16 else max(16, CHUNK // block_e)
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": max(4, block_t * block_e // 512)}
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, tiles) of chosen experts int64 [T, k], distinct per token."""
+    """(order, tiles) of chosen experts int64 [T, k] in 0 .. num_experts - 1, distinct per token."""
     num_tokens, top_k = experts.shape
     shape = sort_launch(num_tokens, num_experts)
     launch: dict[str, Any] = {"TOP_K": top_k, **shape, **pdl_launch(experts)}

@@ -4,8 +4,8 @@
                             16 pivots inside the bracket, unless few tokens are left
     gather    grid [P, K]   the logits inside the bracket
 
-Legend: K rows, V vocabulary, C chunks of CHUNK tokens in a row, dealt out to P programs; z = logit /
-temperature. Sums are taken by chunk, in one order for any batch.
+Legend: K rows, V vocabulary, C chunks of CHUNK tokens, split over P programs; z = logit / temperature. Sums are
+taken by chunk, in one order for any batch.
 """
 
 from __future__ import annotations
@@ -86,12 +86,11 @@ def _chunk_sums(sums_ptr, k, num_chunks, CHUNKS: tl.constexpr):
 def first_bracket(
     count_ptr, mass_ptr, k, num_chunks, highest, temperature, top_k, top_p, FEW: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """(bottom, top, count, mass, total, by_k, few) after the first profile: of counts for top-k, else of
-    masses.
+    """(bottom, top, count, mass, total, by_k, few) of the first profile: by counts for top-k, else by masses.
 
-    The cuts lie in [bottom, top); `count` and `mass` are those at or above `top`, `total` is all mass, if
-    summed. by_k: the row has at least top-k tokens. few: at most FEW tokens are at or above `bottom` and none
-    above `top`, so they decide top-p.
+    The cuts lie in [bottom, top); `count` and `mass` are those at or above `top`, `total` is all mass, if summed.
+    by_k: the row has at least top-k tokens. few: at most FEW tokens are at or above `bottom` and none above `top`,
+    so they decide top-p.
     """
     index, last = tl.arange(0, PIVOTS), PIVOTS - 1
     pivots = _first_pivots(highest, temperature)
@@ -167,7 +166,7 @@ def _sums_above(
     TURN: tl.constexpr,
 ):
     """Count or mass of a chunk's tokens at or above each pivot, float32 [PIVOTS]."""
-    # Pivots come first, so that a thread holds all of them for its tokens and computes each mass once.
+    # Pivots come first: a thread holds all of them for its tokens and computes each mass once.
     sums = tl.zeros((PIVOTS, TURN), tl.float32)
     for start in tl.static_range(0, CHUNK, TURN):
         tokens = first + start + tl.arange(0, TURN)

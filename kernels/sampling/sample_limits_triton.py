@@ -3,9 +3,9 @@
     profile, profile, gather   sample_bracket_triton.py: the few candidate logits
     limits   grid [K]          the cuts, by search among the candidates
 
-Legend: K rows, V vocabulary, C chunks of a row. A cut is the highest logit t such that the tokens at or above
-it number top_k, or hold top_p of the mass; so ties with t stay. If a chunk leaves more than CAPACITY tokens
-(most logits equal), the search reads the row itself: slow, but exact.
+Legend: K rows, V vocabulary, C chunks of a row. A cut is the highest logit t such that the tokens at or above it
+number top_k, or hold top_p of the mass; ties with t stay. If a chunk leaves more than CAPACITY tokens (most logits
+equal), the search reads the row itself: slow, but exact.
 """
 
 from __future__ import annotations

@@ -94,6 +94,6 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
 
 
 def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) of sampled rows: logits are read and keys written once; noise takes 90 operations a token."""
+    """(bytes, flops): logits are read and keys written once; noise takes 90 operations a token."""
     size = num_rows * slice_size
     return size * dtype.itemsize + 8 * num_rows, 90 * size

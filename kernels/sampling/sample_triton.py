@@ -8,9 +8,9 @@ Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k 
     choose inside   grid [P, K]   filtered rows again, among the tokens inside the limits
     join            grid [K]      the best of the parts
 
-A token id of -1 marks a part that holds NaN or +inf. All rows pass through all launches, so one CUDA graph
-serves every mixture; an idle program reads its row's parameters and ends. A row's result depends on its own
-logits and parameters alone: the size of a part does not matter.
+Token -1 marks a part that holds NaN or +inf. All rows pass through all launches, so one CUDA graph serves every
+mixture; an idle program reads its row's parameters and ends. A row's result depends on its own logits and
+parameters alone, for any size of parts.
 """
 
 from __future__ import annotations

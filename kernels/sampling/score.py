@@ -3,9 +3,7 @@
     logprob[p] = x[p, token[p]] - log(sum_v exp(x[p, v]))
     rank[p]    = 1 + the number of v with x[p, v] > x[p, token[p]]       (ties rank equal)
 
-Legend: P rows of logits, V vocabulary, N top tokens. Sums are in fp32 for any dtype of the logits. On CUDA:
-score_triton.py, and torch's topk for the top N. For rows with logprobs, and for prompts. `score_slice` gives
-the share of a slice of the vocabulary.
+Legend: P rows of logits, V vocabulary, N top tokens. Sums are in fp32. On CUDA: score_triton.py, and torch's topk.
 """
 
 from __future__ import annotations

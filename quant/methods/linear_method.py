@@ -40,11 +40,10 @@ class LayerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One stored tensor of a layer, `<layer>.<suffix>` in the checkpoint.
+    """One stored tensor of a layer, `<layer>.<suffix>` in the checkpoint, plain, packed or grouped.
 
-    `out_axis`, `in_axis`: the axes along outputs and inputs, or None. A unit is the features per index of the
-    axis (8 for eight 4-bit values in an int32). One sharding rule so serves packed, grouped and plain
-    weights.
+    `out_axis`, `in_axis`: the axes along outputs and inputs, or None. A unit is the features per index of the axis
+    (8 for eight 4-bit values in an int32).
     """
 
     suffix: str
@@ -91,10 +90,10 @@ class QuantizedActivation(NamedTuple):
 
 
 class LinearMethod(Protocol):
-    """Storage and GEMM of one layer's weight. `weights` maps suffixes to tensors."""
+    """Storage and GEMM of a layer's weight. `weights` maps suffixes to tensors."""
 
     def specs(self, dtype: torch.dtype) -> tuple[WeightSpec, ...]:
-        """The tensors to allocate and load, for a model that computes in `dtype`."""
+        """The tensors to allocate and load, for compute dtype `dtype`."""
         ...
 
     def prepare(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
