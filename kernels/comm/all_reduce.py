@@ -58,8 +58,8 @@ def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of `all_reduce_int8`: sent values are rounded to 255 steps of their group of 128 elements.
 
-    Rank r sums slice r, its own part unrounded, and sends the rounded sum. With a[r] a group's largest magnitude in
-    rank r's part, and s in the sum, the error is at most (sum of the others' a[r] + s) / 254.
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum. Let a[r] be a group's largest magnitude in
+    rank r's part, and s in the sum. The error is at most (sum of the others' a[r] + s) / 254.
     """
     flat = [part.float().flatten() for part in parts]
     numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE

@@ -1,8 +1,8 @@
 """Device functions of the all-reduce kernels that exchange data through symmetric memory without flags.
 
-A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type, which is sent as another
-NaN. A rank pushes its words into the others' buffers and polls its own until no word is missing: one hop, without
-barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
+A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type. A message's NaN with these
+bits is sent as another. A rank pushes its words into the others' buffers and polls its own until no word is missing:
+one hop, without barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
 
 Three buffers rotate. While a rank reads the buffer of step s, a faster rank may already write that of s + 1. Step s
 empties the buffer of s - 1: no rank writes it before s + 2, which starts only after this rank has started s + 1.

@@ -26,7 +26,7 @@ from .compile_process import CompileProcess, Specialization, Target
 def dry_run() -> Iterator[set[Specialization]]:
     """Inside, this process launches no Triton kernel; uncompiled ones are recorded in the result.
 
-    Outputs stay undefined; operators must not read them on the host. Uses Triton's hook before compilation,
+    Outputs stay undefined: do not read them on the host. Uses Triton's hook before compilation,
     and its warm-up launches, which end before the launch.
     """
     noted: set[Specialization] = set()

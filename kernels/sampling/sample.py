@@ -4,9 +4,9 @@
     u[k, v]  = Philox4x32-10(key = seed[k], counter = (v // 4, position[k], 0, 0))[v % 4], in (0, 1)
     token[k] = argmax_v z[k, v] - log(-log(u[k, v]))          (argmax_v logits[k, v] where temperature is 0)
 
-The argmax with Gumbel noise samples softmax(z) exactly (Maddison et al., "A* Sampling", 2014). Noise depends
-on (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). So a
-token does not depend on the batch, and a stream can be replayed from any position.
+The argmax with Gumbel noise samples softmax(z) exactly (Maddison et al., "A* Sampling", 2014). Noise depends on (seed,
+position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). So a token does not depend
+on the batch, and a stream can be replayed from any position.
 
 Legend: K rows to sample, V vocabulary, R rows of parameters. On CUDA: sample_triton.py and
 sample_limits_triton.py.
@@ -60,7 +60,7 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     """`logits` [K, V] with every token outside min-p, top-k and top-p (in this order) at -inf.
 
     top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the most
-    probable token. Ties with the last kept token are kept, and the most probable token always.
+    probable token. Ties with the last kept token stay; the most probable token always stays.
     """
     vocab_size = logits.shape[1]
     floor = logits.amax(dim=1, keepdim=True) + torch.log(min_p).unsqueeze(1)

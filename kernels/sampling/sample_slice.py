@@ -6,7 +6,7 @@
 A key is an int64 ordered by score, then by lowest token. Ranks exchange eight bytes a row, and the token is
 that of the whole vocabulary bit for bit: noise depends on the token, not on its place in a slice.
 
-Legend: K rows, V tokens of a slice, R ranks. On CUDA: sample_slice_triton.py. For tensor parallelism.
+Legend: K rows, V tokens of a slice, R ranks. On CUDA: sample_slice_triton.py.
 """
 
 from __future__ import annotations
