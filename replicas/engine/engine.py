@@ -9,8 +9,8 @@ from ..config import ModelFacts, ResolvedConfig
 from ..errors import EngineError, RequestError
 from ..executor import Executor
 from ..plan import LogprobArrays, StepResult
-from ..processor_table import needs_last_token
 from ..protocol import BlockReport, FinishReason, Logprob, ReplicaLoad, Request, TokenDelta
+from ..sampling.processor_table import needs_last_token
 from .request_limits import RequestLimits
 from .scheduler import Scheduler
 from .sequence import FinishedSequence, Sequence

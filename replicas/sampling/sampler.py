@@ -21,14 +21,14 @@ from ...kernels.sampling.params import SamplingRows
 from ...kernels.sampling.sample import sample_rows
 from ...kernels.sampling.sample_slice import best_keys, winners
 from ...kernels.sampling.score import Scores, score
-from .. import processor_table
 from ..host_copy import send_ints
 from ..parallel.comm import ParallelContext
 from ..parallel.vocabulary import VocabularySlice
 from ..plan import DEVICE_TOKEN, Ints, RowStart, StepPlan
-from ..processor_table import ProcessorSpec
 from ..protocol import SamplingParams
+from . import processor_table
 from .logits_processors import LastTokenReader, LogitsProcessor
+from .processor_table import ProcessorSpec
 from .slice_scores import score_slices
 
 # An all-to-all of rows takes two exchanges, gathering one. On two H200, top-k 50 and top-p 0.9 of

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.replicas import processor_table
 from shoal.replicas.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from shoal.replicas.engine.engine import Engine
 from shoal.replicas.offline import build_engine, generate
 from shoal.replicas.plan import RowStart, StepPlan, StepResult
-from shoal.replicas.processor_table import ProcessorSpec
 from shoal.replicas.protocol import Request, SamplingParams
+from shoal.replicas.sampling import processor_table
+from shoal.replicas.sampling.processor_table import ProcessorSpec
 
 TINY = Path(__file__).parents[3] / "deploy" / "models" / "tiny"
 PROMPT = (50, 60, 70, 80, 90)

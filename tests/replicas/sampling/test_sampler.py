@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shoal.replicas.plan import DEVICE_TOKEN, RowStart, StepPlan
-from shoal.replicas.processor_table import ProcessorSpec
 from shoal.replicas.protocol import SamplingParams
+from shoal.replicas.sampling.processor_table import ProcessorSpec
 from shoal.replicas.sampling.sampler import Sampler
 from shoal.replicas.worker.step_inputs import HostInputs, make_row_state
 

@@ -1,6 +1,6 @@
 """The table of logits processors: which requests activate each, and what it needs of the engine.
 
-The engine reads it without loading torch. Ranks make the processors (sampling/logits_processors.py).
+The engine reads it without loading torch. Ranks make the processors (logits_processors.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from .protocol import SamplingParams
+from ..protocol import SamplingParams
 
 
 class ProcessorSpec(NamedTuple):
@@ -27,7 +27,7 @@ def needs_last_token(params: SamplingParams) -> bool:
 
 
 def _load(name: str) -> Callable[[], Any]:
-    return partial(resolve_name, f"{__package__}.sampling.{name}")
+    return partial(resolve_name, f"{__package__}.{name}")
 
 
 # In the order in which they change a row's logits.
