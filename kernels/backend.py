@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs: plain torch, Triton on the device, or Triton's interpreter.
+"""Selects torch, Triton or Triton's interpreter for an operator.
 
-`backend_of(tensor)` is Triton for a CUDA tensor, else torch. `with use_backend(...)` overrides it for its body and
-thread, for tests in the interpreter and benchmarks.
+`backend_of(tensor)` is Triton for a CUDA tensor, else torch. `with use_backend(...)` overrides it for its
+body and thread.
 
-Triton kernels are in `<operator>_triton.py`, imported only where they run: a CPU process never loads Triton.
+`<operator>_triton.py` is imported only where it runs: a CPU process never loads Triton.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def backend_of(tensor: torch.Tensor) -> Backend:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Run operators inside on `backend`, whatever their tensors' device.
 
-    Raises RuntimeError for INTERPRET if Triton was imported without TRITON_INTERPRET=1, which `triton.jit`
-    reads.
+    Raises RuntimeError for INTERPRET if Triton was imported without TRITON_INTERPRET=1.
     """
     if backend is Backend.INTERPRET:
         from triton import knobs

@@ -1,12 +1,12 @@
 """Programmatic dependent launch: a kernel starts while the one before it on the stream still drains.
 
-A kernel launched with `pdl_launch` may begin before its predecessor has ended. Until `wait_for_inputs` it must
-not touch what an earlier kernel writes, nor write what one may still read; weights and other constants may be
-loaded. Call `release_dependents` once a program's loads are issued: the next kernel starts when all programs
-have called it or ended. This hides launch and drain, 1 to 2 us a kernel on an H200.
+A kernel launched with `pdl_launch` may begin before its predecessor has ended. Until `wait_for_inputs` it
+must not touch what an earlier kernel writes, nor write what one may read. Call `release_dependents` once a
+program's loads are issued: the next kernel starts when all programs have called it or ended. This hides
+launch and drain, 1 to 2 us a kernel on an H200.
 
-Launch a kernel that waits after kernels that wait (or ordinary ones): only a chain of waits orders it after all
-earlier kernels. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch".
+Every kernel of a chain must wait: only that orders it after all earlier ones. Source: CUDA C++ Programming
+Guide, "Programmatic Dependent Launch".
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ class _Kernel(Protocol):
 
 
 def launch_kernel(kernel: _Kernel, grid: tuple[Any, ...], operands: tuple[Any, ...], /, **constants: Any) -> None:
-    """Launch `kernel` on `grid`: tensors and numbers by position, constexprs and Triton's options by name.
-
-    Type checkers reject Triton's options in `kernel[grid]`.
-    """
+    """Launch on `grid`: operands by position, constexprs and options, which type checkers reject, by name."""
     kernel[grid](*operands, **constants)
 
 
@@ -42,13 +39,13 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def release_dependents(PDL: tl.constexpr):
-    """Allow the next kernel to start, as far as this program is concerned."""
+    """Allow the next kernel to start."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def pdl_launch(tensor: torch.Tensor) -> dict[str, Any]:
-    """Launch arguments of a kernel with PDL that works on `tensor`: dependent launch from Hopper on."""
+    """Dependent launch from Hopper on."""
     if backend_of(tensor) is not Backend.TRITON or torch.cuda.get_device_capability(tensor.device) < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

@@ -1,9 +1,9 @@
 """Which kernel runs a GEMM, and its launch parameters, from host shapes alone.
 
-`kernels/tuned/<device>.json`, written by `python -m benchmarks.tune`, maps (outputs, inputs) and a bucket of
-tokens to launch parameters, or null where cuBLAS was faster. T tokens take the first bucket that is not
-smaller; beyond the last one, cuBLAS. Other shapes, and devices from Hopper on without a table, take
-`default_launch`; older devices take cuBLAS.
+`kernels/tuned/<device>.json`, written by `python -m benchmarks.tune`, maps (outputs, inputs) and a bucket
+of tokens to launch parameters, or null where cuBLAS was faster. T tokens take the first bucket not smaller;
+beyond the last, cuBLAS. Other shapes, and devices from Hopper on without a table, take `default_launch`;
+older devices cuBLAS.
 
 The tables are for 16-bit dtypes. fp32 takes cuBLAS: without rounding to tf32 there are no tensor cores.
 """
@@ -28,10 +28,10 @@ TOKEN_BUCKETS = (1, 16, 32, 64, 128, 256)
 class Launch:
     """One way to run a GEMM.
 
-    `kernel` is "fma" (one token) or "mma" (gemm_triton.py), or "stream" (gemm_stream_triton.py, on Hopper). A
-    program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles ahead;
-    `splits` programs share a tile's inputs. fma and mma prefetch `prefetch` inputs of each weight row into L2
-    before they wait.
+    `kernel`: "fma" (one token) or "mma" (gemm_triton.py), or "stream" (gemm_stream_triton.py, on Hopper). A
+    program makes `block_n` outputs of `block_t` tokens, `block_m` inputs at a time, `num_stages` tiles
+    ahead; `splits` programs share a tile's inputs. fma and mma prefetch `prefetch` inputs of each weight
+    row into L2.
     """
 
     kernel: str

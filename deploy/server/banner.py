@@ -8,7 +8,7 @@ from .launcher import Endpoint
 
 
 def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaInfo]]) -> str:
-    """The address, a command to try, and each model's KV capacity. `replicas` are those of each model."""
+    """The address, a command to try, and each model's KV capacity."""
     lines = ["", f"Shoal is ready at {endpoint.url}/v1", ""]
     for model, infos in zip(config.models, replicas, strict=True):
         args = model.engine_kwargs
@@ -27,7 +27,7 @@ def banner(endpoint: Endpoint, config: ServeConfig, replicas: list[list[ReplicaI
 
 
 def capacity_lines(name: str, infos: list[ReplicaInfo], split: tuple[int, int] = (1, 1)) -> list[str]:
-    """KV capacity in tokens, and the full-length requests that fit, over a model's replicas.
+    """KV capacity in tokens, and full-length requests, over a model's replicas.
 
     split: ranks per stage, and stages.
     """

@@ -27,7 +27,7 @@ from ..config import ModelPlan, ServeConfig
 from .start_logs import explain
 
 APP_NAME = "shoal"
-# Ray's head takes some seconds, reading many gigabytes of weights minutes.
+# Reading many gigabytes of weights takes minutes.
 START_TIMEOUT_S = 1800.0
 _POLL_S = 0.1
 _RAISED_BY_MODELS: dict[str, type[ServingError]] = {"ConfigError": ConfigError, "ModelError": ModelError}
@@ -35,7 +35,7 @@ _RAISED_BY_MODELS: dict[str, type[ServingError]] = {"ConfigError": ConfigError, 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the server listens, and a key for it."""
+    """Where the server listens, and its key."""
 
     host: str
     port: int
@@ -49,11 +49,9 @@ class Endpoint:
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, folder: Path) -> Iterator[None]:
-    """Start a private Ray in `folder`, or join the one at `address`. Stops at the end what it
-    started.
+    """Start a private Ray in `folder`, or join the one at `address`; stops at the end what it started.
 
-    A failed start on a private Ray keeps its logs and notes them in the error, except in
-    ConfigError and ModelError.
+    A failed start on a private Ray notes its logs in the error, except in ConfigError and ModelError.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
@@ -93,11 +91,9 @@ def _join(address: str) -> None:
 def application(
     config: ServeConfig, plans: list[ModelPlan], endpoint: Endpoint, *, joined: bool = False
 ) -> Iterator[None]:
-    """The application on the running Ray, ready. Raises ServingError with the reason if it does
-    not start.
+    """The application on the running Ray. Raises ServingError with the reason if it does not start.
 
-    A Serve started here ends with its private Ray. On a `joined` Ray it is stopped unless
-    others use it.
+    On a `joined` Ray, a Serve started here is stopped unless others use it.
     """
     running = _serve_that_runs(endpoint) if joined else False
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
@@ -115,7 +111,7 @@ def application(
 
 
 def _serve_that_runs(endpoint: Endpoint) -> bool:
-    """Whether Serve runs on the joined Ray. Raises ConfigError if it has our name or listens elsewhere."""
+    """Raises ConfigError if the joined Serve has our name or listens elsewhere."""
     address = serve_http_address()
     if address is None:
         return False
@@ -140,7 +136,7 @@ def _run(config: ServeConfig, plans: list[ModelPlan]) -> None:
 
 
 def reason_of(traceback: str) -> ServingError | None:
-    """The last error of Shoal in a traceback from Serve; None if there is none."""
+    """The last error of Shoal in Serve's traceback; None without."""
     found = re.findall(r"^shoal\.[\w.]*?(\w+): (.*)$", traceback, re.MULTILINE)
     for name, message in reversed(found):
         return _RAISED_BY_MODELS.get(name, EngineError)(message)
@@ -148,7 +144,7 @@ def reason_of(traceback: str) -> ServingError | None:
 
 
 def end_of(traceback: str) -> str | None:
-    """A traceback from Serve in one line: why a process exited, or else its last line."""
+    """Serve's traceback in one line: why a process exited, or its last line."""
     lines = [line.strip() for line in traceback.splitlines() if line.strip()]
     if not lines:
         return None
@@ -159,7 +155,7 @@ def end_of(traceback: str) -> str | None:
 
 
 def wait_for_completion(endpoint: Endpoint, model: str) -> None:
-    """Wait until the server completes a prompt of one token. Raises ServingError for a final error."""
+    """Wait for a one-token completion. Raises ServingError for a final error."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         status, answer = _complete(endpoint, model)
@@ -173,7 +169,7 @@ def wait_for_completion(endpoint: Endpoint, model: str) -> None:
 
 
 def _complete(endpoint: Endpoint, model: str) -> tuple[int, str]:
-    """Status and text of one small completion; status 0 without a connection."""
+    """Status and text; 0 without a connection."""
     host = endpoint.url.removeprefix("http://").rpartition(":")[0]
     connection = http.client.HTTPConnection(host, endpoint.port, timeout=60)
     headers = {"content-type": "application/json"}

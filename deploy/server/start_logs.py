@@ -1,7 +1,7 @@
 """Logs of a failed start: Ray's files, and the last lines of the process that crashed first.
 
-A rank or replica that raises reports its error. One killed by a signal or a library leaves its
-reason only on standard error, which Ray keeps in a file.
+A process killed by a signal or a library leaves its reason only on standard error, which Ray keeps in a
+file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _WORKER = re.compile(r"worker-\w+-\w+-(\d+)\.err")
 _ACTOR = re.compile(r"^:actor_name:(ShardActor|ServeReplica:\S+)$", re.MULTILINE)
-# The first line of Ray's and Python's report of a fatal signal; addresses and frames follow.
+# First line of Ray's and Python's report of a fatal signal; addresses and frames follow.
 _CRASH = re.compile(r"^(?:\*\*\* SIG|Fatal Python error)", re.MULTILINE)
 _OF_RAY = re.compile(r":\w+:|INFO |\[[\d: ,-]+ [A-Z] \d+ \d+\]")  # marks of the actor, and lines of Ray's own
 _NAMED = re.compile(r"process (\d+)[^()]*\): its process has ended")  # as a group's error names a rank
@@ -37,7 +37,7 @@ class LastWords:
 def explain(error: Exception, ray_folder: Path) -> None:
     """Add the process that ended first, and the logs' location, to the error of a failed start.
 
-    ray_folder: the temporary folder of an ended Ray; its logs are moved out.
+    ray_folder: of an ended Ray; its logs are moved out.
     """
     kept = keep_logs(ray_folder)
     if kept is None:
@@ -49,9 +49,9 @@ def explain(error: Exception, ray_folder: Path) -> None:
 
 
 def keep_logs(ray_folder: Path) -> Path | None:
-    """Move the logs of a Ray that has ended out of its folder. Returns their new folder, None if there are none."""
+    """Move an ended Ray's logs out of its folder. Returns their new folder, None without logs."""
     logs = next(iter(sorted(ray_folder.glob("session_2*/logs"))), None)
-    if logs is None:  # Ray ended before it wrote any
+    if logs is None:
         return None
     kept = ray_folder.with_name(f"{ray_folder.name}-logs")
     shutil.move(logs, kept)
@@ -59,7 +59,7 @@ def keep_logs(ray_folder: Path) -> Path | None:
 
 
 def first_words(logs: Path, error: str) -> LastWords | None:
-    """The last lines of the process that ended first, among those that crashed or that the error names."""
+    """Last lines of the process that ended first, among those crashed or named by the error."""
     named = set(map(int, _NAMED.findall(error)))
     found = [words for file in logs.glob("worker-*.err") if (words := _words(file, named)) is not None]
     return min(found, key=lambda words: words.ended, default=None)

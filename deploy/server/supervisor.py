@@ -1,9 +1,8 @@
 """The supervisor of a server: it forwards signals, and exits after the server's last process.
 
-`kill %1`, `timeout`, a closed terminal and many CI systems signal a whole process group. Ray's
-processes would exit before the server had drained its streams. So the server leads its own group,
-and the supervisor stays in its caller's. As subreaper it kills what a killed server leaves, and
-removes its files.
+`kill %1`, `timeout` and a closed terminal signal a whole process group: Ray would exit before the server
+has drained its streams. So the server leads its own group, and the supervisor stays in its caller's. As
+subreaper it kills what a killed server leaves, and removes its files.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
 def under_supervisor() -> Path:
     """Fork, and return in the child, the server, the folder for its Ray. The parent exits with the child's status.
 
-    In the child any stop signal raises KeyboardInterrupt, once; so does the end of the supervisor.
+    There a stop signal, or the supervisor's end, raises KeyboardInterrupt once.
     """
     signals = _stop_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until both have handlers
@@ -46,7 +45,7 @@ def under_supervisor() -> Path:
 
 
 def interrupt_on_signals() -> None:
-    """Raise KeyboardInterrupt at the first stop signal, and ignore later ones while the server unwinds."""
+    """Raise KeyboardInterrupt at the first stop signal; ignore later ones."""
     signals = _stop_signals()
 
     def interrupt(*_: object) -> None:
@@ -60,7 +59,7 @@ def interrupt_on_signals() -> None:
 
 
 def say(line: str) -> None:
-    """Print a line, unless the reader of standard output has exited."""
+    """Print, unless the reader of standard output has exited."""
     try:
         print(line, flush=True)
     except OSError:  # Ctrl-C ended a `| tee` too, or the terminal is closed
@@ -68,13 +67,13 @@ def say(line: str) -> None:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """The signals that stop a server. SIGHUP is not among them under nohup."""
+    """SIGHUP is not among them under nohup."""
     outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if outlives else [signal.SIGHUP])]
 
 
 def _supervise(server: int, others: set[int], folder: Path) -> int:
-    """Forward signals until the server exits, then remove its processes and files. Returns an exit status."""
+    """Forward signals until the server exits, then clean up. Returns an exit status."""
     signals, asked = _stop_signals(), False
 
     def stop(*_: object) -> None:
@@ -98,13 +97,13 @@ def _supervise(server: int, others: set[int], folder: Path) -> int:
 
 
 def _wait_for(server: int) -> None:
-    """Return when the server has exited; leave it a zombie, so that no other process gets its id yet."""
+    """Leave the exited server a zombie, so that no other process gets its id yet."""
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) is not None and ended.si_pid != server:
         os.waitpid(ended.si_pid, 0)
 
 
 def _end_children(server: int, others: set[int]) -> int:
-    """Kill every process that the server left. Returns the server's exit code, negative for a signal."""
+    """Kill all that the server left. Returns its exit code, negative for a signal."""
     code = 0
     while left := set(_children()) - others:
         for child in left:
@@ -116,7 +115,7 @@ def _end_children(server: int, others: set[int]) -> int:
 
 
 def _children() -> Iterator[int]:
-    """The ids of this process's children, zombies included."""
+    """Zombies included."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = file.read_text(errors="replace").rpartition(")")[2].split()[1]

@@ -2,7 +2,6 @@
 
 Legend: B blocks, C copies. cache [B, ...]; source, target int64 [C]. All sources are read before any write.
 On CUDA: block_copy_triton.py for up to 16 copies; more use a buffer, as on CPU.
-Called by replicas/layers/kv_cache.py, per layer, before a step.
 """
 
 from __future__ import annotations

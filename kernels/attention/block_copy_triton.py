@@ -1,7 +1,7 @@
 """Triton kernel of block_copy.py: sources and targets may overlap.
 
 A program copies BLOCK_N columns of all copies: it loads every source, waits for its warps, then writes. So
-copies that fit one tile need no buffer and no order among programs.
+one tile needs no buffer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _block_copy_kernel(
     sources = tl.load(source_ptr + copies, mask=used, other=0)
     targets = tl.load(target_ptr + copies, mask=used, other=0)
     values = tl.load(cache_ptr + sources[:, None] * block_numel + columns[None, :], mask=mask, other=0.0)
-    tl.debug_barrier()  # every source is read before any write
+    tl.debug_barrier()
     tl.store(cache_ptr + targets[:, None] * block_numel + columns[None, :], values, mask=mask)
 
 

@@ -3,12 +3,11 @@
     cache[slot // BS, 0, h, slot % BS] = k[t, h]         slot = slot_mapping[t]
     cache[slot // BS, 1, h, slot % BS] = v[t, h]
 
-Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], keys before values; cache
-[B, 2, KV, BS, D]; slot_mapping int64 [T], distinct.
-On CUDA (kv_store_triton.py) `rope_kv_store` fuses q/k norm, RoPE and the store. Slot -1 is padding there and
-is skipped; torch never receives it.
+Legend: T tokens, B blocks, KV kv heads, BS block_size, D head_dim. kv [T, 2 KV, D], keys before values;
+cache [B, 2, KV, BS, D]; slot_mapping int64 [T], distinct. On CUDA (kv_store_triton.py) `rope_kv_store`
+fuses q/k norm, RoPE and the store. Slot -1, only there, is padding.
 
-Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from .rope import RopeIndex, RopeRows, check_rope, rope
 def store_rows(slot_mapping: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:
     """Input of `kv_store`, equal for all layers.
 
-    Torch: row numbers int64 [T * 2 KV] of a cache seen as [B * 2 KV * BS, D]. Triton: the slots.
+    Torch: rows int64 [T * 2 KV] of a cache seen as [B * 2 KV * BS, D]. Triton: the slots.
     """
     if backend_of(slot_mapping) is not Backend.TORCH:
         return slot_mapping
-    slots = slot_mapping.cpu().numpy()  # numpy: torch takes five times as long for a few integers
+    slots = slot_mapping.cpu().numpy()  # torch takes five times as long for a few integers
     blocks, offsets = np.divmod(slots, block_size)
     rows = (blocks[:, None] * (2 * num_kv_heads) + np.arange(2 * num_kv_heads)) * block_size + offsets[:, None]
     return torch.from_numpy(rows.reshape(-1)).to(slot_mapping.device)
@@ -43,7 +42,7 @@ def kv_store_ref(kv: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tens
 
 
 def kv_store(kv: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write kv [T, 2 KV, D] into the cache [B, 2, KV, BS, D], in place; `rows` is from `store_rows`."""
+    """Write kv [T, 2 KV, D] into the cache [B, 2, KV, BS, D]; `rows` is from `store_rows`."""
     num_tokens, num_heads, head_dim = kv.shape
     if cache.shape[1] * cache.shape[2] != num_heads or cache.shape[4] != head_dim:
         raise ValueError(f"kv has shape {tuple(kv.shape)}, the cache {tuple(cache.shape)}")
@@ -68,9 +67,9 @@ def rope_kv_store(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """`rope` of the queries and keys of qkv [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
+    """`rope` of qkv's queries and keys [T, H + 2 KV, D] in place, then `kv_store`; num_heads is H.
 
-    Weights q_norm and k_norm [D] apply `rms_norm` per head first. Afterwards qkv's keys are undefined.
+    q_norm and k_norm [D] apply `rms_norm` per head first. Afterwards qkv's keys are undefined.
     """
     norms = _norm_weights(q_norm, k_norm, qkv.shape[-1])
     num_turned = num_heads + cache.shape[2]
@@ -103,13 +102,13 @@ def _norm_weights(
 
 
 def kv_store_cost(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): keys and values read and written, slots read."""
+    """(bytes, flops)."""
     return num_tokens * (4 * num_kv_heads * head_dim * dtype.itemsize + 8), 0
 
 
 def rope_kv_store_cost(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, num_rotated: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """(bytes, flops): rotated queries, keys and values read and written; fp32 factors, slots, positions read."""
+    """(bytes, flops)."""
     moved = 2 * (num_heads * num_rotated + 2 * num_kv_heads * head_dim) * dtype.itemsize
     return num_tokens * (moved + 4 * num_rotated + 16), 3 * num_tokens * (num_heads + num_kv_heads) * num_rotated

@@ -1,10 +1,8 @@
 """Triton kernels of kv_store.py: store one token's heads, with or without RoPE.
 
-Legend as in kv_store.py and rope.py; H query heads, R = 2 * HALF rotated features. cache contiguous;
-cos/sin cache [P, R] fp32; positions int64 [T]; norm weights [D]. A negative slot is padding and is not stored.
+Legend as in kv_store.py and rope.py; H query heads, R = 2 * HALF. cache contiguous; norm weights [D].
 
-A norm's summation order depends on head size and count, never on T: more tokens use more warps, not more
-features per thread.
+More tokens use more warps, not more features per thread: a norm's summation order is independent of T.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ def _kv_store_kernel(
 
 @triton.jit
 def _norm_weight(q_norm_ptr, k_norm_ptr, d, inside, heads, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """fp32 [heads, features]: the norm weight of queries and of keys, 1 for values."""
+    """fp32 [heads, features]: the norm weight, 1 for values."""
     q_weight = tl.load(q_norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
     k_weight = tl.load(k_norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
     of_key = tl.where((heads < NUM_HEADS + NUM_KV_HEADS)[:, None], k_weight[None, :], 1.0)
@@ -84,7 +82,7 @@ def _rope_kv_store_kernel(
     BLOCK_REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (t, h) norms and rotates heads h * BLOCK_HEADS .. of token t and stores keys and values."""
+    """Program (t, h) norms, rotates and stores heads h * BLOCK_HEADS .. of token t."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -95,7 +93,7 @@ def _rope_kv_store_kernel(
     i = tl.arange(0, BLOCK_HALF)
     d = 2 * HALF + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 1)
     in_rest = live[:, None] & (d < HEAD_DIM)[None, :]
-    if NORM:  # constant weights: loaded before the wait
+    if NORM:
         w_first = _norm_weight(q_norm_ptr, k_norm_ptr, i, i < HALF, heads, NUM_HEADS, NUM_KV_HEADS)
         w_second = _norm_weight(q_norm_ptr, k_norm_ptr, HALF + i, i < HALF, heads, NUM_HEADS, NUM_KV_HEADS)
         w_rest = _norm_weight(q_norm_ptr, k_norm_ptr, d, d < HEAD_DIM, heads, NUM_HEADS, NUM_KV_HEADS)
@@ -171,10 +169,7 @@ def rope_kv_store_triton(
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
 ) -> None:
-    """Rotate the queries of qkv [T, H + 2 KV, D] in place; write rotated keys, and values, to the cache only.
-
-    `norms`: weights of the q and k norms.
-    """
+    """Rotate queries of qkv [T, H + 2 KV, D] in place; write rotated keys, and values, to the cache only."""
     _check(qkv, cache, slot_mapping)
     if qkv.numel() == 0:
         return

@@ -3,16 +3,14 @@
     o[s, h] = softmax_j( cap(q[s, h] . K[s, h // G, j] * scale) ) . V[s, h // G, :]       j = 0 .. context_len[s] - 1
     cap(x) = softcap * tanh(x / softcap) if softcap; with a window W only j >= context_len[s] - W
 
-Legend: T tokens, S sequences, H query heads, KV kv heads, G = H / KV; B blocks, BS block_size, D head_dim, M
-blocks of a table. q, out [T, H, D], token s of sequence s, other tokens untouched; cache [B, 2, KV, BS, D],
-keys at 0, values at 1; context_lens int32 [S], this token included, 0 on a GPU: padding, not written;
-block_tables int32 [S, M].
+Legend: T tokens, S sequences, H query heads, KV kv heads, G = H / KV; B blocks, BS block_size, D head_dim,
+M blocks of a table. q, out [T, H, D], token s of sequence s, other tokens untouched; cache [B, 2, KV, BS,
+D], keys at 0, values at 1; context_lens int32 [S], this token included, 0: padding on a GPU; block_tables
+int32 [S, M].
 
-Torch gathers keys and values with one index_select into [2, S * KV, L, D]; the G heads of a kv head are rows
-of one GEMM. `decode_index` runs once a step. Triton (paged_decode_triton.py) reads block tables from
-`decode_tables`.
+Torch gathers keys and values with one index_select into [2, S * KV, L, D]; G heads are rows of one GEMM.
 
-Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -25,26 +23,26 @@ import torch
 
 from .tables import DecodeTables
 
-# Programs of a launch on an H200 (132 SMs). Few sequences: one per SM, as joining more splits costs
-# more than it saves. Many: two waves of three programs per SM.
+# Programs on an H200 (132 SMs). Few sequences: one per SM, as joins cost more than they save. Many: two
+# waves of three per SM.
 _FEW_PROGRAMS, _MANY_PROGRAMS = 132, 768
-_MAX_SPLITS = 32  # of few sequences; each 16 splits add one memory wait to the join
+_MAX_SPLITS = 32  # each 16 add one memory wait to the join
 # Minimum tokens of a split, for few sequences and for many.
 _SHORT_SPLIT, _MEDIUM_SPLIT = 64, 2048
-_LONG_SPLIT = 8192  # maximum, so that no single program runs on after the others
+_LONG_SPLIT = 8192  # so that no single program runs on after the others
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeIndex:
-    """Torch input: cache rows of a step for one window. L is the longest (windowed) context."""
+    """Torch input of a step for one window; L is the longest (windowed) context."""
 
     num_seqs: int  # S
     rows: torch.Tensor  # int64 [2 * S * KV * M], blocks of a cache seen as [B * 2 * KV, BS, D]
     length: int  # L, at most M * BS
     mask: torch.Tensor  # 0 or -inf, [S * KV, 1, L], or [1, 1, 1] without masking
     hidden: torch.Tensor | None  # int64 [n], masked rows of [2 * S * KV * M * BS, D]
-    # Gather buffer [2 * S * KV * M, BS, D] of all layers. Allocating one per layer costs more than
-    # the copy: 68 us against 20 for 512 KiB on CPU (page faults, cold cache).
+    # Gather buffer [2 * S * KV * M, BS, D] of all layers. One per layer costs more than the copy: 68 us
+    # against 20 for 512 KiB on CPU (page faults, cold cache).
     workspace: torch.Tensor
 
 
@@ -59,9 +57,8 @@ def decode_tables(
 ) -> DecodeTables:
     """Build one step's tables from shapes alone, without a device sync.
 
-    The longest context is assumed to fill its table. Small batches are split until every SM has work, large
-    ones only where one context may be much longer than others. `num_expected`: sequences that are not padding;
-    None: all S.
+    Small batches are split until every SM has work, large ones only where one context may be much longer
+    than others. `num_expected`: sequences that are not padding; None: all S.
     """
     num_seqs, num_columns = block_tables.shape
     longest = num_columns * block_size if window is None else min(window, num_columns * block_size)
@@ -116,7 +113,7 @@ def decode_index(
 
 
 def _head_offsets(num_kv_heads: int) -> np.ndarray:
-    """Row offsets of a block's key heads, then value heads: [2, 1, KV, 1]."""
+    """[2, 1, KV, 1]: of keys, then values."""
     return np.arange(2 * num_kv_heads).reshape(2, 1, num_kv_heads, 1)
 
 
@@ -155,7 +152,7 @@ def paged_decode(
 ) -> None:
     """Decode attention of tokens 0 .. S - 1 of q [T, H, D] over the cache [B, 2, KV, BS, D], into `out`.
 
-    Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
+    Raises ValueError for mismatched shapes; Triton also for a block_size not 16, 32, 64 or 128.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, num_seqs = cache.shape[2], index.num_seqs
@@ -168,8 +165,8 @@ def paged_decode(
         paged_decode_triton(q, cache, index, scale=scale, softcap=softcap, out=out)
         return
     k, v = _gather(cache, index, num_seqs * num_kv_heads)
-    # Half the time of scaled_dot_product_attention for one query per sequence: 31 us against 68 (8
-    # sequences of 128 tokens, 8 heads on 4, two cores).
+    # Half the time of scaled_dot_product_attention: 31 us against 68 (8 sequences of 128 tokens, 8 heads on
+    # 4, two cores).
     packed = q[:num_seqs].reshape(num_seqs * num_kv_heads, -1, head_dim)
     if softcap is None:
         scores = torch.baddbmm(index.mask, packed, k.transpose(1, 2), alpha=scale)
@@ -188,10 +185,7 @@ def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _gather(cache: torch.Tensor, index: DecodeIndex, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, each [S * KV, L, D] in the workspace, zero where masked.
-
-    Unwritten slots may hold another sequence's NaN; 0 * NaN is NaN.
-    """
+    """[S * KV, L, D] each in the workspace, zero where masked: unwritten slots may hold NaN; 0 * NaN is NaN."""
     block_size, head_dim = cache.shape[3], cache.shape[4]
     gathered = torch.index_select(cache.view(-1, block_size, head_dim), 0, index.rows, out=index.workspace)
     if index.hidden is not None:
@@ -209,7 +203,7 @@ def paged_decode_cost(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> tuple[int, int]:
-    """(bytes, flops): visible keys and values read once; queries and results; two GEMMs."""
+    """(bytes, flops)."""
     num_seen = sum(context_lens) if window is None else sum(min(length, window) for length in context_lens)
     num_elements = 2 * num_seen * num_kv_heads + 2 * len(context_lens) * num_heads
     return num_elements * head_dim * dtype.itemsize, 4 * num_seen * num_heads * head_dim

@@ -1,4 +1,4 @@
-"""Decode attention on a GPU: the keys of a sequence are split over programs; the last to finish joins the parts.
+"""Decode attention on a GPU: a sequence's keys are split over programs; the last joins the parts.
 
     part[s, h, i] = softmax over the keys of split i . V         lse[s, h, i] = log2 of the sum of 2^score
     out[s, h] = sum_i 2^(lse_i - lse) part_i                     lse = log2 of the sum of 2^lse_i      i in order
@@ -6,15 +6,11 @@
 Legend as in paged_decode.py. Scores in base 2 (scale includes log2 e), sums in fp32. A program reads one kv
 head of a split, block by block; its G query heads are the rows of one `tl.dot` (at least 16).
 
-The number of launched splits depends on host integers. Their use and length depend on contexts read on the
-device, so a launch stays valid in a CUDA graph; unused programs exit at once. A single split is written
-directly. Otherwise each program increments `arrivals` once its part is in memory; the last joins the parts in
-order and resets the count.
+The host sets the number of launched splits; contexts read on the device set their use and length, so a
+launch stays valid in a CUDA graph. Each program increments `arrivals` after its part; the last joins in
+order and resets it. A single split is written directly.
 
-The kernel starts after its predecessors end; its successor may start early.
-
-Called by paged_decode.py. Paper: Dao et al., Flash-Decoding, 2023,
-crfm.stanford.edu/2023/10/12/flashdecoding.html.
+Paper: Dao et al., Flash-Decoding, 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
 
 from __future__ import annotations
@@ -31,9 +27,9 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents
 from .tables import DecodeTables
 
 _LOG2_E = 1 / math.log(2)
-SHARED_BYTES = 220 << 10  # of one sm_90 SM, less Triton's reserve for reductions
-_JOINED_AT_A_TIME = 8192  # numbers read at once, 64 per thread of four warps
-_MAX_BLOCK_BYTES = 128 << 10  # keys and values of one kv head; fp32 GEMMs need as much again
+SHARED_BYTES = 220 << 10  # of one sm_90 SM, less Triton's reserve
+_JOINED_AT_A_TIME = 8192  # 64 per thread of four warps
+_MAX_BLOCK_BYTES = 128 << 10  # of one kv head; fp32 GEMMs need as much again
 
 
 @triton.jit
@@ -57,7 +53,7 @@ def _join_splits(
     PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Join all query heads of one kv head, in order; CHUNK splits are loaded together."""
+    """Join one kv head's query heads, in order; CHUNK splits are loaded together."""
     heads, dims, offsets = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, CHUNK)
     tile = heads[:, None] * HEAD_DIM + dims[None, :]
     in_group = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -111,11 +107,11 @@ def _attend(
     ROWS: tl.constexpr = q.shape[0]
     PADDED_DIM: tl.constexpr = q.shape[1]
     slots, in_dim = tl.arange(0, BLOCK_SIZE), tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
-    # Finite start of the maximum: -inf minus -inf is NaN.
+    # Finite: -inf minus -inf is NaN.
     highest = tl.full([ROWS], -1.0e30, tl.float32)
-    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: one sum per row at the end, as each makes warps wait
+    totals = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)  # by slot: row sums make warps wait
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    # Load a block id one iteration ahead, or dependent loads lose two pipeline stages.
+    # One iteration ahead, or dependent loads lose two pipeline stages.
     block = tl.load(table_ptr + begin).to(tl.int64)
     for index in range(begin, stop):
         next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0).to(tl.int64)
@@ -125,7 +121,7 @@ def _attend(
         if WINDOWED:
             seen &= positions >= context_len - window
         k = tl.load(k_ptrs, mask=in_dim, other=0.0)
-        # Unseen slots may hold another sequence's NaN; 0 * NaN is NaN.
+        # Unseen slots may hold NaN; 0 * NaN is NaN.
         v = tl.load(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=seen[:, None] & in_dim, other=0.0)
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -171,7 +167,7 @@ def _paged_decode_kernel(
     """One program per (kv head, sequence, split)."""
     kv_head, seq, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
-    first = 0  # first visible block
+    first = 0
     if WINDOWED:
         first = tl.maximum(context_len - window, 0) // BLOCK_SIZE
     end = tl.cdiv(context_len, BLOCK_SIZE)
@@ -223,7 +219,7 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 def check_operands(q: torch.Tensor, cache: torch.Tensor) -> None:
-    """Raise ValueError for operands that the attention kernels do not support."""
+    """Raise ValueError for unsupported operands."""
     block_size = cache.shape[3]
     if not 16 <= block_size <= 128 or block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size}: attention on a GPU needs 16, 32, 64 or 128")
@@ -245,7 +241,7 @@ def padded_dim(head_dim: int) -> int:
 
 
 def decode_launch(block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
-    """Warps and pipeline stages such that three programs fit an SM; stages - 1 blocks are in flight."""
+    """Warps and pipeline stages such that three programs fit an SM."""
     block_bytes = 2 * block_size * padded_dim(head_dim) * element_size
     in_flight = min(3, max(1, SHARED_BYTES // 3 // block_bytes))
     return {"num_warps": 4 if block_bytes <= 64 << 10 else 8, "num_stages": 1 + in_flight}
@@ -290,9 +286,9 @@ def paged_decode_triton(
         "PADDED_GROUP": padded_group,
         "JOIN_CHUNK": join_chunk(padded_group, head_dim),
         **decode_launch(block_size, head_dim, q.element_size()),
-        # No dependent launch: early programs crowd onto the first free SMs while others idle. Layer
-        # of an 8B model on an H200, with and without: one sequence of 1k tokens 13.6 and 9.4 us; 32
-        # of them 37.7 and 34.1; eight of 8k 111 and 67.
+        # No dependent launch: early programs crowd onto the first free SMs. Layer of an 8B model on an
+        # H200, with and without: one sequence of 1k tokens 13.6 and 9.4 us; 32 of them 37.7 and 34.1; eight
+        # of 8k 111 and 67.
         "PDL": pdl_launch(q)["PDL"],
     }
     strides = (q.stride(0), q.stride(1), tables.block_tables.stride(0))

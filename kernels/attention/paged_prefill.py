@@ -3,18 +3,12 @@
     query i of a slice has position p = context_len - Q + i and sees keys j <= p; with a window W, only j > p - W
     o[i, h] = softmax_j( cap(q[i, h] . K[h // G, j] * scale) ) . V[h // G, :]       cap as in paged_decode
 
-Legend: T tokens, S slices, Q tokens of a slice, H query heads, KV kv heads, G = H / KV; B blocks, BS
-block_size, D head_dim, M blocks of a table. q, out [T, H, D], other tokens untouched; starts [S + 1], first
-token of each slice, then the last's end; cache [B, 2, KV, BS, D], keys at 0, values at 1; block_tables int32
-[S, M]. The cache already holds a slice's own keys and values. On a GPU an empty slice is padding.
+Legend as in paged_decode.py, but S slices of Q tokens each; starts [S + 1]: first token of each slice, then
+the last's end. The cache already holds a slice's own keys. On a GPU an empty slice is padding.
 
-Torch runs slice by slice, with one `prefill_index` per step and window. Triton (paged_prefill_triton.py) runs
-all slices at once from `PrefillTables`. The input's type selects the path.
+A token's bits do not depend on slicing or other slices; in torch only with `invariant`.
 
-Batch invariance: the kernel's bits for a token do not depend on slicing or other slices; torch's only with
-`invariant`.
-
-Called by replicas/layers/attention.py. Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
+Paper: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from .tables import PrefillTables
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
-    """Torch input of one slice: L keys, from the first visible one."""
+    """Torch input of a slice: L keys, from the first visible one."""
 
     rows: torch.Tensor  # int64 [2 * KV * M'], blocks of a cache seen as [B * 2 * KV, BS, D]
     skipped: int  # keys of the first block before all windows
@@ -55,9 +49,8 @@ def prefill_index(
 ) -> tuple[PrefillSlice, ...]:
     """One entry per slice, or with `invariant` per token. `starts` [S + 1] and lengths are host integers.
 
-    In torch a GEMM row's summation order depends on its neighbours. A single token over exactly its visible
-    keys has the same bits in any slice and step; gathering each context is for tests only.
-    Raises ValueError where a slice exceeds its context or table.
+    In torch a GEMM row's summation order depends on its neighbours; a single token over exactly its visible
+    keys has the same bits in any step. Raises ValueError where a slice exceeds its context or table.
     """
     if invariant:
         starts, context_lens, block_tables = _one_token_each(starts, context_lens, block_tables)
@@ -92,7 +85,7 @@ def _one_token_each(
 def _causal_mask(
     query_len: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[Q, L]: 0 where query i sees key j, else -inf; the last query is at the last key."""
+    """[Q, L]: 0 where query i sees key j, else -inf."""
     position = torch.arange(length - query_len, length, device=device)[:, None]
     key = torch.arange(length, device=device)
     unseen = key > position
@@ -141,7 +134,7 @@ def paged_prefill(
 ) -> None:
     """Attention of the slices' tokens of q [T, H, D] over the cache [B, 2, KV, BS, D], into `out`.
 
-    Raises ValueError for shapes that do not fit; Triton also for a block_size other than 16, 32, 64 or 128.
+    Raises ValueError as `paged_decode` does.
     """
     if q.shape[1] % cache.shape[2] or cache.shape[4] != q.shape[2]:
         raise ValueError(f"q has shape {tuple(q.shape)}, the cache {tuple(cache.shape)}")
@@ -193,7 +186,7 @@ def paged_prefill_cost(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> tuple[int, int]:
-    """(bytes, flops): visible keys and values read once; queries and results; two GEMMs."""
+    """(bytes, flops)."""
     num_read = num_pairs = 0
     for query_len, context_len in zip(query_lens, context_lens, strict=True):
         reach = context_len if window is None else window

@@ -1,12 +1,11 @@
 """Prefill attention on a GPU: all slices of a step in one launch.
 
 Legend as in paged_prefill.py. A tile's rows are BLOCK_ROWS // G tokens times the G query heads of one kv
-head. So a block of keys is read once for all. A slice's last tile sees the most keys and starts first. Fully
-visible blocks run unmasked, before those at the diagonal.
-On an H200 one loop that branches around the mask runs at 387 TFLOP/s instead of 492. With a third loop, for a
-window's left edge, ptxas keeps no GEMM asynchronous; so windows use the masked loop alone.
+head. A slice's last tile sees the most keys and starts first. Fully visible blocks run unmasked. On an H200
+one loop that branches around the mask runs at 387 TFLOP/s instead of 492. With a third loop, for a window's
+left edge, ptxas keeps no GEMM asynchronous; so windows use the masked loop alone.
 
-No device sync. Called by paged_prefill.py. Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
+Paper: Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from .tables import PrefillTables
 
 @triton.jit
 def _find_tile(starts_ptr, num_slices, program, TOKENS: tl.constexpr):
-    """Slice and tile of a program, or slice -1. Slice s has tiles from (its first token // TOKENS) + s on.
+    """Slice and tile of a program, or slice -1. Slice s has tiles from (its first token
 
-    The last tile comes first, surplus programs (padding) last. All starts are compared at once: a binary
-    search of 256 is eight dependent loads.
+    TOKENS) + s on.
+
+    The last tile comes first, padding last. A binary search of 256 starts would be eight dependent loads.
     """
     first_token, last_token = tl.load(starts_ptr), tl.load(starts_ptr + num_slices)
     num_used = num_slices * 0
@@ -71,13 +71,13 @@ def _attend_blocks(
 ):
     """Online softmax over blocks begin .. stop - 1 of the table.
 
-    A fully masked block leaves a row's sums bit-equal; a fully visible one gives equal bits with and without
-    mask. So a row's result does not depend on the tile's other rows.
+    Masking is bit-neutral for a fully masked or visible block, so a row is independent of the tile's
+    others.
     """
     dims, slots = tl.arange(0, q.shape[1])[None, :], tl.arange(0, BLOCK_SIZE)
     in_dim = dims < HEAD_DIM
     tile_ptrs = tile_ptr + slots[:, None] * HEAD_DIM + dims
-    # Load a block id one iteration ahead, or dependent loads lose two pipeline stages.
+    # One iteration ahead, or dependent loads lose two pipeline stages.
     block = tl.load(table_ptr + begin, mask=begin < stop, other=0)
     for index in tl.range(begin, stop, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         next_block = tl.load(table_ptr + index + 1, mask=index + 1 < stop, other=0)
@@ -87,7 +87,7 @@ def _attend_blocks(
         scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, CAPPED)
         if MASKED:
             keys = index * BLOCK_SIZE + slots
-            # Unseen slots may hold another sequence's NaN; 0 * NaN is NaN.
+            # Unseen slots may hold NaN; 0 * NaN is NaN.
             read = keys <= last_position
             seen = keys[None, :] <= positions[:, None]
             if WINDOWED:
@@ -157,7 +157,7 @@ def _paged_prefill_kernel(
     tile_ptr = cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
     table_ptr = block_tables_ptr + index.to(tl.int64) * stride_table
 
-    # Finite start of the maximum: -inf minus -inf is NaN.
+    # Finite: -inf minus -inf is NaN.
     highest = tl.full([BLOCK_ROWS], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
@@ -184,7 +184,7 @@ def _paged_prefill_kernel(
 def prefill_launch(group: int, block_size: int, head_dim: int, element_size: int) -> dict[str, int]:
     """Tile rows, pipeline stages and warps. 128 rows on 8 warps keep wgmma busy without register spills.
 
-    fp32 GEMMs run unrolled on scalar units: above 16 rows they spill and compile for minutes.
+    fp32 GEMMs are unrolled: above 16 rows they spill and compile for minutes.
     """
     num_rows = max(16 if element_size == 4 else 128, int(triton.next_power_of_2(group)))
     row_bytes = padded_dim(head_dim) * element_size

@@ -3,11 +3,10 @@
     y[i]       = x[i] * cos[p, i] - x[i + R/2] * sin[p, i]         i < R/2
     y[i + R/2] = x[i + R/2] * cos[p, i] + x[i] * sin[p, i]         features R..D-1 unchanged
 
-Legend: T tokens, N heads (queries and keys), D head_dim, R rotated features (even), P positions. cache [P, R]
-fp32: cos in the first R/2 columns, then sin; positions int64 [T]; x [T, N, D].
-`rope_rows` runs once a step, `rope` once a layer, in place. On CUDA: rope_triton.py.
+Legend: T tokens, N heads (queries and keys), D head_dim, R rotated features (even), P positions. cache [P,
+R] fp32: cos in the first R/2 columns, then sin; positions int64 [T]; x [T, N, D]. On CUDA: rope_triton.py.
 
-Called by replicas/layers/attention.py. Paper: Su et al., RoFormer, 2021, arXiv:2104.09864.
+Paper: Su et al., RoFormer, 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from ..backend import Backend, backend_of
 
 
 class RopeFactors(NamedTuple):
-    """Torch input: factors spread over R features, so that `rope` is one mul and one fused multiply-add."""
+    """Torch input: factors spread over R features, for one mul and one fused multiply-add."""
 
     cos: torch.Tensor  # [T, 1, R]
     sin: torch.Tensor  # [T, 1, R], negated in the first half
 
 
 class RopeIndex(NamedTuple):
-    """Triton input: the kernel looks up a token's factors."""
+    """Triton input."""
 
     cache: torch.Tensor  # fp32 [P, R]
     positions: torch.Tensor  # int64 [T]
@@ -55,7 +54,7 @@ def rope_ref(x: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> t
 
 
 def rope(x: torch.Tensor, rows: RopeRows) -> torch.Tensor:
-    """Rotate x [T, N, D] (maybe a view of the fused projection) in place and return it."""
+    """Rotate x [T, N, D] in place and return it."""
     if isinstance(rows, RopeIndex):
         check_rope(x, rows)
         from .rope_triton import rope_triton
@@ -73,7 +72,7 @@ def rope(x: torch.Tensor, rows: RopeRows) -> torch.Tensor:
 
 
 def check_rope(x: torch.Tensor, index: RopeIndex) -> None:
-    """Raise ValueError where x [T, N, D] and the index differ in T, or the heads are too small."""
+    """Raise ValueError where T differs, or the heads are too small."""
     num_tokens, num_rotated = index.positions.shape[0], index.cache.shape[1]
     if x.dim() != 3 or x.shape[0] != num_tokens or x.shape[2] < num_rotated:
         raise _unfit(x, num_tokens, num_rotated)
@@ -84,6 +83,6 @@ def _unfit(x: torch.Tensor, num_tokens: int, num_rotated: int) -> ValueError:
 
 
 def rope_cost(num_tokens: int, num_heads: int, num_rotated: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): rotated features read and written; a token's heads share factors."""
+    """(bytes, flops): a token's heads share factors."""
     size = num_tokens * num_heads * num_rotated
     return 2 * size * dtype.itemsize + num_tokens * num_rotated * 4, 3 * size

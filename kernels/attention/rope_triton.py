@@ -9,8 +9,8 @@ import triton.language as tl
 from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for_inputs
 
 TILE, NUM_WARPS = 512, 2  # elements of each half: 8 a thread
-# Above this count a program takes twice as much: an H200 SM starts one per 160 ns, in which its
-# memory moves 5 KB per SM. 8192 tokens of 48 heads of 128, stored while rotated: 54 us so, 61 us not.
+# Above this count a program takes twice as much: an H200 SM starts one per 160 ns, moving 5 KB. 8192 tokens
+# of 48 heads of 128, stored while rotated: 54 us so, 61 us not.
 FEW_TOKENS = 512
 
 
@@ -57,7 +57,7 @@ def _rope_kernel(
     BLOCK_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (t, h) rotates heads h * BLOCK_HEADS .. of token t in place."""
+    """Program (t, h) rotates heads h * BLOCK_HEADS .. of token t."""
     release_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -73,7 +73,7 @@ def _rope_kernel(
 def launch_parameters(num_tokens: int, num_heads: int, width: int) -> tuple[int, int, int]:
     """(heads, features, num_warps) of a program's tile, for rows of `width` features.
 
-    A row's thread layout and summation order depend on `width` and `num_heads` alone.
+    Summation order depends on `width` and `num_heads` alone.
     """
     block_width = int(triton.next_power_of_2(width))
     most_heads = int(triton.next_power_of_2(num_heads))

@@ -3,12 +3,10 @@
     all_reduce(x)                     : x[rank] <- sum over r of x[r], on every rank
     all_reduce_add_rms_norm(x, y, w)  : y <- y + sum over r of x[r], then rms_norm(y, w)
 
-Legend: W ranks, T rows (any leading axes), N features. x and y [..., N], w [N]; n the bytes of x. Sums are in fp32
-in rank order, rounded once to x's dtype. So both algorithms give every rank the same bits, independent of other
-rows.
+Legend: W ranks, T rows, N features. x and y [..., N], w [N]; n bytes of x. Sums are in fp32 in rank order,
+rounded once to x's dtype. So every rank gets the same bits, independent of other rows.
 
-Algorithms over symmetric memory, which the other ranks can write (all_reduce_triton.py); NCCL takes larger
-messages:
+Algorithms over symmetric memory (all_reduce_triton.py); NCCL takes larger messages:
     one-shot      every rank sends x to all others and sums what it receives: one hop, (W - 1) n bytes;
     two-shot      rank r sums slice r of all and sends it to the others: two hops, 2 (W - 1) / W n bytes.
 
@@ -31,11 +29,10 @@ WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# The largest message in KiB of (one-shot, two-shot) by ranks; NCCL beyond. Measured on two H200s over NVLink:
-# both send equally much there, and NCCL takes 1.2 times as long at 16 MiB. For 4 and 8 ranks: where
-# one-shot's extra bytes take as long as the hop that it saves, 2 us.
+# Largest KiB of (one-shot, two-shot) by ranks; NCCL beyond. Two ranks measured on H200s over NVLink: NCCL
+# takes 1.2 times as long at 16 MiB. 4 and 8: where one-shot's extra bytes take as long as a hop, 2 us.
 LIMITS_KIB = {2: (2048, 16384), 4: (512, 4096), 8: (128, 4096)}
-# Larger messages travel in 8 bits if enabled. Two H200s: 2 MiB take as long as in bf16, 4 MiB take 0.75.
+# Larger messages travel in 8 bits if enabled: on two H200s 4 MiB take 0.75 of bf16's time, 2 MiB as long.
 INT8_ABOVE_KIB = 2048
 
 
@@ -58,8 +55,9 @@ def all_reduce_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def all_reduce_int8_ref(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of `all_reduce_int8`: sent values are rounded to 255 steps of their group of 128 elements.
 
-    Rank r sums slice r, its own part unrounded, and sends the rounded sum. Let a[r] be a group's largest magnitude in
-    rank r's part, and s in the sum. The error is at most (sum of the others' a[r] + s) / 254.
+    Rank r sums slice r, its own part unrounded, and sends the rounded sum.
+    Let a[r] be a group's largest magnitude in rank r's part, and s in the sum. The error is at most (sum of
+    the others' a[r] + s) / 254.
     """
     flat = [part.float().flatten() for part in parts]
     numel, share = len(flat[0]), math.ceil(math.ceil(len(flat[0]) / INT8_PIECE) / len(parts)) * INT8_PIECE
@@ -91,7 +89,7 @@ def all_reduce_add_rms_norm_ref(
 def all_reduce(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
     """Sum x over the ranks in place; every rank passes the same shape, dtype and algorithm.
 
-    Raises ValueError unless x is contiguous, of one of DTYPES, on a GPU, and fits a buffer.
+    Raises ValueError unless x is contiguous, on a GPU, of one of DTYPES and fits a buffer.
     """
     _check(x, exchange)
     from .all_reduce_triton import all_reduce_triton
@@ -109,7 +107,7 @@ def all_reduce_add_rms_norm(
 ) -> torch.Tensor:
     """Add the ranks' sum of x [..., N] to `residual` [..., N] in place; returns its norm with weight [N].
 
-    Raises ValueError as `all_reduce` does, and for mismatched shapes.
+    Raises ValueError as `all_reduce`, and for mismatched shapes.
     """
     _check(x, exchange)
     if x.shape != residual.shape or not residual.is_contiguous():
@@ -125,10 +123,7 @@ def all_reduce_add_rms_norm(
 
 
 def all_reduce_int8(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """Sum over the ranks in place with 8 bits an element: see `all_reduce_int8_ref`.
-
-    For messages bound by bandwidth. Raises ValueError as `all_reduce` does.
-    """
+    """Sum over the ranks in place with 8 bits an element (`all_reduce_int8_ref`). Raises ValueError as `all_reduce`."""
     _check(x, exchange)
     from .all_reduce_int8_triton import all_reduce_int8_triton
 

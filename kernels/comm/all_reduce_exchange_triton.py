@@ -1,19 +1,18 @@
 """Device functions of the all-reduce kernels that exchange data through symmetric memory without flags.
 
-A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type. A message's NaN with these
-bits is sent as another. A rank pushes its words into the others' buffers and polls its own until no word is missing:
-one hop, without barrier or flag. (Reading the others' memory instead takes a flag and a round trip.)
+A rank's buffers are filled with MISSING words, all bits set: a NaN in every floating type. A message's NaN
+with these bits is sent as another. A rank pushes its words into the others' buffers and polls its own until
+no word is missing: one hop, no flag.
 
-Three buffers rotate. While a rank reads the buffer of step s, a faster rank may already write that of s + 1. Step s
-empties the buffer of s - 1: no rank writes it before s + 2, which starts only after this rank has started s + 1.
-The state holds each buffer's written bytes, so the size of a message may change at every step.
+Three buffers rotate. During step s a faster rank may already write the buffer of s + 1. Step s empties the
+buffer of s - 1: no rank writes it before s + 2, which starts after this rank has started s + 1.
 
-The device counts the steps, so that a captured graph can be replayed. A launch's programs draw TICKETS tickets from
-one counter, so a ticket gives the step. They draw while the preceding kernel still runs. State, int64: tickets
-drawn | bytes written in each of three buffers | 1 once something did not arrive.
+The device counts the steps, so a graph can be replayed: a launch draws TICKETS tickets from one counter,
+while the preceding kernel still runs. State, int64: tickets drawn | bytes written in each of three buffers
+| 1 once something did not arrive.
 
-No loop is endless. After `spin_limit` iterations, some 0.5 us each on an H200, the kernel sets the failure in its
-state and in host-visible memory. It continues with NaN for the missing words; later waits return at once.
+After `spin_limit` iterations, some 0.5 us each on an H200, the kernel sets the failure in its state and in
+host-visible memory. Missing words become NaN; later waits return at once.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ FAILED = tl.constexpr(1 + NUM_BUFFERS)
 
 @triton.jit
 def sendable(value):
-    """The bits of `value` as integers, with MISSING replaced by another NaN, the largest positive integer."""
+    """The bits of `value` as integers, MISSING replaced by the largest positive integer, also a NaN."""
     if value.dtype.primitive_bitwidth == 32:
         words = value.to(tl.int32, bitcast=True)
         return tl.where(words == MISSING, 0x7FFFFFFF, words)
@@ -79,13 +78,13 @@ def empty_buffer(buffer_ptr, num_words, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _missing(words):
-    """1 if any word has not arrived, else 0."""
+    """1 if any word is missing, else 0."""
     return tl.max(tl.max((words == MISSING).to(tl.int32), axis=0), axis=0)
 
 
 @triton.jit
 def arrived(pointers, mask, own, state_ptr, alarm_ptr, spin_limit):
-    """(the words once all have arrived, remaining spin limit). Where `mask` is false: `own`."""
+    """(the words once all arrived, remaining spin limit). Where `mask` is false: `own`."""
     words = tl.load(pointers, mask=mask, other=own, volatile=True)
     missing = _missing(words)
     spins = 0

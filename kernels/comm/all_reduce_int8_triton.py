@@ -1,8 +1,7 @@
 """Triton kernel of all_reduce_int8: two-shot over symmetric memory with 8 bits an element.
 
-Legend: W ranks. The message is cut into pieces of PIECE elements, a slice of them for each rank. A sent piece
-is PIECE bytes, then an fp32 scale for each of its GROUPS groups of 128 elements. A byte is the value in units
-of its group's scale, plus 127: 0 to 254; 255 is MISSING.
+Legend: W ranks. A sent piece is PIECE bytes, then an fp32 scale for each of its GROUPS groups of 128
+elements. A byte is the value in units of its group's scale, plus 127: 0 to 254; 255 is MISSING.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _send(value, to):
 
 @triton.jit
 def _receive(at, state_ptr, alarm_ptr, limit):
-    """(the piece at address `at`, fp32 [PIECE], remaining spin limit); NaN where it did not arrive."""
+    """(the piece at `at`, fp32 [PIECE], remaining spin limit); NaN where it did not arrive."""
     source = tl.multiple_of(at.to(tl.pointer_type(tl.int8)), 16) + tl.arange(0, PIECE)[None, :]
     bytes, limit = arrived(  # pyright: ignore[reportGeneralTypeIssues]
         source, tl.full((1, PIECE), True, tl.int1), 0, state_ptr, alarm_ptr, limit
@@ -113,7 +112,7 @@ def _all_reduce_int8_kernel(
 
 
 def all_reduce_int8_triton(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """Sum contiguous x over ranks in place. Raises ValueError if a buffer is too small."""
+    """Sum contiguous x in place. Raises ValueError if a buffer is too small."""
     world_size, numel = exchange.world_size, x.numel()
     slot = int8_slot_bytes(numel, world_size)
     if 2 * world_size * slot > exchange.capacity:

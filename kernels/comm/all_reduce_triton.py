@@ -1,8 +1,7 @@
 """Triton kernels of all_reduce.py, built on all_reduce_exchange_triton.py.
 
-Legend: W ranks, N features (or elements of a piece, without a norm). Tiles are [W, BLOCK_N], or a GROUP of ranks at
-a time: one row's words from, or for, every rank. A program waits only for the other ranks' programs of the same
-number; all programs of a launch are resident.
+Legend: W ranks, N features (or elements of a piece, without a norm). Tiles are [W or a GROUP of ranks,
+BLOCK_N]. A program waits only for the other ranks' programs of the same number; all are resident.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def _sum_of_slots(
 ):
     """(sum of all ranks' words [N], rounded to x's dtype, remaining spin limit).
 
-    `slots` point to rank 0's words, each further rank's `stride_slot` later; `own` are this rank's.
+    `slots`: rank 0's words, each further rank's `stride_slot` later; `own`: this rank's.
     """
     total = tl.full(own.shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # -0: adding to it keeps all bits
     for first in range(0, WORLD, GROUP):
@@ -44,7 +43,6 @@ def _sum_of_slots(
             slot, wanted, own[None, :], state_ptr, alarm_ptr, limit
         )
         for i in tl.static_range(GROUP):
-            # A rank's words have their own registers, so selecting them is free.
             picked = tl.sum(tl.where(ranks == first + i, words, 0), axis=0).to(words.dtype)
             total += picked.to(x_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
     return total.to(x_ptr.dtype.element_ty), limit
@@ -52,7 +50,7 @@ def _sum_of_slots(
 
 @triton.jit
 def _residual(residual_ptr, offsets, mask, HAS_NORM: tl.constexpr):
-    """The residual to add to, prefetched while the words arrive."""
+    """The residual, prefetched while the words arrive."""
     if HAS_NORM:
         return tl.load(residual_ptr + offsets, mask=mask, other=0.0)
     else:
@@ -105,7 +103,7 @@ def _one_shot_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every rank sends its message to all others and sums all. A buffer: [W slots, stride_slot]."""
+    """Every rank sends its message to all and sums all. A buffer: [W slots, stride_slot]."""
     current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
     columns = tl.arange(0, BLOCK_N)
@@ -173,9 +171,9 @@ def _two_shot_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rank r sums slice r of all messages, `slice_rows` rows, and sends the sums to every other.
+    """Rank r sums slice r, `slice_rows` rows, and sends the sums to all.
 
-    A buffer: [W slots, stride_slot] to be summed here, by sender, then as many of sums, by slice.
+    A buffer: [W slots, stride_slot] by sender, then as many of sums, by slice.
     """
     current, before = draw_step(state_ptr)  # pyright: ignore[reportGeneralTypeIssues]
     release_dependents(PDL)
@@ -208,7 +206,7 @@ def _two_shot_kernel(
             slots, stride_slot, mask, own, rank, x_ptr, state_ptr, alarm_ptr, limit, WORLD, GROUP
         )
         words = sendable(total)
-        for first in range(0, WORLD, GROUP):  # includes its own: the loop below reads all slices from one place
+        for first in range(0, WORLD, GROUP):  # includes its own: one place to read from
             peers = pointers_to_words(tl.load(peers_ptr + first + tl.arange(0, GROUP)), x_ptr)
             to = peers + current * stride_buffer + (WORLD + rank) * stride_slot
             tl.store(to[:, None] + place[None, :], words[None, :], mask=mask[None, :])
@@ -230,8 +228,8 @@ def launch_parameters(
 ) -> tuple[int, int, int]:
     """(ranks held at a time, warps, registers of a thread).
 
-    Each thread takes one 16-byte vector of a row, or few more. By default the compiler spills to keep below 64
-    registers. norms_slices: norm the rows of several ranks at a time, which takes more.
+    A thread takes one 16-byte vector of a row, or few more. By default the compiler spills to keep below 64
+    registers; norming several ranks' rows at a time takes more.
     """
     num_warps = min(max(block_n * itemsize // 512, 4), 16)
     group = max(1, min(world_size, MAX_TILE * num_warps // (block_n * itemsize)))
@@ -245,7 +243,7 @@ def max_programs(num_sms: int, num_warps: int, num_registers: int) -> int:
 
 
 def all_reduce_triton(x: torch.Tensor, exchange: Exchange, algorithm: Algorithm) -> torch.Tensor:
-    """Sum contiguous x over ranks in place."""
+    """Sum contiguous x in place."""
     if x.numel():
         _launch(x, x, None, None, 0.0, exchange, algorithm, *as_rows(x.numel()))
     return x

@@ -1,6 +1,4 @@
-"""Symmetric memory of the all-reduce kernels: layout, message sizes, and one rank's view. Legends as in
-all_reduce.py.
-"""
+"""Layout of the all-reduce kernels' symmetric memory; legends as in all_reduce.py."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _ALIGNMENT = 16  # elements, for wide stores
 INT8_GROUP = 128  # elements that share a scale
 INT8_PIECE = 4096  # elements sent together
 INT8_LEAST_SCALE = 1e-37  # its inverse is finite; smaller values are sent as zero
-_PIECES = (1024, 2048)  # elements of a row without a norm: for small messages, for large ones
+_PIECES = (1024, 2048)  # elements of a row without a norm: small, large messages
 _SMALL = 1 << 18  # elements
 
 
@@ -29,9 +27,9 @@ class Algorithm(Enum):
 class Exchange:
     """One rank's view of the symmetric memory.
 
-    `memory`: this rank's NUM_BUFFERS contiguous buffers of `capacity` bytes, initially all bits set. `peers` [W]
-    int64: each rank's memory as addresses valid on this device. `state` [STATE_SIZE] int64, initially 0. `alarm`
-    [1] int32 in host-visible memory: not 0 once a wait exceeded `spin_limit` iterations.
+    `memory`: NUM_BUFFERS contiguous buffers of `capacity` bytes, initially all bits set. `peers` [W] int64:
+    each rank's memory as addresses on this device. `state` [STATE_SIZE] int64, initially 0. `alarm` [1]
+    int32, host-visible: not 0 once a wait exceeded `spin_limit` iterations.
     """
 
     rank: int
@@ -52,23 +50,23 @@ def as_rows(numel: int) -> tuple[int, int]:
 
 
 def slot_size(algorithm: Algorithm, num_rows: int, num_features: int, world_size: int) -> int:
-    """Elements of a slot: a message of [num_rows, num_features], or a rank's slice of it."""
+    """Elements of a slot: a message [num_rows, num_features], or a rank's slice of it."""
     rows = num_rows if algorithm is Algorithm.ONE_SHOT else math.ceil(num_rows / world_size)
     return math.ceil(rows * num_features / _ALIGNMENT) * _ALIGNMENT
 
 
 def buffer_bytes(algorithm: Algorithm, num_rows: int, num_features: int, itemsize: int, world_size: int) -> int:
-    """Bytes of a buffer for a message of [num_rows, num_features]."""
+    """Bytes of a buffer for a message [num_rows, num_features]."""
     slots = world_size if algorithm is Algorithm.ONE_SHOT else 2 * world_size
     return slots * slot_size(algorithm, num_rows, num_features, world_size) * itemsize
 
 
 def int8_slot_bytes(numel: int, world_size: int) -> int:
-    """Bytes of a slot: a rank's slice of `numel` elements in 8 bits with scales."""
+    """Bytes of a rank's slice of `numel` elements in 8 bits with scales."""
     pieces = math.ceil(numel / INT8_PIECE)
     return math.ceil(pieces / world_size) * (INT8_PIECE + 4 * (INT8_PIECE // INT8_GROUP))
 
 
 def int8_part_size(capacity: int, world_size: int) -> int:
-    """The most elements that buffers of `capacity` bytes hold in 8 bits."""
+    """The most 8-bit elements that buffers of `capacity` bytes hold."""
     return capacity // (2 * int8_slot_bytes(INT8_PIECE, world_size) * world_size) * world_size * INT8_PIECE

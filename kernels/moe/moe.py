@@ -6,7 +6,7 @@
 Legend: T tokens, E experts, k experts per token, H hidden features, I intermediate features. x [T, H]; router
 logits [T, E]; gate_up [E, 2I, H] (gate rows first); down [E, H, I]; weights and expert ids [T, k].
 
-On CUDA: moe_route_triton.py, moe_triton.py, and moe_one_triton.py for one token; all work in a CUDA graph.
+On CUDA, CUDA graphs included: moe_route_triton.py, moe_triton.py, and moe_one_triton.py for one token.
 Papers: Shazeer et al., 2017, arXiv:1701.06538; Jiang et al., Mixtral, 2024, arXiv:2401.04088.
 """
 
@@ -32,8 +32,8 @@ def route_ref(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[t
 def route(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [T, k] in the logits' dtype, expert ids int64 [T, k]) of router logits [T, E], softmax in fp32.
 
-    The largest first. Among ties the kernel takes the lowest expert; torch's order is unspecified. A token with NaN
-    logits gets k distinct experts.
+    Largest first; of equals the kernel takes the lowest expert, torch any. NaN logits give k distinct
+    experts.
     """
     if not 0 < top_k <= logits.shape[-1]:
         raise ValueError(f"top_k {top_k} is outside 1..{logits.shape[-1]}, the number of experts")
@@ -76,7 +76,7 @@ def moe_mlp(
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, [T, H].
 
-    With `invariant` the kernels' tiles are the same for any T, so a token's bits do not depend on the batch.
+    With `invariant` a token's bits do not depend on the batch.
     """
     if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != x.shape[1] or experts.shape != weights.shape:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Triton kernels of moe.py for one token: its experts' weights are read once, without sorting.
 
-Legend as in moe.py. Both multiply on CUDA cores, 16-byte loads (eight products) at a time, in many small programs.
-The next weights are loaded before the current ones are used. A program of the second kernel loops over all k
-experts of its features, so their sum needs no other kernel or buffer.
+Legend as in moe.py. Both multiply on CUDA cores, 16-byte loads at a time, in many small programs, with the
+next weights prefetched. A program of the second kernel loops over all k experts of its features : no buffer
+or further kernel.
 """
 
 from __future__ import annotations

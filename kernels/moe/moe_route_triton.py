@@ -3,9 +3,9 @@
 Legend: T tokens, E experts, k experts per token; slot t * k + i is token t's i-th expert, S = T * k slots.
 
 The slots are sorted by expert, stably. Each expert's run is cut into tiles of at most `tile_rows` rows.
-`order` int32 [S]: the sorted slots. `tiles` int32 [1 + 3 N]: the number of tiles, then three arrays [N]: each
-tile's expert; its first sorted row; the end of its expert's rows. N is the most tiles that S slots can make,
-so grids follow from shapes alone. Results do not depend on the order of programs.
+`order` int32 [S]: the sorted slots. `tiles` int32 [1 + 3 N]: the number of tiles, then three arrays [N]:
+each tile's expert; its first sorted row; the end of its expert's rows. N is the most tiles that S slots can
+make, so grids follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _route_experts_kernel(
 
 @triton.jit
 def _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(chose, slot), int32 [BLOCK_T, BLOCK_E]: 1 where a token of the chunk chose an expert, and its slot."""
+    """(chose, slot), int32 [BLOCK_T, BLOCK_E]: 1 where a token chose an expert, and its slot."""
     tokens = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_E)[None, :]
     chose = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -119,7 +119,7 @@ def _sort_experts_kernel(
     release_dependents(PDL)
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_E)
-    before = tl.zeros([BLOCK_E], tl.int32)  # slots of earlier chunks, by expert
+    before = tl.zeros([BLOCK_E], tl.int32)
     chose, slot = _chunk_choices(experts_ptr, chunk, num_tokens, TOP_K, BLOCK_T, BLOCK_E)  # pyright: ignore[reportGeneralTypeIssues]
     if ALONE:
         counts = tl.sum(chose, 0)
@@ -181,7 +181,7 @@ def route_triton(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tupl
 
 
 def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
-    """The most tiles for these slots: each chosen expert may leave one partly filled."""
+    """Each chosen expert may leave one tile partly filled."""
     chosen = min(num_slots, num_experts)
     return min(num_slots, (num_slots + chosen * (tile_rows - 1)) // tile_rows)
 

@@ -1,13 +1,12 @@
 """Triton kernels of moe.py: the two GEMMs of every chosen expert, and the sum of a token's experts.
 
 Legend as in moe.py, S = T * k slots; `order` and `tiles` as in moe_route_triton.py. hidden [S, I] is in
-sorted order, so the second GEMM reads whole blocks. parts [S, H] is in slot order: a token's k rows are
-adjacent, and a third kernel adds them in a fixed order in fp32.
+sorted order. parts [S, H] is in slot order; a third kernel adds a token's k rows in a fixed order in fp32.
 
-Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Hopper's tensor
-cores take 64 left rows and as few as 8 right columns, so few tokens waste nothing. A padding row, possibly NaN,
-is a column of acc and affects no other. The next expert's rows, read behind a tile, are not stored. Blocks come by
-TMA where strides allow it, except the gathered rows of x: 1 to 20 % of a GEMM's time on an H200, growing with rows.
+Weights are the left operand: acc [features, rows] = W [features, inner] @ X^T [inner, rows]. Hopper's
+tensor cores take 64 left rows and as few as 8 right columns. A padding row, possibly NaN, is a column of
+acc and affects no other. Blocks come by TMA where strides allow it, except the gathered rows of x: 1 to 20
+% of a GEMM's time on an H200, growing with rows.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..pdl_triton import launch_kernel, pdl_launch, release_dependents, wait_for
 from .expected_experts import expected_experts
 from .moe_route_triton import most_tiles, sort_by_expert
 
-COMBINE_N, COMBINE_WARPS = 1024, 4  # features of a program of the last kernel: 16 bytes of bf16 per thread and expert
+COMBINE_N, COMBINE_WARPS = 1024, 4  # 16 bytes of bf16 per thread and expert
 
 
 @triton.jit
@@ -187,9 +186,9 @@ def _gemm(features: int, inner: int, num_warps: int, num_stages: int, group: int
     }  # fmt: skip
 
 
-# Rows of a tile -> the two GEMMs, the fastest tried on an H200 for Mixtral-8x7B and Qwen3-30B-A3B. Few rows
-# are memory bound: small blocks of weights, loaded by many programs at once. Many rows: accumulators of 2 x
-# 128 x 128 or 256 x 128 on eight warps keep wgmma fed from 4 x 48 KB of stages.
+# Rows of a tile -> the two GEMMs, tuned on an H200 for Mixtral-8x7B and Qwen3-30B-A3B. Few rows are memory
+# bound: small blocks, many programs. Many rows: accumulators of 2 x 128 x 128 or 256 x 128 on eight warps
+# keep wgmma fed from 4 x 48 KB of stages.
 _PRODUCTS = {
     16: (_gemm(64, 128, 4, 3, 64), _gemm(64, 128, 4, 4, 64)),
     32: (_gemm(64, 64, 4, 4, 64), _gemm(64, 128, 4, 4, 64)),
@@ -212,7 +211,7 @@ def moe_launch(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype
 
 
 def _in_blocks(matrices: list[tuple[torch.Tensor, tuple[int, int]]]) -> tuple[list[Any], bool]:
-    """(block descriptors of the matrices, True) where TMA can read all, else (the matrices, False)."""
+    """(block descriptors, True) where TMA can read all, else (the matrices, False)."""
     if any(each.data_ptr() % 16 or each.shape[1] * each.itemsize % 16 for each, _ in matrices):
         return [each for each, _ in matrices], False
     return [TensorDescriptor.from_tensor(each, list(block)) for each, block in matrices], True

@@ -4,11 +4,10 @@
     x[k, v] <- x' - f * n[k, v] - p * (n[k, v] > 0)                     n: how often v was emitted
 
 Legend: K rows of logits, V vocabulary, S slots. A sequence with penalties has a slot of `history` int32 [S,
-V]. Each token's entry is 0: never seen, 1: in the prompt alone, 2 n + 1: emitted n times. A slot takes 0.5 MB
-for a vocabulary of 128,256, so only sequences with penalties have one. r, f, p [S] are the slots' penalties.
+V]. Each token's entry is 0: never seen, 1: in the prompt alone, 2 n + 1: emitted n times. A slot takes 0.5
+MB at V = 128,256. r, f, p [S] are the slots' penalties.
 
-On CUDA: penalties_triton.py. The sampler calls `apply_penalties` before it samples, `count_tokens` after.
-Paper: Keskar et al., CTRL, 2019, arXiv:1909.05858 (repetition).
+On CUDA: penalties_triton.py. Paper: Keskar et al., CTRL, 2019, arXiv:1909.05858 (repetition).
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def count_tokens_ref(history: torch.Tensor, slots: torch.Tensor, token_ids: torc
 def count_tokens(history: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
     """Count in `history` int32 [S, V] the emitted token_ids int64 [K] of `slots` int64 [K].
 
-    Slots are distinct. Pairs with a negative slot or token are skipped.
+    Slots are distinct; negative slots or tokens are skipped.
     """
     if slots.shape != token_ids.shape or slots.dim() != 1:
         raise ValueError(f"slots {list(slots.shape)} and token_ids {list(token_ids.shape)} must both be [K]")
@@ -86,6 +85,6 @@ def count_tokens(history: torch.Tensor, slots: torch.Tensor, token_ids: torch.Te
 
 
 def apply_penalties_cost(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """(bytes, flops): logits are read and written, histories read."""
+    """(bytes, flops)."""
     size = num_rows * vocab_size
     return 12 * size, 6 * size

@@ -1,4 +1,4 @@
-"""Triton kernels of penalties.py: BLOCK_V tokens of a row per program; one program counts a step's tokens.
+"""Triton kernels of penalties.py.
 
 Each operation is rounded (no fused multiply-add), so logits equal the CPU's bit for bit.
 """

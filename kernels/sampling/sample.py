@@ -4,9 +4,9 @@
     u[k, v]  = Philox4x32-10(key = seed[k], counter = (v // 4, position[k], 0, 0))[v % 4], in (0, 1)
     token[k] = argmax_v z[k, v] - log(-log(u[k, v]))          (argmax_v logits[k, v] where temperature is 0)
 
-The argmax with Gumbel noise samples softmax(z) exactly (Maddison et al., "A* Sampling", 2014). Noise depends on (seed,
-position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). So a token does not depend
-on the batch, and a stream can be replayed from any position.
+The argmax with Gumbel noise samples softmax(z) exactly (Maddison et al., "A* Sampling", 2014). Noise
+depends on (seed, position, token) alone (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+2011).
 
 Legend: K rows to sample, V vocabulary, R rows of parameters. On CUDA: sample_triton.py and
 sample_limits_triton.py.
@@ -48,10 +48,10 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor, num_counters: int, firs
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, first_token: int = 0) -> torch.Tensor:
     """Standard Gumbel noise, float32 [K, num_tokens], of tokens from `first_token` on.
 
-    `first_token` is a multiple of the four tokens that share a counter.
+    `first_token` is a multiple of 4.
     """
     words = philox(seeds, positions, -(-num_tokens // 4), first_token // 4).flatten(1)[:, :num_tokens]
-    # 23.5 bits: the largest uniform is 1 - 2**-24, the last float32 below one, so both logs are finite.
+    # 23.5 bits: the largest uniform is 1 - 2**-24, the last float32 below one; both logs are finite.
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
@@ -59,8 +59,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, 
 def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """`logits` [K, V] with every token outside min-p, top-k and top-p (in this order) at -inf.
 
-    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the most
-    probable token. Ties with the last kept token stay; the most probable token always stays.
+    top_k: integer [K], 0 keeps all; top_p: float32 [K], 1 keeps all; min_p: float32 [K], relative to the
+    most probable token. Ties with the last kept token stay, and the most probable token.
     """
     vocab_size = logits.shape[1]
     floor = logits.amax(dim=1, keepdim=True) + torch.log(min_p).unsqueeze(1)
@@ -69,8 +69,7 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     last = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size).long() - 1
     kth = ordered.gather(1, last.unsqueeze(1))
     probs = ordered.masked_fill(ordered < kth, float("-inf")).softmax(dim=1)
-    # A token stays while the mass before it is below top_p, so the one that crosses it stays too. top_p = 1
-    # must keep all even if rounding carries the sum past one.
+    # The token that crosses top_p stays. top_p = 1 must keep all even if rounding carries the sum past one.
     outside = (probs.cumsum(dim=1) - probs >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
     outside[:, 0] = False
     lowest = ordered.masked_fill(outside, float("inf")).amin(dim=1, keepdim=True)
@@ -94,7 +93,7 @@ def sample_rows(
 
 
 def check_logits(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
-    """Raises ValueError for arguments that do not fit together."""
+    """Raises ValueError for mismatched arguments."""
     if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.stride(1) != 1:
         raise ValueError(
             f"logits must be [K, V] in float32, bfloat16 or float16 without gaps in a row, got {logits.dtype} "
@@ -109,7 +108,7 @@ def check_logits(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tens
 def sample_rows_ref(
     logits: torch.Tensor, rows: torch.Tensor, params: SamplingRows, positions: torch.Tensor
 ) -> torch.Tensor:
-    """`sample_rows` by a sort. It reads the parameters, to skip filters that no row uses."""
+    """By a sort; reads the parameters, to skip unused filters."""
     wide = logits.float()
     usable = wide.amax(dim=1).isfinite() & (rows >= 0)
     tokens = wide.argmax(dim=1)

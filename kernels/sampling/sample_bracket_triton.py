@@ -4,8 +4,8 @@
                             16 pivots inside the bracket, unless few tokens are left
     gather    grid [P, K]   the logits inside the bracket
 
-Legend: K rows, V vocabulary, C chunks of CHUNK tokens, split over P programs; z = logit / temperature. Sums are
-taken by chunk, in one order for any batch.
+Legend: K rows, V vocabulary, C chunks of CHUNK tokens, split over P programs; z = logit / temperature. Sums
+are by chunk, in one order for any batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _first_pivots(highest, temperature):
 
 @triton.jit
 def _second_pivots(bottom, top, temperature):
-    """Logits from `top` down to `bottom`; ever farther apart where `bottom` is -inf."""
+    """Logits from `top` to `bottom`; ever farther apart where `bottom` is -inf."""
     distance = (tl.arange(0, PIVOTS) + 1).to(tl.float32)
     even = top - (top - bottom) * (distance * 0.0625)
     pivots = tl.where(bottom == float("-inf"), top - temperature * (distance * distance * 0.25), even)
@@ -88,9 +88,8 @@ def first_bracket(
 ):
     """(bottom, top, count, mass, total, by_k, few) of the first profile: by counts for top-k, else by masses.
 
-    The cuts lie in [bottom, top); `count` and `mass` are those at or above `top`, `total` is all mass, if summed.
-    by_k: the row has at least top-k tokens. few: at most FEW tokens are at or above `bottom` and none above `top`,
-    so they decide top-p.
+    The cuts lie in [bottom, top); `count` and `mass` are those at or above `top`, `total` is all mass, if
+    summed. by_k: at least top-k tokens. few: at most FEW tokens are at or above `bottom`, none above `top`.
     """
     index, last = tl.arange(0, PIVOTS), PIVOTS - 1
     pivots = _first_pivots(highest, temperature)
@@ -132,15 +131,15 @@ def bracket(
         count_ptr, mass_ptr, k, num_chunks, highest, temperature, top_k, top_p, FEW, CHUNKS
     )
     if not few:
-        # Rows with top-k have counts, rows with top-p masses; the others are garbage and unused.
+        # Rows with top-k have counts, with top-p masses; the others are garbage.
         counts = _chunk_sums(count_ptr + stride_round, k, num_chunks, CHUNKS)
         masses = _chunk_sums(mass_ptr + stride_round, k, num_chunks, CHUNKS)
         pivots = _second_pivots(bottom, tl.minimum(top, highest), temperature)
         index, last = tl.arange(0, PIVOTS), PIVOTS - 1
         low_k = tl.where(by_k, tl.min(tl.where(counts >= top_k, index, last), axis=0), last)
-        # With fewer tokens than top-k, `bottom` was -inf, and all mass is summed now.
+        # With fewer tokens than top-k, `bottom` was -inf; all mass is summed now.
         total = tl.where((top_k > 0) & (not by_k), _at(masses, last), total)
-        # top-p's total is the mass of the tokens that top-k keeps: not known yet, but at least this.
+        # Lower bound of top-p's total, the mass of the tokens that top-k keeps.
         least = tl.where(by_k, tl.where(low_k > 0, _at(masses, low_k - 1), mass), total)
         high_p = tl.min(tl.where(masses >= top_p * least, index, last), axis=0) - 1
         low_p = tl.min(tl.where(masses >= top_p * total, index, last), axis=0)
@@ -166,7 +165,7 @@ def _sums_above(
     TURN: tl.constexpr,
 ):
     """Count or mass of a chunk's tokens at or above each pivot, float32 [PIVOTS]."""
-    # Pivots come first: a thread holds all of them for its tokens and computes each mass once.
+    # Pivots come first: a thread holds all and computes each mass once.
     sums = tl.zeros((PIVOTS, TURN), tl.float32)
     for start in tl.static_range(0, CHUNK, TURN):
         tokens = first + start + tl.arange(0, TURN)
@@ -202,7 +201,7 @@ def sample_profile_kernel(
     TURN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (p, k) sums count and mass above each pivot for every P-th chunk of row k."""
+    """Program (p, k) sums every P-th chunk of row k above each pivot."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)
@@ -263,7 +262,7 @@ def sample_gather_kernel(
     CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (p, k) collects the logits inside the bracket from every P-th chunk of row k."""
+    """Program (p, k) collects bracketed logits from every P-th chunk of row k."""
     k = tl.program_id(1).to(tl.int64)
     wait_for_inputs(PDL)
     release_dependents(PDL)

@@ -3,9 +3,9 @@
     profile, profile, gather   sample_bracket_triton.py: the few candidate logits
     limits   grid [K]          the cuts, by search among the candidates
 
-Legend: K rows, V vocabulary, C chunks of a row. A cut is the highest logit t such that the tokens at or above it
-number top_k, or hold top_p of the mass; ties with t stay. If a chunk leaves more than CAPACITY tokens (most logits
-equal), the search reads the row itself: slow, but exact.
+Legend: K rows, V vocabulary, C chunks of a row. A cut is the highest logit t such that the tokens at or
+above it number top_k, or hold top_p of the mass; ties with t stay. If a chunk leaves over CAPACITY tokens,
+the search reads the row itself: slow, exact.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .sample_bracket_triton import (
 )
 from .sample_triton import best_of_parts, is_filtered, num_programs
 
-CHUNK, TURN = 4096, 512  # tokens of a chunk, and those compared with the pivots at a time
+CHUNK, TURN = 4096, 512  # tokens of a chunk, and of a comparison with the pivots
 CAPACITY = 512  # of the 4096; 8 MB for 256 rows of 128,256 logits in half precision
 PROGRAMS = 132 * 4
 PROFILE_WARPS, GATHER_WARPS, LIMITS_WARPS = 8, 8, 8
-SEARCH_WIDTH = 16  # candidates of each chunk per iteration of the search
-UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that are 0 in float32
+SEARCH_WIDTH = 16  # candidates of each chunk per iteration
+UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # 0 in float32
 
 
 @triton.jit
@@ -198,8 +198,8 @@ def _sample_limits_kernel(
             bottom, top, highest, temperature, floor, True, CHUNKS, WIDTH, SHIFT,
         )  # fmt: skip
     lowest = _logit(cut.to(tl.int32), SHIFT)
-    # The most probable token always stays, even if top_p is 0. If top_k exceeds the number of tokens and
-    # nothing else cuts, the cut is still its initial value.
+    # The most probable token stays even if top_p is 0. If top_k exceeds the tokens and nothing else cuts,
+    # the cut is still initial.
     tl.store(limits_ptr + 2 * k, tl.minimum(lowest, highest))
 
 
@@ -213,8 +213,7 @@ def find_limits(
 ) -> torch.Tensor:
     """Limits float32 [K, 2] of the filtered rows: the lowest logit that stays, and min-p's lowest z.
 
-    scores, tokens [K, parts]: the first pass; its best is the row's maximum. parts <= `most_parts`, a power
-    of two. A row without usable logits gets NaN.
+    scores, tokens [K, parts]: the first pass. parts <= `most_parts`, a power of two. NaN: no usable logits.
     """
     num_rows, vocab_size = logits.shape
     num_parts, num_chunks = scores.shape[1], -(-vocab_size // CHUNK)

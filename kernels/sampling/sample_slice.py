@@ -3,8 +3,8 @@
     key[k]   = score and token of a slice's argmax, by sample.py's score
     token[k] = that of the highest key over all ranks
 
-A key is an int64 ordered by score, then by lowest token. Ranks exchange eight bytes a row, and the token is
-that of the whole vocabulary bit for bit: noise depends on the token, not on its place in a slice.
+A key is an int64 ordered by score, then by lowest token. Ranks exchange eight bytes a row. The token is
+bit-equal to the whole vocabulary's.
 
 Legend: K rows, V tokens of a slice, R ranks. On CUDA: sample_slice_triton.py.
 """
@@ -17,8 +17,8 @@ from ..backend import Backend, backend_of
 from .sample import SamplingRows, check_logits, gumbel_noise
 
 LAST_TOKEN = 2**31 - 1
-UNUSABLE = LAST_TOKEN << 32  # above any score's key: a row of NaN or +inf, or padding
-NOTHING = -(2**31 - 2**23 + 1)  # high half of a key whose score is -inf: no token is possible
+UNUSABLE = LAST_TOKEN << 32  # above any score's key: NaN, +inf or padding
+NOTHING = -(2**31 - 2**23 + 1)  # high half of the key of score -inf
 SHARED_NOISE = 4  # tokens that share a counter of the noise
 
 
@@ -27,8 +27,8 @@ def best_keys(
 ) -> torch.Tensor:
     """The key of each row's best token of a slice, int64 [K]; arguments as those of `sample.sample_rows`.
 
-    logits [K, V] begin at `first_token`, a multiple of SHARED_NOISE; V may be 0. top-k, top-p and min-p of
-    `params` are ignored. Raises ValueError for arguments of other shapes or dtypes.
+    logits [K, V] begin at `first_token`, a multiple of SHARED_NOISE; V may be 0. Filters of `params` are
+    ignored. Raises ValueError for other shapes or dtypes.
     """
     check_logits(logits, rows, positions)
     if first_token % SHARED_NOISE:
@@ -94,6 +94,6 @@ def winners_ref(keys: torch.Tensor) -> torch.Tensor:
 
 
 def best_keys_cost(num_rows: int, slice_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): logits are read and keys written once; noise takes 90 operations a token."""
+    """(bytes, flops)."""
     size = num_rows * slice_size
     return size * dtype.itemsize + 8 * num_rows, 90 * size

@@ -1,6 +1,6 @@
 """Triton kernels of sample.py: the best token of each part of a row, then of the row.
 
-Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k starts at `k * stride_row`.
+Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk.
 
     choose          grid [P, K]   (score, token) of a part's best: the logit (greedy and filtered rows), or the logit
                                   over the temperature plus noise
@@ -8,9 +8,8 @@ Legend: K rows, V vocabulary, P parts of a row, each of every P-th chunk. Row k 
     choose inside   grid [P, K]   filtered rows again, among the tokens inside the limits
     join            grid [K]      the best of the parts
 
-Token -1 marks a part that holds NaN or +inf. All rows pass through all launches, so one CUDA graph serves every
-mixture; an idle program reads its row's parameters and ends. A row's result depends on its own logits and
-parameters alone, for any size of parts.
+Token -1 marks a part that holds NaN or +inf. All rows pass through all launches, so one CUDA graph serves
+every mixture. A row's result depends on its own logits and parameters alone.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def best_of_parts(score_ptr, token_ptr, k, num_parts, PARTS: tl.constexpr):
 @triton.jit
 def _gumbel(word):
     """Standard Gumbel noise of 32 random bits, by the formula of `sample.gumbel_noise`."""
-    # 23 bits as the mantissa of a number in [1, 2); minus 1 - 2**-24 they are the uniform, exactly.
+    # 23 bits as the mantissa in [1, 2); minus 1 - 2**-24 they are the uniform, exactly.
     uniform = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     return -tl.log(-tl.log(uniform))
 
@@ -62,7 +61,7 @@ def _better(score, token, other, other_token):
 @triton.jit
 def _perturb(scaled, seed, position, first_counter, chunk, score, token, CHUNK: tl.constexpr):
     """The best (score, token) [CHUNK // 4] so far and of `scaled` [CHUNK] plus noise."""
-    # Philox gives four words for four consecutive tokens; `first_counter` is the slice's first.
+    # Four words for four consecutive tokens; `first_counter` is the slice's first.
     counters = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, first_counter + counters, low, high, 0)  # pyright: ignore[reportGeneralTypeIssues]
@@ -98,7 +97,7 @@ def choose_logit(row_ptr, score_ptr, token_ptr, part, vocab_size, num_chunks, CH
     unusable = tl.zeros((CHUNK,), tl.int32)
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
-        unusable |= (x < float("inf")).to(tl.int32) ^ 1  # only NaN and +inf are not below infinity
+        unusable |= (x < float("inf")).to(tl.int32) ^ 1  # not below infinity: NaN, +inf
         scores, best = _better(scores, best, x, chunk * CHUNK + columns)
     _store_best(score_ptr, token_ptr, part, scores, best, unusable)
 
@@ -128,7 +127,7 @@ def choose_perturbed(
         x = _load_chunk(row_ptr, chunk, vocab_size, CHUNK)
         if FILTERED:
             inside = (x >= lowest) & (x * inverse >= floor)
-            if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks keep no token and need no noise
+            if tl.max(inside.to(tl.int32), axis=0) > 0:  # most chunks keep no token
                 scaled = tl.where(inside, x * inverse, float("-inf"))
                 scores, best = _perturb(scaled, seed, position, first_counter, chunk, scores, best, CHUNK)
         else:
@@ -209,12 +208,12 @@ def chunk_size(num_rows: int) -> int:
 
 
 def num_programs(num_rows: int, num_chunks: int, programs: int) -> int:
-    """Programs of a row: enough to fill the device, so that an idle launch ends at once."""
+    """Enough programs per row to fill the device."""
     return min(max(programs // num_rows, 1), num_chunks)
 
 
 def padded_parts(num_rows: int, num_chunks: int) -> int:
-    """PARTS of all batches of one chunk size: few variants, all compiled before the first step."""
+    """PARTS of all batches of one chunk size: few variants to compile."""
     fewest = 1 if num_rows <= FEW_ROWS else FEW_ROWS + 1
     return int(triton.next_power_of_2(num_programs(fewest, num_chunks, PROGRAMS)))
 

@@ -41,7 +41,7 @@ def score_ref(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sc
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores:
     """Scores of token_ids int64 [P] under float logits [P, V], with the `num_top` <= V most probable of each.
 
-    A row of `logits` is contiguous; rows may be strided. Token -1 (none) gets the scores of token 0.
+    Rows may be strided. Token -1 gets the scores of token 0.
     """
     if logits.dim() != 2 or logits.stride(1) != 1 or token_ids.shape != logits.shape[:1]:
         raise ValueError(
@@ -62,7 +62,7 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Scores
 def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> SliceScores:
     """A slice's share, from its logits [P, V], of the scores of tokens with logits `chosen` float32 [P].
 
-    The tokens may be of other slices. `num_top` <= V; a slice may be empty.
+    `num_top` <= V; a slice may be empty.
     """
     if logits.dim() != 2 or chosen.shape != logits.shape[:1] or num_top > logits.shape[1]:
         raise ValueError(
@@ -82,6 +82,6 @@ def score_slice(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Sli
 
 
 def score_cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops): logits are read once, and once more for the top N."""
+    """(bytes, flops)."""
     size = num_rows * vocab_size
     return 2 * size * dtype.itemsize, 4 * size
