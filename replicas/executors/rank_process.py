@@ -30,7 +30,7 @@ def main(descriptor: int) -> None:
 
     config, rank, local_rank, level = calls.get()[1]
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
-    logging.getLogger(__package__).setLevel(level)
+    logging.getLogger("shoal").setLevel(level)
     shard_rank = ShardRank(config, rank, local_rank)
     method = ""
     while method != "serve":

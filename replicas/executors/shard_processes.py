@@ -50,7 +50,7 @@ class RankProcess:
         self._listener = threading.Thread(target=self._listen, name=f"shoal-rank-{rank}", daemon=True)
         self._listener.start()
         with contextlib.suppress(OSError):  # the first call reports its end
-            level = logging.getLogger(__package__).getEffectiveLevel()
+            level = logging.getLogger("shoal").getEffectiveLevel()
             self._control.send(("become", (config, rank, local_rank, level)))
 
     def __str__(self) -> str:
