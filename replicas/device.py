@@ -1,4 +1,4 @@
-"""The device and the CPU threads of a shard. torch is imported late: the CLI needs this without it."""
+"""Device and CPU threads of a shard. Imports torch late: the CLI needs this without it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ def this_machine() -> tuple[str, str]:
 
 
 def usable_cores() -> int:
-    """The cores this process may be scheduled on."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def automatic_threads(num_engines: int = 1) -> int:
-    """Threads for each of `num_engines` CPU engines: a share of all cores but one.
+    """Threads for each of `num_engines` CPU engines: a share of all cores but one, for router,
+    proxy and Ray.
 
-    The router, the proxy and Ray use the other core. OpenMP threads meet at the end of every
-    operator, so one that loses its core stalls the rest: on 2 busy cores a decode step of the
-    shipped model took 17 to 48 ms with two threads and 4 ms with one.
+    OpenMP threads meet at the end of every operator, so one that loses its core stalls the
+    rest. On 2 busy cores a decode step of the shipped model took 17 to 48 ms with two threads,
+    4 ms with one.
     """
     return max(1, (usable_cores() - 1) // num_engines)
 
 
 def set_cpu_threads(num_threads: int | None, num_neighbours: int = 1) -> int:
-    """Set and return torch's intra-op threads; None: this process's share among `num_neighbours`.
+    """Set and return torch's intra-op threads; None: this process's share among
+    `num_neighbours`.
 
-    Ray starts workers with OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch would obey.
+    Ray sets OMP_NUM_THREADS=1 (or the actor's num_cpus), which torch would obey.
     """
     threads = automatic_threads(num_neighbours) if num_threads is None else num_threads
     if threads < 1:

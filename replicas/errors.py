@@ -1,14 +1,14 @@
 """The errors that Shoal raises for its users. Standard library only.
 
 ServingError
-├── ConfigError            the configuration cannot work; exit status 2.
-├── ModelError             a model that cannot be served.
-├── RequestError           the request can never succeed; HTTP 400 by default.
+├── ConfigError            exit status 2.
+├── ModelError
+├── RequestError           HTTP 400 by default.
 │   ├── PromptTooLong
 │   └── UnknownModel       HTTP 404.
-├── CapacityError          try again later; HTTP 429 or 503.
-├── ShardGroupError        the ranks of a model copy could not form a group.
-└── EngineError            the engine failed while it ran a request; HTTP 500.
+├── CapacityError          HTTP 429 or 503.
+├── ShardGroupError
+└── EngineError            HTTP 500.
 
 A message says what is wrong, the numbers, and what to change.
 """
@@ -25,7 +25,7 @@ class ServingError(Exception):
 
 
 class ConfigError(ServingError, ValueError):
-    """The configuration cannot work; nothing was started."""
+    """The configuration cannot work."""
 
 
 class ModelError(ServingError):
@@ -35,8 +35,7 @@ class ModelError(ServingError):
 class RequestError(ServingError, ValueError):
     """The request can never succeed as it is.
 
-    `param` and `code` are those of OpenAI's error object: the field at fault and a machine-readable
-    reason.
+    `param` and `code` are those of OpenAI's error object.
     """
 
     status = 400
@@ -51,7 +50,7 @@ class RequestError(ServingError, ValueError):
 
 
 class PromptTooLong(RequestError):
-    """The prompt plus max_tokens exceeds the model's context."""
+    """Prompt plus max_tokens exceeds the model's context."""
 
     def __init__(self, message: str, *, param: str | None = "prompt", code: str | None = "context_length_exceeded"):
         super().__init__(message, param=param, code=code)
@@ -78,11 +77,11 @@ class CapacityError(ServingError):
 
 
 class ShardGroupError(ServingError):
-    """The ranks could not form a group: one is missing, failed, or differs from the others."""
+    """The ranks of a model copy could not form a group."""
 
 
 class EngineError(ServingError):
-    """The engine failed while it ran an accepted request."""
+    """The engine failed while it ran a request."""
 
 
 def _rebuild_request_error(cls: type[RequestError], message: str, param: str | None, code: str | None) -> RequestError:

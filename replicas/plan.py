@@ -1,8 +1,7 @@
-"""Step plans, from the scheduler to its ranks, and step results, back to the scheduler.
+"""Step plans, from the scheduler to its ranks, and step results, back.
 
-Every rank receives the same plan: integers and, for new sequences, their sampling parameters. A plan is a diff: it
-names the rows that run and what changed. Ranks run plans in order, so the scheduler plans a step before it has the
-tokens of the step before. DEVICE_TOKEN then replaces a row's last sampled token, which only the ranks hold.
+Every rank receives the same plan. It is a diff: the rows that run and what changed. The scheduler plans a step before
+it has the tokens of the step before: DEVICE_TOKEN replaces a row's last sampled token, which only the ranks hold.
 
 A sequence keeps one row from its first step to its end. State per row:
 
@@ -13,8 +12,8 @@ A sequence keeps one row from its first step to its end. State per row:
     rank    Runner              number of prompt log-probabilities               RowStart
     rank 0  StageExchange       step that last sampled the row (pipelines)       each plan that samples the row
 
-A rank does not hear of a sequence's end: the next RowStart resets the row.
-docs/adr/0018-state-beside-kv-blocks.md says where a second kind of state per sequence goes.
+Ranks receive no end of a sequence: the next RowStart resets the row. A second kind of state per sequence:
+docs/adr/0018-state-beside-kv-blocks.md.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NO_INTS: Ints = np.empty(0, np.int32)
 
 
 class RowStart(NamedTuple):
-    """A row now belongs to a new sequence. Token ids are given only where `sampling.uses_history`."""
+    """A row's new sequence. Token ids are given only where `sampling.uses_history`."""
 
     row: int
     seed: int  # of this sample
@@ -49,7 +48,7 @@ class RowStart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SeqSlice:
-    """One slice of a StepPlan, for tests and debugging."""
+    """One slice, for tests and debugging."""
 
     row: int
     start: int
@@ -65,15 +64,15 @@ class BlockCopy(NamedTuple):
 
 
 class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each rank: 0.4 us, a frozen dataclass 1.5
-    """One step. Slices of one token come first. There is no prefill or decode flag.
+    """One step. Slices of one token come first.
 
-    Each array is annotated with the letter of its length: S slices, T tokens, K samples, U block table updates,
-    P scored slices, D either 0 or K. PLAN_ARRAYS lists them; step frames and packed plans follow from that
-    table.
+    Arrays are annotated with the letter of their length: S slices, T tokens, K samples, U block
+    table updates, P scored slices, D either 0 or K. Step frames and packed plans follow from
+    PLAN_ARRAYS.
 
-    Draft tokens are the last `num_drafts[k]` tokens of sample k's slice. The rank samples after the token
-    before the drafts and after each draft. It accepts drafts as long as they equal the samples, and returns the
-    1 to num_drafts[k] + 1 accepted samples (StepResult.counts). The row is in no plan before that result.
+    Sample k's slice ends with `num_drafts[k]` draft tokens. The rank samples after the token
+    before the drafts and after each draft. It accepts drafts as long as they equal the samples, and
+    returns 1 to num_drafts[k] + 1 samples (StepResult.counts). The row is in no plan before that result.
     """
 
     step: int
@@ -81,13 +80,13 @@ class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each r
     starts: Annotated[Ints, "S"]  # tokens in the KV cache before the step
     num_tokens: Annotated[Ints, "S"]
     token_ids: Annotated[Ints, "T"]  # slice after slice; DEVICE_TOKEN: the row's last sampled token
-    sample_slices: Annotated[Ints, "K"]  # the slice whose last hidden state is sampled from
-    sample_rows: Annotated[Ints, "K"]  # the row that receives the token (several of one slice: a fork)
+    sample_slices: Annotated[Ints, "K"]  # whose last hidden state is sampled from
+    sample_rows: Annotated[Ints, "K"]  # that receive the tokens (several of one slice: a fork)
     table_rows: Annotated[Ints, "U"] = NO_INTS  # block_table[row, index] = block, applied before the step
     table_indices: Annotated[Ints, "U"] = NO_INTS
     table_blocks: Annotated[Ints, "U"] = NO_INTS
-    # Prompt log-probabilities: slices whose every position is scored, and the token after each slice
-    # (DEVICE_TOKEN where it ends the prompt: sampling scores its last position).
+    # Prompt log-probabilities: wholly scored slices, and the token after each (DEVICE_TOKEN where
+    # it ends the prompt: sampling scores its last position).
     scored_slices: Annotated[Ints, "P"] = NO_INTS
     scored_next: Annotated[Ints, "P"] = NO_INTS
     num_drafts: Annotated[Ints, "D"] = NO_INTS  # per sample; empty: none
@@ -109,7 +108,7 @@ class StepPlan(NamedTuple):  # made twice a step, by the scheduler and by each r
 
 @dataclass(frozen=True, slots=True)
 class LogprobArrays:
-    """Log-probabilities of P tokens with the top N alternatives of each."""
+    """Log-probabilities of P tokens with their top N alternatives."""
 
     token_ids: Ints  # [P]
     logprobs: NDArray[np.float32]  # [P]
@@ -120,15 +119,16 @@ class LogprobArrays:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The answer to the plan of the same step.
+    """The result of a plan.
 
-    `logprobs` covers the sampled tokens when any sample asked for them. `prompt_logprobs` has an entry for each
-    scored slice, of the tokens start + 1 .. start + num_tokens (one fewer where scored_next is DEVICE_TOKEN). A
-    `failed_rows` entry (row, message) marks a sequence whose sampling failed; its token is invalid.
+    `logprobs` covers the sampled tokens if any sample asked for them. `prompt_logprobs` has an
+    entry per scored slice, of the tokens start + 1 .. start + num_tokens (one fewer where
+    scored_next is DEVICE_TOKEN). `failed_rows`: (row, message) where sampling failed; the token
+    is invalid.
     """
 
     step: int
-    token_ids: Annotated[Ints, "N"]  # [K], or sample after sample where `counts` is given
+    token_ids: Annotated[Ints, "N"]  # [K], or sample after sample with `counts`
     logprobs: LogprobArrays | None = None
     prompt_logprobs: tuple[LogprobArrays, ...] = ()
     failed_rows: tuple[tuple[int, str], ...] = ()

@@ -1,6 +1,6 @@
 """An engine's interface: requests in, token deltas out.
 
-Frozen and standard library only: routers need no torch, and msgspec encodes the types as they are.
+Standard library only: routers need no torch, and msgspec encodes the types as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEP_SECONDS = (
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. STOP: end-of-sequence, stop token or stop string. LENGTH: max_tokens or the context."""
+    """Why a sequence ended. STOP: end-of-sequence, stop token or string. LENGTH: max_tokens or context."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -30,7 +30,7 @@ class FinishReason(StrEnum):
 
 
 class Bounds(NamedTuple):
-    """Inclusive bounds of a sampling parameter; `ModelLimits` checks them."""
+    """Inclusive bounds; `ModelLimits` checks them."""
 
     low: float
     high: float
@@ -38,10 +38,10 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling of one request's tokens. Defaults are neutral; `temperature=0` is greedy.
+    """Sampling of one request. `temperature=0` is greedy.
 
-    Order: logit_bias, allowed_token_ids, bad_words, min_tokens, then penalties, temperature, min_p,
-    top_k, top_p. Logprobs are of the model's own logits, before all of these.
+    Order: logit_bias, allowed_token_ids, bad_words, min_tokens, then penalties, temperature,
+    min_p, top_k, top_p. Logprobs are of the model's own logits, before all of these.
     """
 
     max_tokens: int = 16
@@ -55,7 +55,7 @@ class SamplingParams:
     repetition_penalty: Annotated[float, Bounds(0.01, 100.0)] = 1.0  # beyond, logits overflow in float32
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: Annotated[int, Bounds(0, (1 << SEED_BITS) - 1)] = 0  # default: drawn by the router
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -80,9 +80,9 @@ class SamplingParams:
 class Request:
     """One prompt and its samples.
 
-    `num_samples` sequences fork from the prompt, numbered from `first_sample`. `emitted_token_ids`
-    are tokens that the client has from an earlier run of this request. They count as output but are
-    not sent again; num_samples is then 1.
+    `num_samples` sequences fork from the prompt, numbered from `first_sample`.
+    `emitted_token_ids` are output of an earlier run and are not sent again; num_samples is then
+    1.
     """
 
     request_id: str
@@ -95,7 +95,7 @@ class Request:
     cache_salt: str = ""  # requests share prefixes only under an equal salt
 
     def sample_seed(self, sample: int) -> int:
-        """A distinct seed for each sample; sample 0 has the request's own."""
+        """A distinct seed per sample; sample 0 has the request's own."""
         return (self.sampling.seed + sample) % (1 << SEED_BITS)
 
 
@@ -111,9 +111,9 @@ class Logprob(NamedTuple):
 class TokenDelta(NamedTuple):
     """New tokens of one sequence. Only its last delta has a `finish_reason`.
 
-    `stop_reason` is the stop token's id (None at end-of-sequence) or the stop string.
-    `prompt_logprobs` comes once, with the first delta of sample `first_sample`; its first entry is
-    None. `error` explains FinishReason.ERROR.
+    `stop_reason`: stop token's id (None at end-of-sequence) or stop string. `prompt_logprobs`
+    comes once, with the first delta of sample `first_sample`; its first entry is None. `error`
+    explains FinishReason.ERROR.
     """
 
     request_id: str
@@ -129,9 +129,9 @@ class TokenDelta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """KV blocks of a request or of a whole engine.
+    """KV blocks of a request or an engine.
 
-    shared: held by two or more sequences; private: held by one; copied: copy-on-write copies made.
+    shared: held by two or more sequences; private: by one; copied: copies on write.
     """
 
     shared: int
@@ -143,9 +143,9 @@ class BlockReport:
 class StepTimes:
     """Durations of an engine's steps since its start.
 
-    A step lasts from the end of the previous step, or from its own start if idle, until its tokens
-    arrive. `counts[i]` counts steps of at most STEP_SECONDS[i] seconds and above the bound before;
-    the last has no bound. `seconds` is the sum.
+    A step lasts from the end of the previous step, or from its own start if idle, until its
+    tokens arrive. `counts[i]`: steps of at most STEP_SECONDS[i] seconds and above the bound
+    before; the last has no bound. `seconds`: their sum.
     """
 
     counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)

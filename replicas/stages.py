@@ -1,7 +1,7 @@
 """The layers of each pipeline stage: contiguous, the costliest stage as cheap as possible.
 
-A cost is a number of parameters, which a decode step reads. The output head counts on the last
-stage. The embedding is free: a step reads one of its rows a token.
+A cost is the number of parameters that a decode step reads. The last stage has the output head too.
+The embedding is free: a step reads one row a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .model_spec import DecoderSpec
 
 
 def stage_layers(spec: DecoderSpec, num_stages: int) -> list[range]:
-    """The layers of every stage of `spec`, at least one each."""
+    """The layers of every stage, at least one each."""
     heads = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     costs = [layer_cost(spec.hidden_size, *heads, one) for one in spec.mlp_features]
     return split_costs(costs, spec.vocab_size * spec.hidden_size, num_stages)
@@ -26,10 +26,9 @@ def layer_cost(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: in
 
 
 def split_costs(costs: Sequence[int], last_extra: int, num_stages: int) -> list[range]:
-    """Contiguous ranges of `costs` with the least largest sum; the last one's includes
-    `last_extra`.
+    """Contiguous ranges with the least largest sum, then the least sum of squares.
 
-    Among equal splits it takes the one with the least sum of squares.
+    `last_extra` is added to the last one's.
     """
     if not 1 <= num_stages <= len(costs):
         raise ValueError(f"{len(costs)} layers cannot be split over {num_stages} stages, each with one at least")

@@ -1,8 +1,7 @@
 """Mutual proof by HMAC-SHA256 that both ends of a connection hold one secret.
 
-A proof covers its sender's role and the transcript, with a fresh nonce of each end. It is therefore
-refused on another connection, in the other direction and on the other wire. The secret is never sent.
-Later bytes are neither encrypted nor signed.
+A proof covers its sender's role and the transcript, with a fresh nonce of each end. It is refused
+on another connection, direction or wire. Later bytes are neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SECRET_BYTES = 32
 
 @unique
 class Role(Enum):
-    """The ends of both wires. No label is a prefix of another, so that no two roles share a proof."""
+    """The ends of both wires. No label is a prefix of another, so no two roles share a proof."""
 
     ROUTER = b"shoal router\0"
     REPLICA = b"shoal replica\0"
@@ -39,7 +38,7 @@ def new_secret() -> bytes:
 
 
 class Handshake:
-    """One end of one connection: its nonce, its own proof and the check of its peer's."""
+    """One end of one connection."""
 
     __slots__ = ("_role", "_secret", "nonce")
 
@@ -53,7 +52,7 @@ class Handshake:
         return self._proof(self._role, transcript)
 
     def peer_proved(self, transcript: bytes, proof: bytes) -> bool:
-        """Whether `proof` is the peer's over `transcript`. Takes the same time for every wrong proof."""
+        """Whether `proof` is the peer's over `transcript`, in constant time."""
         return hmac.compare_digest(proof, self._proof(_PEERS[self._role], transcript))
 
     def _proof(self, role: Role, transcript: bytes) -> bytes:

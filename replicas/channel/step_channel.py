@@ -6,7 +6,7 @@
 
 Every rank receives every plan, and only the rank that samples answers: collectives keep the ranks in step.
 Ranks on the engine's node connect by UNIX socket, others by TCP. When a rank dies, the engine's current or next
-call sees end-of-file. A failed channel stays failed, since the ranks are out of step. Waiting costs no CPU.
+call sees end-of-file. A failed channel stays failed, since the ranks are out of step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _SILENCE_MS = 1000
 
 
 class PeerLost(EngineError):
-    """The connection to a rank, or to the engine, ended during work."""
+    """The connection to the peer ended during work."""
 
 
 class _FrameReader:
-    """Splits a stream into frames, each in a buffer of its own, so that views on it stay valid."""
+    """Splits a stream into frames, each in its own buffer, so that views on it stay valid."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._staging = memoryview(bytearray(_STAGING_BYTES))
-        self._begin = self._end = 0  # of the received bytes not yet returned
-        self._large: memoryview | None = None  # a frame larger than the staging buffer; it has `_end` bytes
+        self._begin = self._end = 0  # of the bytes not yet returned
+        self._large: memoryview | None = None  # larger than the staging buffer; holds `_end` bytes
 
     def fill(self, flags: int = 0) -> None:
-        """Receive once. Raises EOFError at the end of the stream."""
+        """Receive once. Raises EOFError."""
         into = self._staging if self._large is None else self._large
         count = self._sock.recv_into(into[self._end :], 0, flags)
         if not count:
@@ -93,7 +93,7 @@ class _Rank:
         self.unsent = memoryview(b"")
 
     def send(self, frame: memoryview) -> bool:
-        """Send without blocking; returns whether the whole frame went out."""
+        """Send without blocking; whether the whole frame went out."""
         try:
             self.unsent = frame[self.sock.send(frame, SEND_FLAGS) :]
         except BlockingIOError:
@@ -102,11 +102,11 @@ class _Rank:
 
 
 class StepChannelServer:
-    """The engine's side: accepts `world_size` ranks, then carries plans and results as `Executor` does.
+    """The engine's side: carries plans and results as `Executor` does.
 
-    One thread submits and collects; any thread may close. With `host`, ranks may also connect by TCP, on a port
-    that the system chooses. path: of the UNIX socket. on_silence: called once a second while a call waits for
-    silent ranks; an EngineError that it raises fails the channel.
+    One thread submits and collects; any thread may close. `host`: ranks may also connect by
+    TCP, on a port that the system chooses. on_silence: called once a second while a call waits;
+    its EngineError fails the channel.
     """
 
     def __init__(self, world_size: int, token: bytes, *, result_rank: int = 0, host: str | None = None) -> None:
@@ -118,8 +118,8 @@ class StepChannelServer:
         self._listener = Listener(host)
         self.path, self.address = self._listener.path, self._listener.address
         self._lock = threading.Lock()
-        self._closing = threading.Lock()  # taken by the first close, for good
-        self._wake, self._waker = socket.socketpair()  # readable once the channel is closing
+        self._closing = threading.Lock()  # taken for good by the first close
+        self._wake, self._waker = socket.socketpair()  # readable once closing
         self._broken: EngineError | None = None
         self._ranks: list[_Rank] = []
         self._by_fd: dict[int, _Rank] = {}
@@ -128,9 +128,10 @@ class StepChannelServer:
         self._results: deque[StepResult] = deque()
 
     def accept(self, timeout_s: float) -> None:
-        """Wait until every rank has connected and authenticated; refuse others with a reason.
+        """Wait until every rank has connected and authenticated.
 
-        Raises EngineError after `timeout_s`, naming the missing ranks and the refused peers.
+        Raises EngineError after `timeout_s`, naming the missing ranks and the refused
+        peers.
         """
         with self._lock:
             self._check_usable()
@@ -146,7 +147,7 @@ class StepChannelServer:
     def submit(self, plan: StepPlan, on_silence: Callable[[], None] | None = None) -> None:
         """Send a plan to every rank; returns when the sockets have accepted it.
 
-        Raises FrameError for a plan that cannot be written, PeerLost when a rank is gone, ChannelClosed.
+        Raises FrameError for a plan that cannot be written, PeerLost, ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -163,8 +164,7 @@ class StepChannelServer:
                 if not sent:
                     waiting = True
                     self._poll.modify(peer.sock, select.POLLIN | select.POLLOUT)
-            # Results are read meanwhile: a rank that blocks on sending a large one receives no
-            # plan.
+            # Read results meanwhile: a rank that blocks on sending a large one receives no plan.
             while waiting:
                 self._wait(on_silence)
                 waiting = any(peer.unsent for peer in self._ranks)
@@ -172,7 +172,7 @@ class StepChannelServer:
     def result(self, on_silence: Callable[[], None] | None = None) -> StepResult:
         """Wait for the result of the oldest unanswered plan.
 
-        Raises EngineError when a rank reports a failure, PeerLost when one is gone, ChannelClosed.
+        Raises EngineError for a rank's failure, PeerLost, ChannelClosed.
         """
         with self._lock:
             self._check_usable()
@@ -205,7 +205,7 @@ class StepChannelServer:
             raise self._broken
 
     def _wait(self, on_silence: Callable[[], None] | None) -> None:
-        """Wait at most a second for a readable or writable socket, and serve it."""
+        """Wait at most a second for ready sockets, and serve them."""
         ready = self._poll.poll(_SILENCE_MS)
         try:
             if not ready and on_silence is not None:
@@ -245,7 +245,7 @@ class StepChannelServer:
             self._results.append(message)
 
     def _lost(self, peer: _Rank, error: Exception) -> EngineError:
-        """The failure that a lost rank reported last, if any, since that is the cause."""
+        """The failure that a lost rank reported last, if any: it is the cause."""
         try:
             while True:
                 self._read(peer)
@@ -260,13 +260,13 @@ class StepChannelServer:
 class StepChannelClient:
     """A rank's side. One thread receives, any one sends; any thread may close.
 
-    address: the server's `path`, or its `address` from another node. Raises ChannelRefused, or EngineError when
-    the engine is unreachable or silent for `timeout_s`.
+    address: the server's `path` or `address`. Raises ChannelRefused, or EngineError when the
+    engine is unreachable or silent for `timeout_s`.
     """
 
     def __init__(self, address: Address, rank: int, world_size: int, token: bytes, *, timeout_s: float = 30.0) -> None:
         self._rank = rank
-        self._closing = threading.Lock()  # taken by the first close, for good
+        self._closing = threading.Lock()  # taken for good by the first close
         self._receiving, self._sending = threading.Lock(), threading.Lock()
         self._step: int | None = None
         self._ended = False
@@ -289,10 +289,9 @@ class StepChannelClient:
         self._reader = _FrameReader(self._sock)
 
     def receive(self) -> StepPlan | None:
-        """The next plan, or None after EndOfSteps. Waits without a limit.
+        """The next plan, or None after EndOfSteps.
 
-        Raises PeerLost when the engine is gone, FrameError for anything but the next step's plan,
-        ChannelClosed.
+        Raises PeerLost, ChannelClosed, FrameError for anything but the next step's plan.
         """
         with self._receiving:
             if self._ended:
@@ -314,7 +313,7 @@ class StepChannelClient:
             return message
 
     def wait_for_hang_up(self) -> None:
-        """Wait until either end has closed the connection; reads nothing."""
+        """Wait until either end has closed; reads nothing."""
         poll = select.poll()
         with contextlib.suppress(ValueError):  # closed already
             poll.register(self._sock, select.POLLRDHUP)
@@ -332,7 +331,7 @@ class StepChannelClient:
         """Close. A waiting thread gets ChannelClosed."""
         if not self._closing.acquire(blocking=False):
             return
-        with contextlib.suppress(OSError):  # the engine may have closed first
+        with contextlib.suppress(OSError):  # the engine may have closed
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._receiving, self._sending:
             self._sock.close()

@@ -5,8 +5,7 @@
                                  <-    Hello(rank, world size, nonce, proof)
     Answer(status, proof | why)  ->
 
-The group's token is the secret of `handshake.py`. Later frames are neither encrypted nor signed: they rely on a
-trusted network between the nodes.
+The group's token is the secret of `handshake.py`. Later frames rely on a trusted network.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class ChannelRefused(EngineError):
 
 
 class Greeting(NamedTuple):
-    """A shard that proved itself, and the engine's answer to it."""
+    """A shard that proved itself, and the answer to it."""
 
     rank: int
     welcome: bytes

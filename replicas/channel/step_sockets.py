@@ -1,4 +1,4 @@
-"""The sockets of a step channel: listening, accepting ranks, connecting, and socket options."""
+"""The sockets of a step channel: listening, accepting ranks, connecting."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from . import step_handshake
 from .handshake import Handshake, Role
 from .step_handshake import ChannelRefused
 
-Address = str | tuple[str, int]  # the path of a UNIX socket (one that begins with @ is abstract), or host and port
+Address = str | tuple[str, int]  # the path of a UNIX socket (abstract: @...), or host and port
 
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UNIX_BUFFER_BYTES = 1 << 20  # the kernel may grant less (net.core.wmem_max)
 _PEER = struct.Struct("3i")  # Linux's ucred: process, user, group
-# A dead host or a cut cable sends no end-of-file. TCP reports it after 8 s without an acknowledgement. On an idle
-# connection the kernel sends probes after 2 s of silence.
+# A dead host or a cut cable sends no end-of-file. TCP reports it after 8 s without an
+# acknowledgement, and probes an idle connection after 2 s.
 _USER_TIMEOUT_MS = 8_000
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 
@@ -33,10 +33,12 @@ class ChannelClosed(EngineError):
 
 
 class Listener:
-    """Listening sockets for the ranks of a group: a UNIX socket for processes of this user, and TCP if `host` is given.
+    """Listening sockets for the ranks of a group: UNIX for processes of this user, and TCP if
+    `host` is given.
 
-    The UNIX socket is abstract: the kernel names it and removes it with the process, so that a killed
-    process leaves no file. The system chooses the TCP port. path, address: where ranks connect.
+    The UNIX socket is abstract, so that a killed process leaves no file. path, address: where
+    ranks connect.
+
     Raises OSError if `host` is not an address of this machine.
     """
 
@@ -55,7 +57,7 @@ class Listener:
     def _open(self, family: int, address: Address) -> socket.socket:
         sock = socket.socket(family)
         self._socks.append(sock)
-        sock.setblocking(False)  # a peer may have gone before its connection is accepted
+        sock.setblocking(False)  # a peer may be gone before accept
         sock.bind(address)
         sock.listen()
         return sock
@@ -68,23 +70,23 @@ class Listener:
     def accept(self, world_size: int, token: bytes, timeout_s: float, wake: socket.socket) -> list[socket.socket]:
         """The connections of ranks 0 .. world_size - 1, once all have proved themselves.
 
-        Raises EngineError after `timeout_s`, with the missing ranks and the reasons of refusals, and
-        ChannelClosed as soon as `wake` is readable.
+        Raises EngineError after `timeout_s`, with the missing ranks and the refusals'
+        reasons, and ChannelClosed once `wake` is readable.
         """
         with _Admission(self._socks, world_size, token, wake) as admission:
             return admission.run(timeout_s)
 
 
 class _Admission:
-    """Accepts and authenticates the ranks of one group. Handshakes run side by side: a silent peer delays no other."""
+    """Authenticates the ranks of one group side by side: a silent peer delays no other."""
 
     def __init__(self, listening: list[socket.socket], world_size: int, token: bytes, wake: socket.socket) -> None:
         self._world_size = world_size
         self._token = token
         self._admitted: dict[int, socket.socket] = {}
         self._refused: list[str] = []
-        self._accepted = contextlib.ExitStack()  # closes every accepted socket
-        self._selector = selectors.DefaultSelector()  # the data of a key is the handler of its socket
+        self._accepted = contextlib.ExitStack()  # of every accepted socket
+        self._selector = selectors.DefaultSelector()  # a key's data handles its socket
         self._selector.register(wake, selectors.EVENT_READ, self._stop)
         for sock in listening:
             self._selector.register(sock, selectors.EVENT_READ, partial(self._accept, sock))
@@ -134,7 +136,7 @@ class _Admission:
 
 
 class _Greeter:
-    """The engine's side of one connection's handshake, read piece by piece."""
+    """The engine's side of one handshake, read piece by piece."""
 
     def __init__(self, sock: socket.socket, token: bytes, world_size: int) -> None:
         self.sock = sock
@@ -146,9 +148,9 @@ class _Greeter:
             sock.send(step_handshake.challenge(self._handshake.nonce), SEND_FLAGS)
 
     def read(self, admitted: Container[int]) -> int | None:
-        """Read what has arrived; returns the rank once it is welcomed.
+        """The rank, once it is welcomed.
 
-        Raises OSError or ChannelRefused. Only processes of this user receive the reason of a refusal.
+        Raises OSError or ChannelRefused. Only processes of this user receive the reason.
         """
         self._check_user()
         data = self.sock.recv(step_handshake.HELLO_BYTES - len(self._hello), socket.MSG_DONTWAIT)
@@ -196,7 +198,7 @@ def _configure(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
         return
-    # No SO_SNDBUF: the kernel tunes TCP buffers by itself, to larger sizes than a fixed one may have.
+    # No SO_SNDBUF: the kernel tunes TCP buffers to larger sizes than a fixed one may have.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)

@@ -2,8 +2,8 @@
 
 Every block is in exactly one of three states:
 
-- *free*: no sequence holds it and it has no hash; kept on a stack, so that a slice takes many;
-- *cached*: no sequence holds it, but it has a hash and may be reused; kept in the order of eviction;
+- *free*: no holder, no hash; on a stack, so that a slice takes many;
+- *cached*: no holder, but a hash, by which it may be reused; in the order of eviction;
 - *used*: one or more sequences hold it. It may have a hash too.
 
 Eviction takes the block released longest ago. A sequence releases the tail of its table first, so the head of a
@@ -28,8 +28,8 @@ HASH_BYTES = 32  # 256 bits: equal hashes mean equal prefixes, even if a tenant 
 def extend_hashes(hashes: list[bytes], token_ids: Ints, block_size: int, salt: str) -> None:
     """Append the missing hashes of the full blocks of `token_ids` to `hashes`.
 
-    A block's hash covers its tokens and the hash before it, so it identifies the whole prefix. The first one
-    continues from the salt.
+    A hash covers its block's tokens and the hash before it (first: the salt), so it identifies
+    the whole prefix.
     """
     num_full = len(token_ids) // block_size
     if num_full <= len(hashes):
@@ -50,27 +50,27 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, np.int32)  # sequences that hold each block
-        self.num_copied = 0  # copy-on-write copies since start
+        self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, np.int32)  # holders of each block
+        self.num_copied = 0  # copies on write
         self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._stack_size = num_blocks
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the next to be evicted comes first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # in the order of eviction
         self._hashed = np.zeros(num_blocks, bool)
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can return: free and cached."""
+        """Blocks that `allocate` can return."""
         return self._stack_size + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Blocks without a holder that keep a reusable prefix."""
+        """Blocks without a holder that keep a prefix."""
         return len(self._cached)
 
     def allocate(self, count: int) -> Ints:
-        """Take `count` blocks with one holder each, evicting cached ones if needed. The caller checks `num_free`."""
+        """Take `count` blocks, evicting cached ones if needed. The caller checks `num_free`."""
         assert count <= self.num_free, f"{count} blocks wanted of {self.num_free}"
         if count > self._stack_size:
             self._evict(count - self._stack_size)
@@ -84,7 +84,7 @@ class BlockPool:
         self.ref_counts[blocks] += num_holders
 
     def release(self, blocks: Ints) -> None:
-        """Drop one holder of each of a sequence's blocks, distinct and in table order."""
+        """Drop one holder of each block, distinct and in table order."""
         counts = self.ref_counts[blocks] - 1
         assert counts.size == 0 or counts.min() >= 0, "a block was released more often than it was held"
         self.ref_counts[blocks] = counts
@@ -95,7 +95,7 @@ class BlockPool:
             self._cached[block] = None
 
     def lookup(self, hashes: Sequence[bytes]) -> Ints:
-        """The blocks of the longest cached prefix of the chain. `acquire` takes them."""
+        """The longest cached prefix of the chain. `acquire` takes it."""
         blocks: list[int] = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -105,7 +105,7 @@ class BlockPool:
         return np.array(blocks, np.int32)
 
     def num_copies(self, blocks: Ints) -> int:
-        """Copies needed to write `blocks`, which may repeat; the last holder of each writes in place."""
+        """Copies needed to write `blocks`, which may repeat; a block's last holder writes in place."""
         distinct, num_writers = np.unique(blocks, return_counts=True)
         return len(blocks) - int(np.count_nonzero(self.ref_counts[distinct] == num_writers))
 
@@ -120,7 +120,7 @@ class BlockPool:
         self.ref_counts[blocks] += 1
 
     def register(self, blocks: Ints, hashes: Sequence[bytes]) -> None:
-        """Add used blocks to the prefix cache. Of two blocks of equal content the first one stays."""
+        """Add used blocks to the prefix cache. Of equal blocks the first stays."""
         for block, block_hash in zip(blocks.tolist(), hashes, strict=True):
             if block_hash not in self._block_of and not self._hashed[block]:
                 self._block_of[block_hash] = block
@@ -128,7 +128,7 @@ class BlockPool:
                 self._hashed[block] = True
 
     def forget(self, hashes: Sequence[bytes]) -> None:
-        """Remove the blocks of these hashes from the prefix cache."""
+        """Remove these hashes from the prefix cache."""
         for block_hash in hashes:
             block = self._block_of.pop(block_hash, None)
             if block is None:
@@ -147,7 +147,7 @@ class BlockPool:
         return True
 
     def report(self) -> BlockReport:
-        """Shared, private and copied blocks of all sequences."""
+        """Shared, private and copied blocks."""
         return BlockReport(
             shared=int(np.count_nonzero(self.ref_counts > 1)),
             private=int(np.count_nonzero(self.ref_counts == 1)),

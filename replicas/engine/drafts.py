@@ -1,7 +1,7 @@
 """Draft tokens: several tokens of a row in one step.
 
-StepPlan.num_drafts and StepResult.counts are the contract with the ranks. A request with drafts has one step in
-flight. Proposers are speculative decoding (n-grams, a draft model) and jump-forward decoding (grammars).
+StepPlan.num_drafts and StepResult.counts are the contract with the ranks. A request with drafts has
+one step in flight. Proposers: speculative decoding, jump-forward decoding.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class DraftProposer(Protocol):
     """Proposes tokens that the model is likely to sample next."""
 
     def propose(self, sequence: Sequence, context: Ints, max_tokens: int) -> Ints:
-        """At most `max_tokens` tokens, int32, after the token ids `context`. Empty: a plain decode."""
+        """At most `max_tokens` int32 tokens after `context`. Empty: a plain decode."""
         ...
 
 
 def add_drafts(
     proposer: DraftProposer, builder: PlanBuilder, table: SequenceTable, pool: BlockPool, budget: int
 ) -> int:
-    """Replace decodes by slices with drafts, within budget and blocks. Returns the number of drafts."""
+    """Replace decodes by slices with drafts, within budget and blocks; returns the number of drafts."""
     block_size, num_drafts, plain = pool.block_size, 0, np.ones(builder.decode_rows.size, bool)
     for i in true_rows(builder.decode_tokens != DEVICE_TOKEN).tolist():
         row, start = int(builder.decode_rows[i]), int(builder.decode_starts[i])
@@ -62,7 +62,7 @@ def add_drafts(
 
 
 def accepted(table: SequenceTable, step: StepInFlight, result: StepResult) -> tuple[Rows, Rows, Ints]:
-    """The tokens to keep of a result with counts: their indices in it, rows and positions.
+    """The tokens to keep: their indices in the result, rows and positions.
 
     Drops tokens of ended sequences, and those after a stop token or the last allowed one.
     """
@@ -80,7 +80,7 @@ def accepted(table: SequenceTable, step: StepInFlight, result: StepResult) -> tu
 
 
 def roll_back(table: SequenceTable, pool: BlockPool, step: StepInFlight) -> None:
-    """Continue the rows that had drafts after their accepted tokens, and free the blocks beyond."""
+    """Continue rows after their accepted tokens, and free the blocks beyond."""
     for row in step.draft_rows:
         if table.epoch[row] != step.chunk_epochs[row]:
             continue

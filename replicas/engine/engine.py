@@ -22,9 +22,9 @@ _NEW_DELTA = partial(tuple.__new__, TokenDelta)  # of all fields; it has no defa
 class Engine:
     """One copy of a model, served step by step. Not thread-safe; see EngineThread.
 
-    Every accepted sequence gets exactly one terminal delta from `step`, also after an abort or a failure. A
-    failed executor sets `failure`, and requests are refused. Callers that overlap work with the device call
-    `submit` and `collect`.
+    Every accepted sequence gets exactly one terminal delta, also after an abort or a failure. A
+    failed executor sets `failure`, and requests are refused. `submit` and `collect` overlap
+    work with the device.
     """
 
     def __init__(self, config: ResolvedConfig, facts: ModelFacts, executor: Executor) -> None:
@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has work or deltas to return."""
+        """Whether `step` has work or deltas."""
         return bool(self.scheduler.requests or self._undelivered or self._num_in_flight)
 
     @property
@@ -61,9 +61,9 @@ class Engine:
         self.add_checked(request, max_steps_in_flight=max_steps_in_flight)
 
     def add_checked(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
-        """As `add_request`, of a request that `limits` has checked.
+        """Accept a request that `limits` has checked.
 
-        A logits processor that needs the last token limits the request to one step in flight.
+        A logits processor that needs the last token limits it to one step in flight.
         """
         if self.failure is not None:
             raise EngineError(f"the engine has failed and takes no requests: {self.failure}")
@@ -78,7 +78,7 @@ class Engine:
         self._undelivered += map(_terminal, self.scheduler.abort(request_id, sample))
 
     def step(self) -> list[TokenDelta]:
-        """Submit plans up to the limit, wait for the oldest result, and return its deltas."""
+        """Submit plans, wait for the oldest result, and return its deltas."""
         self.submit()
         return self.collect()
 
@@ -95,7 +95,7 @@ class Engine:
             self._fail(failure)
 
     def collect(self) -> list[TokenDelta]:
-        """Wait for the oldest result, if any is due, and return its deltas."""
+        """Wait for the oldest result, if any, and return its deltas."""
         deltas: list[TokenDelta] = []
         if self._num_in_flight:
             try:
@@ -108,11 +108,11 @@ class Engine:
         return undelivered + deltas
 
     def load(self) -> ReplicaLoad:
-        """Counts for placement and metrics."""
+        """See Scheduler.load."""
         return self.scheduler.load()
 
     def block_reports(self) -> dict[str, BlockReport]:
-        """Shared, private and copied blocks of each unfinished request, by request id."""
+        """Block report of each unfinished request, by id."""
         return {key: self.scheduler.block_report(state) for key, state in self.scheduler.requests.items()}
 
     def reset_prefix_cache(self) -> bool:
@@ -120,12 +120,12 @@ class Engine:
         return self.scheduler.pool.reset_prefix_cache()
 
     def end_all(self) -> list[TokenDelta]:
-        """Abort every request and return all terminal deltas that are due."""
+        """Abort every request; returns all terminal deltas."""
         deltas, self._undelivered = self._undelivered, []
         return [*deltas, *map(_terminal, self.scheduler.end_all(FinishReason.ABORT))]
 
     def shutdown(self) -> None:
-        """Stop the executor. Unfinished requests are dropped: call `end_all` first."""
+        """Stop the executor and drop unfinished requests: call `end_all` first."""
         self._executor.shutdown()
 
     def _fail(self, failure: Exception) -> None:
@@ -162,7 +162,7 @@ def _delta(
     sample: int,
     finished: FinishedSequence | None,
 ) -> TokenDelta:
-    """A sequence's first delta has its count of cached tokens."""
+    """A first delta has the count of cached tokens."""
     state = sequence.state
     wanted = state.request.sampling.logprobs
     prompt_logprobs = state.prompt_logprobs if first and sequence is state.leader else None

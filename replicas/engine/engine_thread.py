@@ -17,18 +17,18 @@ from .step_times import StepTimesCounter
 
 T = TypeVar("T")
 
-# Commands between two steps. Accepting a prompt of 512 tokens takes 10 us. Of a thousand that arrive together
-# the device runs the first ones early, and running streams do not stall.
+# So that running streams do not stall, and the device soon runs the first of a thousand requests.
+# Accepting a prompt of 512 tokens takes 10 us.
 _COMMANDS_PER_STEP = 128
 
 
 class EngineThread:
     """Runs the engine while there is work; commands run between two steps, in order.
 
-    A step's deltas are delivered after the next launch, so neither their handling nor the GIL delays it.
-    `on_deltas` is called in the engine's thread with the deltas of one step. Every sequence accepted by
-    `submit` gets exactly one terminal delta, also after a refusal, a failure or `stop`. `on_failure` is called
-    once, after the last deltas, when the engine or a callback raised.
+    A step's deltas are delivered after the next launch, so neither their handling nor the GIL
+    delays it. `on_deltas` runs in the engine's thread, once a step. Every sequence accepted by
+    `submit` gets exactly one terminal delta, also after a refusal, a failure or `stop`.
+    `on_failure` is called once, after the last deltas, when the engine or a callback raised.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class EngineThread:
         self._on_failure = on_failure
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._open: dict[str, set[int]] = {}  # accepted samples without a terminal delta, by request id
-        self._due: list[TokenDelta] = []  # touched by the engine's thread alone
+        self._open: dict[str, set[int]] = {}  # samples without a terminal delta, by request id
+        self._due: list[TokenDelta] = []  # the engine's thread's own
         self._accepting = True
         self._stopping = False
         self._idle = True
         self._progress = time.monotonic()
-        self.step_seconds = 0.0  # of the last step, from the end of the one before it or from its start
+        self.step_seconds = 0.0  # of the last step; see StepTimes
         self._step_times = StepTimesCounter()
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
 
     @property
     def last_progress(self) -> float:
-        """time.monotonic() when the last step ended; now, while there is nothing to do."""
+        """time.monotonic() when the last step ended; now, while idle."""
         return time.monotonic() if self._idle else self._progress
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class EngineThread:
             self._open[request.request_id] = set(_samples(request))
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
-        """Abort a request, or one sample, before the next step. Idempotent; no error after a stop."""
+        """Abort a request, or one sample, before the next step. Idempotent, also after a stop."""
         with self._wake:
             if self._accepting:
                 self._commands.append(lambda: self._engine.abort(request_id, sample))
@@ -94,7 +94,7 @@ class EngineThread:
         return future
 
     def load(self) -> ReplicaLoad:
-        """The engine's counts; any thread may call."""
+        """See Scheduler.load; any thread may call."""
         return replace(self._engine.load(), step_times=self._step_times.snapshot())
 
     def stop(self, timeout: float | None = None) -> None:
@@ -124,7 +124,7 @@ class EngineThread:
         for stage in (self._loop, self._close):
             try:
                 stage()
-            except Exception as error:  # a callback raised; the engine records its own failures
+            except Exception as error:  # from a callback; the engine records its own failures
                 failures.append(error)
         if self._engine.failure is not None:
             failures.insert(0, self._engine.failure)
@@ -158,7 +158,7 @@ class EngineThread:
                     return
                 if self._idle:
                     self._progress = time.monotonic()
-                    self._idle = False  # in this order: a reader in between must not see the old time
+                    self._idle = False  # in this order: a reader must not see the old time
                 commands = [self._commands.popleft() for _ in range(min(len(self._commands), _COMMANDS_PER_STEP))]
             for command in commands:
                 command()

@@ -1,11 +1,12 @@
 """The decoding rows of a pipeline take turns, in as many micro-batches as there are stages.
 
-A row's next token needs its last one, which exists only after the plan has run on all stages. A plan therefore
-decodes one micro-batch, while the others occupy the other stages. A row joins the micro-batch of the plan that
-ends its prefill. A micro-batch larger than the smallest one first moves rows to it.
+A row's next token needs its last one, which exists only after all stages have run the plan. A plan
+therefore decodes one micro-batch, while the others occupy the other stages. A row joins the
+micro-batch of the plan that ends its prefill. A micro-batch larger than the smallest one first
+moves rows to it.
 
-Prefills depend on no sampled token and run with any plan. Stages with plans of different sizes wait for each
-other, so prefill tokens are spread over several plans.
+Prefills depend on no sampled token and run with any plan. Stages with plans of different sizes wait
+for each other, so prefill tokens are spread over several plans.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class MicroBatches:
         self.current = (self.current + 1) % self.num_batches
 
     def prefill_budget(self, prefilling: Iterable[Sequence], waiting: WaitingQueue, budget: int) -> int:
-        """Tokens to prefill in a plan that may prefill `budget`, given the prompts that run or could."""
+        """Tokens of `budget` to prefill in a plan, given the prompts that run or could."""
         enough, total = _PLANS * budget, 0
         for num_tokens in self._lacking(prefilling, waiting):
             total += num_tokens
@@ -59,7 +60,7 @@ class MicroBatches:
         self._table.micro_batch[rows] = self.current
 
     def rows(self, ready: NDArray[np.bool_]) -> Rows:
-        """Rows of the current micro-batch that may decode, after balancing."""
+        """The current micro-batch's rows that may decode, after balancing."""
         table = self._table
         sizes = np.bincount(table.micro_batch[ready], minlength=self.num_batches)
         smallest = int(sizes.argmin())

@@ -49,7 +49,7 @@ class PlanBuilder:
         self.tables.append((np.full(count, row, np.int32), np.arange(count, dtype=np.int32), blocks.astype(np.int32)))
 
     def build(self, step: int) -> tuple[StepPlan, list[Chunk]]:
-        """The finished plan, and its scored chunks in the order of `scored_slices`."""
+        """The plan, and its scored chunks in the order of `scored_slices`."""
         num_decodes = self.decode_rows.size
         decode_rows = self.decode_rows.astype(np.int32)
         decodes = StepPlan(

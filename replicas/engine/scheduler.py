@@ -7,9 +7,8 @@ A step takes, in this order:
 3. preempted and new sequences, by scheduling key, as far as rows, blocks and budget go.
 
 A context gets all of its blocks at admission, so only decoding can run out of them. Then the sequence with the
-highest key loses its blocks, keeps its row and its tokens, and is prefilled again later. The one with the
-lowest key is never preempted for another, so there is always progress. With pipeline stages a step decodes one
-micro-batch (micro_batches.py). sequence.py draws the token ranges of a row.
+highest key loses its blocks, keeps its row and tokens, and is prefilled again later. The lowest key is never
+preempted for another, so there is always progress. With pipeline stages a step decodes one micro-batch.
 
 Plans run in order. So a plan may reuse freed blocks that steps in flight still write to, and a prompt's blocks
 before any rank has run it.
@@ -53,12 +52,12 @@ class Scheduler:
         self._budget = config.scheduler.max_num_batched_tokens
         self._chunked = config.scheduler.enable_chunked_prefill
         self._caching = config.cache.enable_prefix_caching
-        self._watermark = num_blocks // 100  # blocks that admission leaves to running sequences
-        self.requests: dict[str, RequestState] = {}  # with an unfinished sequence, by id
+        self._watermark = num_blocks // 100  # that admission leaves to running sequences
+        self.requests: dict[str, RequestState] = {}  # unfinished, by id
         self._arrivals = 0
         self._num_open = 0
         self._waiting = WaitingQueue()
-        self._prefilling: list[Sequence] = []  # admitted, context not yet run; by key
+        self._prefilling: list[Sequence] = []  # admitted, by key
         self._in_flight: deque[StepInFlight] = deque()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -66,7 +65,7 @@ class Scheduler:
     def add(self, request: Request, *, max_steps_in_flight: int | None = None) -> None:
         """Accept a request that RequestLimits has checked and whose id is not in use.
 
-        max_steps_in_flight: of each sequence. With 1, a decode waits for the last token on the host.
+        max_steps_in_flight: of each sequence. With 1, a decode waits for the last token.
         """
         context = np.array(request.prompt_token_ids + request.emitted_token_ids, np.int32)
         state = RequestState(request, self._arrivals, context, num_open=request.num_samples)
@@ -82,12 +81,12 @@ class Scheduler:
         self._waiting.add(state)
 
     def abort(self, request_id: str, sample: int | None = None) -> list[FinishedSequence]:
-        """End the request's unfinished sequences, or one, and free their blocks. Unknown ids are no error."""
+        """End the request's unfinished sequences, or one. Unknown ids are no error."""
         state = self.requests.get(request_id)
         return self._end_request(state, FinishReason.ABORT, sample) if state else []
 
     def end_all(self, reason: FinishReason) -> list[FinishedSequence]:
-        """End every unfinished sequence and free its blocks."""
+        """End every unfinished sequence."""
         return [one for state in list(self.requests.values()) for one in self._end_request(state, reason)]
 
     def abandon(self, error: str) -> list[FinishedSequence]:
@@ -133,7 +132,7 @@ class Scheduler:
             self._admit(builder, budget)
 
     def _plan_decodes(self, builder: PlanBuilder) -> None:
-        """Plan one token of each decoding sequence below its limits; preempt for blocks."""
+        """Plan a token of each decoding sequence below its limits; preempt for blocks."""
         table, pool = self.table, self.pool
         while True:
             ready = table.decoding & (table.length < table.max_length)
@@ -168,7 +167,7 @@ class Scheduler:
         builder.decode_rows, builder.decode_starts, builder.decode_tokens = rows, starts, tokens
 
     def _copy_on_write(self, builder: PlanBuilder, rows: Rows, indices: Ints) -> None:
-        """Copy the block that each row is about to write; a block's last holder keeps it."""
+        """Copy each shared block that a row is about to write; its last holder keeps it."""
         pool, table = self.pool, self.table
         for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
             source = table.blocks[row, index : index + 1].copy()
@@ -196,7 +195,7 @@ class Scheduler:
         return budget
 
     def _admit(self, builder: PlanBuilder, budget: int) -> None:
-        """Start or resume sequences by key until the first that does not fit."""
+        """Start or resume sequences by key until one does not fit."""
         while budget > 0:
             sequence = self._waiting.first(self.table.num_free_rows)
             if sequence is None or not self._claim_blocks(builder, sequence, budget):
@@ -253,7 +252,7 @@ class Scheduler:
         return sequence.state.prompt_logprobs is not None and not self._has_token(sequence)
 
     def _plan_chunk(self, builder: PlanBuilder, sequence: Sequence, budget: int) -> int:
-        """Returns the number of tokens planned, within the budget."""
+        """Returns the number of tokens planned."""
         table, row = self.table, sequence.row
         start, length = int(table.computed[row]), int(table.length[row])
         end = min(length, start + budget)
@@ -274,7 +273,7 @@ class Scheduler:
         sequence.started = True
 
     def _end_prefill(self, builder: PlanBuilder, leader: Sequence) -> tuple[int, ...]:
-        """The context ends in this step: fork its waiting samples. Returns the rows that sample."""
+        """Fork the waiting samples of a context that ends in this step. Returns the rows that sample."""
         table = self.table
         self._prefilling.remove(leader)
         length = table.length[leader.row]
@@ -363,7 +362,6 @@ class Scheduler:
     # -- ends and preemption ------------------------------------------------------------------------------------
 
     def _preempt_last(self) -> None:
-        """Preempt the sequence with the highest key."""
         holders = [self._sequence(row) for row in np.flatnonzero(self.table.num_blocks).tolist()]
         assert len(holders) > 1, "one sequence alone does not fit the pool; its limits were not checked"
         sequence = max(holders, key=lambda entry: entry.key)
@@ -412,7 +410,7 @@ class Scheduler:
         self.table.num_blocks[sequence.row] = 0
 
     def _register(self, sequence: Sequence) -> None:
-        """Add the full blocks of known tokens that submitted steps compute to the prefix cache."""
+        """Add full blocks of known tokens that submitted steps compute to the prefix cache."""
         table, row = self.table, sequence.row
         num_full = min(int(table.computed[row]), int(table.known[row])) >> self._shift
         if not self._caching or num_full <= sequence.num_registered:

@@ -9,18 +9,8 @@ The token ranges of one row, in positions of its sequence:
     |---------------- computed ---------------------------->|
       in the KV cache once all submitted steps have run: of a decoding row, all but the token at length - 1
 
-Example: a prompt of 5 tokens, two steps in flight. `t5` is the token at position 5.
-
-    event                            known  length  computed  in_flight
-    assigned to a row                   5       5         0          0
-    plan 0: prefill [0, 5) -> t5        5       6         5          1
-    plan 1: decode [5, 6) -> t6         5       7         6          2   t5 is DEVICE_TOKEN: not read back yet
-    result 0: t5                        6       7         6          1
-    plan 2: decode [6, 7) -> t7         6       8         7          2
-    result 1: t6                        7       8         7          1
-
-Plan 2 is made before result 1: its token t6 is a DEVICE_TOKEN too. The result of a slice with drafts moves
-`length` and `computed` back to the accepted ones (drafts.py).
+docs/one-step.md has an example. The result of a slice with drafts moves `length` and `computed` back to the accepted
+ones (drafts.py).
 """
 
 from __future__ import annotations
@@ -42,7 +32,7 @@ SchedulingKey = tuple[int, int, int]  # (priority, arrival, sample): the lower r
 
 
 class Phase(Enum):
-    """Phase of a sequence. Samples but the leader wait until the leader has run the prompt."""
+    """Samples but the leader wait until it has run the prompt."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -60,10 +50,10 @@ class RequestState:
     context: Ints  # [prompt + emitted] token ids
     sequences: list[Sequence] = field(default_factory=list)
     num_open: int = 0
-    max_steps_in_flight: int | None = None  # of each of its sequences; None: no limit of its own
+    max_steps_in_flight: int | None = None  # of each sequence; None: no limit
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_copied: int = 0
-    prompt_logprobs: list[Logprob | None] | None = None  # by position, filled as chunks come back
+    prompt_logprobs: list[Logprob | None] | None = None  # by position
 
     @property
     def leader(self) -> Sequence:
@@ -85,9 +75,9 @@ class Sequence:
     request_id: str
     phase: Phase = Phase.WAITING
     row: int = -1
-    started: bool = False  # a RowStart has been sent
-    hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, computed on demand
-    num_registered: int = 0  # leading blocks that are in the prefix cache
+    started: bool = False  # RowStart sent
+    hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks
+    num_registered: int = 0  # leading blocks in the prefix cache
 
     def row_start(self) -> RowStart:
         """The sequence's part of the plan that first runs it."""
@@ -119,22 +109,19 @@ def true_rows(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 class SequenceTable:
-    """State of each step: a row per admitted sequence, an array per field.
-
-    The module's docstring draws the lengths, which count tokens.
-    """
+    """State of each step: a row per admitted sequence, an array per field. The module draws the lengths."""
 
     def __init__(
         self, num_rows: int, max_model_len: int, block_size: int, facts: ModelFacts, max_in_flight: int | None = None
     ) -> None:
         self._default_in_flight = _NO_LIMIT if max_in_flight is None else max_in_flight
-        self.limits_in_flight = max_in_flight is not None  # whether any row may have such a limit
+        self.limits_in_flight = max_in_flight is not None  # whether any row may have one
         max_blocks = -(-max_model_len // block_size)
         self.tokens: NDArray[np.int32] = np.zeros((num_rows, max_model_len), np.int32)
-        self.context_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # prompt and emitted tokens
-        self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # read back
-        self.length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # known and in flight
-        self.computed: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # in the KV cache after the submitted steps
+        self.context_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
+        self.known: NDArray[np.int32] = np.zeros(num_rows, np.int32)
+        self.length: NDArray[np.int32] = np.zeros(num_rows, np.int32)
+        self.computed: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.in_flight: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # submitted steps that sample the row
         self.max_in_flight: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.min_length: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # below it no token stops
@@ -146,7 +133,7 @@ class SequenceTable:
         self.stops_at_eos: NDArray[np.bool_] = np.zeros(num_rows, bool)
         self.stop_ids: NDArray[np.int32] = np.full((num_rows, 1), -1, np.int32)  # -1: none
         self.has_stop_ids: NDArray[np.bool_] = np.zeros(num_rows, bool)
-        self.epoch: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # number of sequences that have left the row
+        self.epoch: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # sequences that have left the row
         self.blocks: NDArray[np.int32] = np.zeros((num_rows, max_blocks), np.int32)
         self.num_blocks: NDArray[np.int32] = np.zeros(num_rows, np.int32)
         self.last_block: NDArray[np.int32] = np.zeros(num_rows, np.int32)  # blocks[row, num_blocks[row] - 1]
@@ -180,7 +167,7 @@ class SequenceTable:
         self._set_stop_ids(row, sampling.stop_token_ids)
 
     def free(self, row: int) -> None:
-        """Free the row. The new epoch voids results of its steps in flight."""
+        """Free the row. The new epoch voids its steps in flight."""
         self.epoch[row] += 1
         self.sequences[row] = None
         self.decoding[row] = False

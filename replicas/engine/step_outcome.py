@@ -25,7 +25,7 @@ class StepInFlight:
 
     @classmethod
     def of(cls, plan: StepPlan, chunks: list[Chunk], scored: list[Chunk], epochs: Ints) -> StepInFlight:
-        """The sequences that have the plan's rows now."""
+        """The sequences in the plan's rows now."""
         sample_rows = plan.sample_rows.astype(np.intp)
         chunk_epochs = {chunk.row: int(epochs[chunk.row]) for chunk in chunks}
         draft_rows = [chunk.row for chunk in chunks if chunk.num_drafts]
@@ -34,11 +34,12 @@ class StepInFlight:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The new tokens of a result: `sequences[i]` got `token_ids[i]`, at index `samples[i]` of the result.
+    """The new tokens of a result: `sequences[i]` got `token_ids[i]`, at index `samples[i]` of
+    the result.
 
-    It is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens stands several times,
-    in order. `firsts` holds the i of first tokens, `finished` maps the i of last ones. `failures` ended without
-    a token.
+    It is sample `sample_numbers[i]` of request `request_ids[i]`; one with several tokens is
+    repeated. `firsts` holds the i of first tokens, `finished` maps those of last ones.
+    `failures` ended without a token.
     """
 
     samples: Rows

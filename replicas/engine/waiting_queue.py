@@ -1,4 +1,4 @@
-"""The queue of new and preempted sequences that wait for blocks, by scheduling key."""
+"""The queue of sequences that wait for blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WaitingQueue:
     """New requests, and preempted sequences, which keep their rows; both by scheduling key."""
 
     def __init__(self) -> None:
-        self._new: list[tuple[SchedulingKey, RequestState]] = []  # ended requests are dropped when they come first
+        self._new: list[tuple[SchedulingKey, RequestState]] = []  # ended requests are dropped when first
         self._preempted: list[tuple[SchedulingKey, Sequence]] = []  # sorted
 
     def __bool__(self) -> bool:
@@ -22,7 +22,7 @@ class WaitingQueue:
     def first(self, num_free_rows: int) -> Sequence | None:
         """The sequence with the lowest key that has rows or can have them.
 
-        A request that waits for rows does not block those that have theirs and may free them.
+        A request that waits for rows blocks none that have theirs and may free them.
         """
         while self._new and not self._new[0][1].num_open:
             heapq.heappop(self._new)
@@ -57,5 +57,5 @@ class WaitingQueue:
         insort(self._preempted, (sequence.key, sequence))
 
     def remove_preempted(self, sequence: Sequence) -> None:
-        """Remove a preempted sequence that resumes or has ended."""
+        """Remove one that resumes or has ended."""
         self._preempted.remove((sequence.key, sequence))
